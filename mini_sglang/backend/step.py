@@ -1,0 +1,98 @@
+"""The step interface: what the engine asks of a backend, in plain integers, without torch.
+
+The engine decides which tokens of which sequences run; the backend turns them into next tokens. The
+backend never learns what a request is.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mini_sglang.types import SamplingParams, TokenLogprob
+
+
+@dataclass(slots=True)
+class SampleSpec:
+    """How to choose the token that follows one sequence's last row.
+
+    Attributes:
+        params: the caller's sampling parameters.
+        seed: the resolved seed; with ``index`` it fixes the random draw, whatever else is in the batch.
+        index: how many tokens the sequence has generated before this one.
+        prompt_ids: prompt, read only when ``params.penalised``.
+        output_ids: tokens generated so far, read only when ``params.penalised``.
+        banned_ids: ids that may not be chosen now (end-of-text before ``min_new_tokens``).
+    """
+
+    params: SamplingParams
+    seed: int
+    index: int
+    prompt_ids: Sequence[int] = ()
+    output_ids: Sequence[int] = ()
+    banned_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class SequenceStep:
+    """One sequence's share of a step: a prefill chunk (many tokens) or a decode (one).
+
+    Attributes:
+        token_ids: tokens to run, at least one.
+        start: position of the first of them; the KV of positions before it is in ``pages`` already.
+        pages: page table as int32 (``array("i")``); page ``p // page_size`` holds position ``p``. It covers
+            at least ``start + len(token_ids)`` positions.
+        sample: set when a token is to be chosen after the last row.
+        prompt_targets: for prompt logprobs, the token that follows each row (one fewer than
+            ``token_ids`` where the last row's successor is not part of the prompt); else empty.
+        prompt_top: with ``prompt_targets``, how many most probable tokens to report per row.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    pages: array[int]
+    sample: SampleSpec | None = None
+    prompt_targets: Sequence[int] = ()
+    prompt_top: int = 0
+
+
+@dataclass(slots=True)
+class SequenceResult:
+    """The outcome of one ``SequenceStep``, in the same order.
+
+    ``error`` is set, and ``token_id`` is not, where the logits of this sequence are not finite.
+    """
+
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    error: str | None = None
+
+
+class Backend(Protocol):
+    """A model with its KV pool. Not thread-safe: one thread calls ``run``."""
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per KV page."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the KV pool, ids ``0 … num_pages - 1``."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence, prompt and answer together, in tokens."""
+
+    def run(self, steps: Sequence[SequenceStep]) -> list[SequenceResult]:
+        """Write the KV of every step's tokens into its pages and choose the tokens asked for.
+
+        Rows of one call must not write the same page position; pages may be shared between sequences for
+        reading. Raises whatever the device raises (out of memory): nothing about the KV of these
+        steps' new positions may then be assumed, older positions are intact.
+        """

@@ -1,0 +1,301 @@
+"""Every setting, declared once: variable, flag, type, default, range, help.
+
+The command line, the README's table and ``Engine(**settings)`` are all made from ``Settings``. A
+setting given as a keyword or flag wins over its environment variable, which wins over the default.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mini_sglang.errors import InvalidValueError
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+_DTYPE_SPELLINGS = {"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float32": "fp32", "float": "fp32"}
+
+
+def _setting(
+    section: str,
+    env: str | tuple[str, ...],
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    spellings: Mapping[str, str] | None = None,
+    shown: str | None = None,
+) -> Any:
+    return field(
+        default=default,
+        metadata={
+            "section": section,
+            "env": (env,) if isinstance(env, str) else env,
+            "help": help,
+            "low": low,
+            "high": high,
+            "choices": choices,
+            "spellings": spellings or {},
+            "shown": shown,
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The resolved settings of one engine. Make one with ``resolve``."""
+
+    # Model and device
+    model: str = _setting(
+        "Model and device", "MODEL_NAME", DEFAULT_MODEL,
+        "a Hugging Face repository, a local folder, or a .gguf file",
+    )
+    model_local_dir: Path | None = _setting(
+        "Model and device", "MODEL_LOCAL_DIR", None,
+        "a folder or .gguf file already on disk; wins over MODEL_NAME and touches no network",
+    )
+    modelscope_model_name: str | None = _setting(
+        "Model and device", "MODELSCOPE_MODEL_NAME", None,
+        "the repository asked of ModelScope when the Hugging Face hub cannot be reached",
+        shown="same as `MODEL_NAME`",
+    )
+    model_revision: str = _setting(
+        "Model and device", "MODEL_REVISION", "main",
+        "branch, tag or commit of the repository; ModelScope's default branch is used for `main`",
+    )
+    dtype: str = _setting(
+        "Model and device", ("MODEL_DTYPE", "TORCH_DTYPE"), "auto",
+        "the type weights and KV are computed in", choices=("auto", "fp16", "bf16", "fp32"),
+        spellings=_DTYPE_SPELLINGS,
+    )
+    device: str = _setting(
+        "Model and device", "DEVICE", "auto",
+        "where the model runs; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"),
+    )
+    gguf_dequantize: bool = _setting(
+        "Model and device", "GGUF_DEQUANTIZE", True,
+        "turn a GGUF's quantised blocks into plain weights at load: faster here, more memory; "
+        "0 keeps the blocks as they are in the file",
+    )
+    trust_remote_code: bool = _setting(
+        "Model and device", "TRUST_REMOTE_CODE", False,
+        "allow a repository's own Python code to make its tokenizer (needs transformers)",
+    )
+    context_length: int = _setting(
+        "Model and device", "CONTEXT_LENGTH", 0,
+        "longest prompt and answer together, in tokens; 0 is what the model was made for", low=0, high=1 << 24,
+    )
+    num_threads: int = _setting(
+        "Model and device", "NUM_THREADS", 0,
+        "CPU threads for the model; 0 is every core this process may use", low=0, high=1024,
+    )
+    cache_dir: Path = _setting(
+        "Model and device", "MINI_SGLANG_CACHE", Path("~/.cache/mini-sglang"),
+        "where the starter model and converted tokenizers are kept",
+    )
+    download_timeout: float = _setting(
+        "Model and device", "DOWNLOAD_TIMEOUT", 30.0,
+        "seconds a download may stand still before it is given up", low=1, high=3600,
+    )
+    # Caches
+    prefix_cache: bool = _setting(
+        "Caches", "PREFIX_CACHE", True, "reuse the KV of the longest prefix seen before (radix tree)"
+    )
+    prefix_cache_size: int = _setting(
+        "Caches", "PREFIX_CACHE_SIZE", 0,
+        "most stored prefixes (leaves of the tree); 0 is no bound but tokens", low=0, high=1 << 31,
+    )
+    prefix_cache_max_tokens: int = _setting(
+        "Caches", "PREFIX_CACHE_MAX_TOKENS", 4096,
+        "prompts longer than this are not put in the cache", low=1, high=1 << 31,
+    )
+    prefix_cache_token_budget: int = _setting(
+        "Caches", "PREFIX_CACHE_TOKEN_BUDGET", 65536,
+        "most cached tokens that no running request uses", low=0, high=1 << 31,
+    )
+    prefix_cache_policy: str = _setting(
+        "Caches", "PREFIX_CACHE_POLICY", "lru",
+        "what is dropped first: least recently or least frequently used", choices=("lru", "lfu"),
+    )
+    page_size_tokens: int = _setting(
+        "Caches", "PAGE_SIZE_TOKENS", 16, "tokens per KV page; the prefix cache shares whole pages",
+        low=1, high=256,
+    )
+    kv_token_budget: int = _setting(
+        "Caches", "KV_TOKEN_BUDGET", 0, "tokens in the KV pool; 0 sizes it from free memory",
+        low=0, high=1 << 31, shown="from free memory",
+    )
+    # Scheduling
+    chunked_prefill: bool = _setting(
+        "Scheduling", "CHUNKED_PREFILL", False,
+        "split long prompts, so that running answers go on between the chunks",
+    )
+    prefill_chunk_size: int = _setting(
+        "Scheduling", "PREFILL_CHUNK_SIZE", 512, "with CHUNKED_PREFILL: prompt tokens per step",
+        low=1, high=1 << 20,
+    )
+    max_batch_size: int = _setting(
+        "Scheduling", "MAX_BATCH_SIZE", 64, "requests that run together", low=1, high=4096
+    )
+    max_prefill_tokens: int = _setting(
+        "Scheduling", "MAX_PREFILL_TOKENS", 4096,
+        "prompt tokens of several requests per step; one longer prompt runs alone", low=1, high=1 << 20,
+    )
+    aggressive_max_new_tokens: bool = _setting(
+        "Scheduling", "AGGRESSIVE_MAX_NEW_TOKENS", True,
+        "lower max_new_tokens to what the context window leaves; 0 refuses such a request",
+    )
+    max_context_margin: int = _setting(
+        "Scheduling", "MAX_CONTEXT_MARGIN", 16,
+        "tokens of the context window that AGGRESSIVE_MAX_NEW_TOKENS leaves free", low=0, high=1 << 20,
+    )
+    # Logs
+    log_level: str = _setting(
+        "Logs", "LOG_LEVEL", "warning",
+        "info follows each request through the stack, token by token",
+        choices=("debug", "info", "warning", "error"),
+    )
+    chosen: frozenset[str] = field(default=frozenset(), repr=False)
+    """Names of the settings that somebody set, by keyword, flag or variable."""
+
+    @classmethod
+    def resolve(
+        cls, overrides: Mapping[str, object] | None = None, env: Mapping[str, str] | None = None
+    ) -> Settings:
+        """Merge keywords over environment variables over defaults, and check every value.
+
+        Args:
+            overrides: by field name or lower-case variable name (``dtype``, ``model_dtype``); ``None``
+                counts as not given.
+            env: the environment; the process's own by default.
+
+        Raises:
+            InvalidValueError: an unknown name, a wrong type, or a value out of range.
+        """
+        env = os.environ if env is None else env
+        values: dict[str, Any] = {}
+        for spec in setting_fields():
+            for variable in spec.metadata["env"]:
+                if env.get(variable, "") != "" and spec.name not in values:
+                    values[spec.name] = _parse(spec, variable, env[variable])
+        names = _keyword_names()
+        given: set[str] = set()
+        for keyword, value in (overrides or {}).items():
+            if keyword not in names:
+                raise InvalidValueError("setting", keyword, "one of " + ", ".join(sorted(names)))
+            if value is None:
+                continue
+            spec = names[keyword]
+            if spec.name in given:
+                raise InvalidValueError(keyword, value, f"given once, under one of its names ({spec.name})")
+            given.add(spec.name)
+            values[spec.name] = _parse(spec, keyword, value)
+        return cls(**values, chosen=frozenset(values))
+
+    @property
+    def cache_path(self) -> Path:
+        return self.cache_dir.expanduser()
+
+
+def setting_fields() -> tuple[Field[Any], ...]:
+    """The declared settings, in order; ``metadata`` has section, env, help, low, high, choices, shown."""
+    return tuple(f for f in fields(Settings) if f.name != "chosen")
+
+
+def default_text(spec: Field[Any]) -> str:
+    """How a setting's default is shown to a reader."""
+    if spec.metadata["shown"]:
+        return str(spec.metadata["shown"])
+    if isinstance(spec.default, bool):
+        return f"`{int(spec.default)}`"
+    return "unset" if spec.default is None else f"`{spec.default}`"
+
+
+def value_type(spec: Field[Any]) -> type:
+    """The plain type of a setting's value: bool, int, float, str or Path."""
+    hint = typing.get_type_hints(Settings)[spec.name]
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    assert isinstance(hint, type)
+    return hint
+
+
+def settings_table() -> str:
+    """The README's table of settings, in Markdown."""
+    lines: list[str] = []
+    section = ""
+    for spec in setting_fields():
+        if spec.metadata["section"] != section:
+            section = spec.metadata["section"]
+            lines += ["", f"### {section}", "", "| variable | flag | default | what it does |"]
+            lines.append("| --- | --- | --- | --- |")
+        variables = " / ".join(f"`{name}`" for name in spec.metadata["env"])
+        choices = spec.metadata["choices"]
+        help_text = spec.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+        flag = "--" + spec.name.replace("_", "-")
+        lines.append(f"| {variables} | `{flag}` | {default_text(spec)} | {help_text} |")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _keyword_names() -> dict[str, Field[Any]]:
+    names: dict[str, Field[Any]] = {}
+    for spec in setting_fields():
+        names[spec.name] = spec
+        for variable in spec.metadata["env"]:
+            names[variable.lower()] = spec
+    return names
+
+
+def _parse(spec: Field[Any], shown_name: str, value: object) -> Any:
+    kind = value_type(spec)
+    if kind is bool:
+        return _parse_bool(shown_name, value)
+    if kind is int or kind is float:
+        return _parse_number(spec, shown_name, value, kind)
+    if not isinstance(value, (str, Path)) or str(value) == "":
+        raise InvalidValueError(shown_name, value, "a text that is not empty")
+    if kind is Path:
+        return Path(value)
+    choices = spec.metadata["choices"]
+    text = str(value)
+    if choices:
+        text = spec.metadata["spellings"].get(text.lower(), text.lower())
+        if text not in choices:
+            raise InvalidValueError(shown_name, value, "one of " + ", ".join(choices))
+    return text
+
+
+def _parse_bool(shown_name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    raise InvalidValueError(shown_name, value, "1 or 0 (true, false, yes, no, on, off)")
+
+
+def _parse_number(spec: Field[Any], shown_name: str, value: object, kind: type) -> int | float:
+    low, high = spec.metadata["low"], spec.metadata["high"]
+    what = "a whole number" if kind is int else "a number"
+    allowed = f"{what} from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise InvalidValueError(shown_name, value, allowed)
+    try:
+        number = kind(value) if not isinstance(value, float) or kind is float else int(value)
+    except (ValueError, OverflowError):
+        raise InvalidValueError(shown_name, value, allowed) from None
+    # A NaN fails both comparisons, a fraction given for a whole number the third.
+    if not low <= number <= high or (isinstance(value, float) and number != value):
+        raise InvalidValueError(shown_name, value, allowed)
+    return typing.cast("int | float", number)

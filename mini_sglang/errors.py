@@ -1,0 +1,55 @@
+"""Every exception a user of mini-sglang can meet.
+
+Each message is one sentence that names what was given and what is allowed; the command line prints it
+and exits with status 2.
+"""
+
+from __future__ import annotations
+
+_SHOWN_CHARS = 200
+
+
+class MiniSglangError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class InvalidValueError(MiniSglangError, ValueError):
+    """A setting, sampling parameter or prompt that is not allowed.
+
+    Args:
+        field: what was set, as the user spells it (``max_new_tokens``, ``PAGE_SIZE_TOKENS``).
+        value: what was given; shown shortened.
+        allowed: what would be accepted, as the end of "…; it must be …".
+    """
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+        super().__init__(f"{field} is {shorten(value)}; it must be {allowed}.")
+
+
+class ContextLengthError(InvalidValueError):
+    """A prompt that does not fit the model's context window or the KV pool."""
+
+
+class ModelNotFoundError(MiniSglangError):
+    """No source could give the model that was asked for."""
+
+
+class ModelLoadError(MiniSglangError):
+    """The model was found but cannot be used: damaged, incomplete or unsupported."""
+
+
+class EngineError(MiniSglangError):
+    """A request failed inside the engine, or the engine is no longer running."""
+
+
+def shorten(value: object) -> str:
+    """``repr(value)``, cut to 200 characters, so that an error never echoes a huge input."""
+    if isinstance(value, (list, tuple, dict, set)) and len(value) > 16:
+        return f"a {type(value).__name__} of {len(value)} entries"
+    if isinstance(value, str) and len(value) > _SHOWN_CHARS:
+        return f"{value[:_SHOWN_CHARS]!r}… ({len(value)} characters)"
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"

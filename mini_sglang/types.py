@@ -1,0 +1,230 @@
+"""The values that travel between the floors: sampling parameters, token events, outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+from mini_sglang.errors import InvalidValueError
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIAS = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_NEW_TOKENS_LIMIT = 1_000_000
+
+
+class FinishReason(StrEnum):
+    """Why a request ended; each request ends in exactly one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+def _param(default: Any, help: str, metavar: str | None = None) -> Any:
+    metadata = {"help": help, "metavar": metavar}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. Validated when made, immutable after.
+
+    The default is greedy: always the most probable token. ``temperature`` above 0 samples. Filters
+    apply in the order temperature, top_k, top_p, min_p. Logprobs are those of the model's own
+    distribution, before penalties, bias, temperature and filters.
+
+    Raises:
+        InvalidValueError: a value is of the wrong type or out of its range.
+    """
+
+    max_new_tokens: int = _param(128, "tokens to generate at most")
+    min_new_tokens: int = _param(0, "tokens to generate before end-of-text may end the answer")
+    temperature: float = _param(0.0, "0 is greedy, up to 2.0 is wilder")
+    top_k: int = _param(0, "sample from the k most probable tokens; 0 is all")
+    top_p: float = _param(1.0, "sample from the smallest set of tokens with this total probability")
+    min_p: float = _param(0.0, "drop tokens below this fraction of the most probable one's probability")
+    repetition_penalty: float = _param(1.0, "above 1 divides down tokens seen in prompt or answer")
+    presence_penalty: float = _param(0.0, "subtracted once from tokens already in the answer")
+    frequency_penalty: float = _param(0.0, "subtracted per occurrence in the answer")
+    logit_bias: Mapping[int, float] = _param(
+        dict, "added to the logits of single tokens, as JSON: {\"42\": -100}", "JSON"
+    )
+    seed: int | None = _param(None, "makes sampling repeatable; by default every request draws its own")
+    stop: tuple[str, ...] = _param((), "strings that end the answer; they are not part of it", "TEXT")
+    stop_token_ids: tuple[int, ...] = _param((), "token ids that end the answer", "ID")
+    ignore_eos: bool = _param(False, "go on past end-of-text")
+    logprobs: bool = _param(False, "return the logprob of each generated token")
+    top_logprobs: int = _param(0, "with logprobs: also the n most probable tokens at each place")
+    prompt_logprobs: bool = _param(False, "return the logprob of each prompt token too")
+
+    def __post_init__(self) -> None:
+        _check_int("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS_LIMIT)
+        _check_int("min_new_tokens", self.min_new_tokens, 0, MAX_NEW_TOKENS_LIMIT)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise InvalidValueError(
+                "min_new_tokens", self.min_new_tokens, f"at most max_new_tokens, {self.max_new_tokens}"
+            )
+        self._number("temperature", 0.0, 2.0)
+        _check_int("top_k", self.top_k, 0, 1 << 30)
+        self._number("top_p", 0.0, 1.0, open_low=True)
+        self._number("min_p", 0.0, 1.0)
+        self._number("repetition_penalty", 0.0, 10.0, open_low=True)
+        self._number("presence_penalty", -2.0, 2.0)
+        self._number("frequency_penalty", -2.0, 2.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        for name in ("ignore_eos", "logprobs", "prompt_logprobs"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidValueError(name, getattr(self, name), "true or false")
+        _check_int("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        if self.top_logprobs and not (self.logprobs or self.prompt_logprobs):
+            raise InvalidValueError("top_logprobs", self.top_logprobs, "0 unless logprobs is on")
+        self._normalise_stop()
+        self._normalise_stop_token_ids()
+        self._normalise_logit_bias()
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the logits depend on which tokens came before, beyond the model itself."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    def _number(self, name: str, low: float, high: float, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        allowed = f"a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}"
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise InvalidValueError(name, value, allowed)
+        if not low <= value <= high or (open_low and value == low):
+            raise InvalidValueError(name, value, allowed)
+        object.__setattr__(self, name, float(value))
+
+    def _normalise_stop(self) -> None:
+        stop: object = (self.stop,) if isinstance(self.stop, str) else self.stop
+        allowed = f"up to {MAX_STOPS} non-empty strings of at most {MAX_STOP_CHARS} characters"
+        if not isinstance(stop, (list, tuple)) or len(stop) > MAX_STOPS:
+            raise InvalidValueError("stop", self.stop, allowed)
+        for text in stop:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
+                raise InvalidValueError("stop", text, allowed)
+        object.__setattr__(self, "stop", tuple(stop))
+
+    def _normalise_stop_token_ids(self) -> None:
+        ids: object = self.stop_token_ids
+        allowed = f"up to {MAX_STOP_TOKEN_IDS} token ids"
+        if not isinstance(ids, (list, tuple, set, frozenset)) or len(ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidValueError("stop_token_ids", ids, allowed)
+        for token_id in ids:
+            _check_int("stop_token_ids", token_id, 0, (1 << 31) - 1)
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
+
+    def _normalise_logit_bias(self) -> None:
+        bias: object = self.logit_bias
+        allowed = f"up to {MAX_LOGIT_BIAS} pairs of a token id and a number from -100 to 100"
+        if not isinstance(bias, Mapping) or len(bias) > MAX_LOGIT_BIAS:
+            raise InvalidValueError("logit_bias", bias, allowed)
+        checked: dict[int, float] = {}
+        for key, value in bias.items():
+            if isinstance(key, str) and key.isdecimal() and len(key) < 11:
+                key = int(key)
+            _check_int("logit_bias", key, 0, (1 << 31) - 1)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
+                raise InvalidValueError("logit_bias", value, allowed)
+            checked[key] = float(value)
+        object.__setattr__(self, "logit_bias", MappingProxyType(checked))
+
+
+def sampling_param_names() -> tuple[str, ...]:
+    return tuple(f.name for f in fields(SamplingParams))
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidValueError(name, value, f"a whole number from {low} to {high}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The natural-log probability of one token, and of the most probable ones at its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What the engine tells about one request after one step.
+
+    ``finish`` is set on the last event of a request and on no other. ``token_ids`` holds what this
+    step added (none for a request that ended without a token, one for an ordinary decode).
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    matched_token_id: int | None = None
+    error: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request; ``cached_tokens`` is the part of the prompt that was not computed."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One piece of a streamed answer. ``finish_reason`` and ``usage`` are set on the last one only."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A whole answer.
+
+    ``token_ids`` includes the end-of-text id or stop token that ended it; ``text`` does not.
+    ``logprobs`` (asked for with ``SamplingParams(logprobs=True)``) has one entry per id of
+    ``token_ids``; ``prompt_logprobs`` one per prompt token after the first. ``matched_stop`` is the
+    stop string or token id that ended the answer.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    matched_stop: str | int | None = None
+
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
