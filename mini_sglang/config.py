@@ -56,111 +56,185 @@ class Settings:
 
     # Model and device
     model: str = _setting(
-        "Model and device", "MODEL_NAME", DEFAULT_MODEL,
+        "Model and device",
+        "MODEL_NAME",
+        DEFAULT_MODEL,
         "a Hugging Face repository, a local folder, or a .gguf file",
     )
     model_local_dir: Path | None = _setting(
-        "Model and device", "MODEL_LOCAL_DIR", None,
+        "Model and device",
+        "MODEL_LOCAL_DIR",
+        None,
         "a folder or .gguf file already on disk; wins over MODEL_NAME and touches no network",
     )
     modelscope_model_name: str | None = _setting(
-        "Model and device", "MODELSCOPE_MODEL_NAME", None,
+        "Model and device",
+        "MODELSCOPE_MODEL_NAME",
+        None,
         "the repository asked of ModelScope when the Hugging Face hub cannot be reached",
         shown="same as `MODEL_NAME`",
     )
     model_revision: str = _setting(
-        "Model and device", "MODEL_REVISION", "main",
+        "Model and device",
+        "MODEL_REVISION",
+        "main",
         "branch, tag or commit of the repository; ModelScope's default branch is used for `main`",
     )
     dtype: str = _setting(
-        "Model and device", ("MODEL_DTYPE", "TORCH_DTYPE"), "auto",
-        "the type weights and KV are computed in", choices=("auto", "fp16", "bf16", "fp32"),
+        "Model and device",
+        ("MODEL_DTYPE", "TORCH_DTYPE"),
+        "auto",
+        "the type weights and KV are computed in",
+        choices=("auto", "fp16", "bf16", "fp32"),
         spellings=_DTYPE_SPELLINGS,
     )
     device: str = _setting(
-        "Model and device", "DEVICE", "auto",
-        "where the model runs; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"),
+        "Model and device",
+        "DEVICE",
+        "auto",
+        "where the model runs; auto takes CUDA, then MPS, then the CPU",
+        choices=("auto", "cpu", "cuda", "mps"),
     )
     gguf_dequantize: bool = _setting(
-        "Model and device", "GGUF_DEQUANTIZE", True,
+        "Model and device",
+        "GGUF_DEQUANTIZE",
+        True,
         "turn a GGUF's quantised blocks into plain weights at load: faster here, more memory; "
         "0 keeps the blocks as they are in the file",
     )
     trust_remote_code: bool = _setting(
-        "Model and device", "TRUST_REMOTE_CODE", False,
+        "Model and device",
+        "TRUST_REMOTE_CODE",
+        False,
         "allow a repository's own Python code to make its tokenizer (needs transformers)",
     )
     context_length: int = _setting(
-        "Model and device", "CONTEXT_LENGTH", 0,
-        "longest prompt and answer together, in tokens; 0 is what the model was made for", low=0, high=1 << 24,
+        "Model and device",
+        "CONTEXT_LENGTH",
+        0,
+        "longest prompt and answer together, in tokens; 0 is what the model was made for",
+        low=0,
+        high=1 << 24,
     )
     num_threads: int = _setting(
-        "Model and device", "NUM_THREADS", 0,
-        "CPU threads for the model; 0 is every core this process may use", low=0, high=1024,
+        "Model and device",
+        "NUM_THREADS",
+        0,
+        "CPU threads for the model; 0 is every core this process may use",
+        low=0,
+        high=1024,
     )
     cache_dir: Path = _setting(
-        "Model and device", "MINI_SGLANG_CACHE", Path("~/.cache/mini-sglang"),
+        "Model and device",
+        "MINI_SGLANG_CACHE",
+        Path("~/.cache/mini-sglang"),
         "where the starter model and converted tokenizers are kept",
     )
     download_timeout: float = _setting(
-        "Model and device", "DOWNLOAD_TIMEOUT", 30.0,
-        "seconds a download may stand still before it is given up", low=1, high=3600,
+        "Model and device",
+        "DOWNLOAD_TIMEOUT",
+        30.0,
+        "seconds a download may stand still before it is given up",
+        low=1,
+        high=3600,
     )
     # Caches
     prefix_cache: bool = _setting(
         "Caches", "PREFIX_CACHE", True, "reuse the KV of the longest prefix seen before (radix tree)"
     )
     prefix_cache_size: int = _setting(
-        "Caches", "PREFIX_CACHE_SIZE", 0,
-        "most stored prefixes (leaves of the tree); 0 is no bound but tokens", low=0, high=1 << 31,
+        "Caches",
+        "PREFIX_CACHE_SIZE",
+        0,
+        "most stored prefixes (leaves of the tree); 0 is no bound but tokens",
+        low=0,
+        high=1 << 31,
     )
     prefix_cache_max_tokens: int = _setting(
-        "Caches", "PREFIX_CACHE_MAX_TOKENS", 4096,
-        "prompts longer than this are not put in the cache", low=1, high=1 << 31,
+        "Caches",
+        "PREFIX_CACHE_MAX_TOKENS",
+        4096,
+        "prompts longer than this are not put in the cache",
+        low=1,
+        high=1 << 31,
     )
     prefix_cache_token_budget: int = _setting(
-        "Caches", "PREFIX_CACHE_TOKEN_BUDGET", 65536,
-        "most cached tokens that no running request uses", low=0, high=1 << 31,
+        "Caches",
+        "PREFIX_CACHE_TOKEN_BUDGET",
+        65536,
+        "most cached tokens that no running request uses",
+        low=0,
+        high=1 << 31,
     )
     prefix_cache_policy: str = _setting(
-        "Caches", "PREFIX_CACHE_POLICY", "lru",
-        "what is dropped first: least recently or least frequently used", choices=("lru", "lfu"),
+        "Caches",
+        "PREFIX_CACHE_POLICY",
+        "lru",
+        "what is dropped first: least recently or least frequently used",
+        choices=("lru", "lfu"),
     )
     page_size_tokens: int = _setting(
-        "Caches", "PAGE_SIZE_TOKENS", 16, "tokens per KV page; the prefix cache shares whole pages",
-        low=1, high=256,
+        "Caches",
+        "PAGE_SIZE_TOKENS",
+        16,
+        "tokens per KV page; the prefix cache shares whole pages",
+        low=1,
+        high=256,
     )
     kv_token_budget: int = _setting(
-        "Caches", "KV_TOKEN_BUDGET", 0, "tokens in the KV pool; 0 sizes it from free memory",
-        low=0, high=1 << 31, shown="from free memory",
+        "Caches",
+        "KV_TOKEN_BUDGET",
+        0,
+        "tokens in the KV pool; 0 sizes it from free memory",
+        low=0,
+        high=1 << 31,
+        shown="from free memory",
     )
     # Scheduling
     chunked_prefill: bool = _setting(
-        "Scheduling", "CHUNKED_PREFILL", False,
+        "Scheduling",
+        "CHUNKED_PREFILL",
+        False,
         "split long prompts, so that running answers go on between the chunks",
     )
     prefill_chunk_size: int = _setting(
-        "Scheduling", "PREFILL_CHUNK_SIZE", 512, "with CHUNKED_PREFILL: prompt tokens per step",
-        low=1, high=1 << 20,
+        "Scheduling",
+        "PREFILL_CHUNK_SIZE",
+        512,
+        "with CHUNKED_PREFILL: prompt tokens per step",
+        low=1,
+        high=1 << 20,
     )
     max_batch_size: int = _setting(
         "Scheduling", "MAX_BATCH_SIZE", 64, "requests that run together", low=1, high=4096
     )
     max_prefill_tokens: int = _setting(
-        "Scheduling", "MAX_PREFILL_TOKENS", 4096,
-        "prompt tokens of several requests per step; one longer prompt runs alone", low=1, high=1 << 20,
+        "Scheduling",
+        "MAX_PREFILL_TOKENS",
+        4096,
+        "prompt tokens of several requests per step; one longer prompt runs alone",
+        low=1,
+        high=1 << 20,
     )
     aggressive_max_new_tokens: bool = _setting(
-        "Scheduling", "AGGRESSIVE_MAX_NEW_TOKENS", True,
+        "Scheduling",
+        "AGGRESSIVE_MAX_NEW_TOKENS",
+        True,
         "lower max_new_tokens to what the context window leaves; 0 refuses such a request",
     )
     max_context_margin: int = _setting(
-        "Scheduling", "MAX_CONTEXT_MARGIN", 16,
-        "tokens of the context window that AGGRESSIVE_MAX_NEW_TOKENS leaves free", low=0, high=1 << 20,
+        "Scheduling",
+        "MAX_CONTEXT_MARGIN",
+        16,
+        "tokens of the context window that AGGRESSIVE_MAX_NEW_TOKENS leaves free",
+        low=0,
+        high=1 << 20,
     )
     # Logs
     log_level: str = _setting(
-        "Logs", "LOG_LEVEL", "warning",
+        "Logs",
+        "LOG_LEVEL",
+        "warning",
         "info follows each request through the stack, token by token",
         choices=("debug", "info", "warning", "error"),
     )
@@ -199,6 +273,9 @@ class Settings:
                 raise InvalidValueError(keyword, value, f"given once, under one of its names ({spec.name})")
             given.add(spec.name)
             values[spec.name] = _parse(spec, keyword, value)
+        # MODEL_LOCAL_DIR wins over MODEL_NAME, but not over a model named by keyword or flag.
+        if "model" in given and "model_local_dir" not in given:
+            values.pop("model_local_dir", None)
         return cls(**values, chosen=frozenset(values))
 
     @property

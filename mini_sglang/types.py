@@ -57,7 +57,7 @@ class SamplingParams:
     presence_penalty: float = _param(0.0, "subtracted once from tokens already in the answer")
     frequency_penalty: float = _param(0.0, "subtracted per occurrence in the answer")
     logit_bias: Mapping[int, float] = _param(
-        dict, "added to the logits of single tokens, as JSON: {\"42\": -100}", "JSON"
+        dict, 'added to the logits of single tokens, as JSON: {"42": -100}', "JSON"
     )
     seed: int | None = _param(None, "makes sampling repeatable; by default every request draws its own")
     stop: tuple[str, ...] = _param((), "strings that end the answer; they are not part of it", "TEXT")
@@ -100,11 +100,7 @@ class SamplingParams:
     @property
     def penalised(self) -> bool:
         """Whether the logits depend on which tokens came before, beyond the model itself."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-        )
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def _number(self, name: str, low: float, high: float, open_low: bool = False) -> None:
         value = getattr(self, name)

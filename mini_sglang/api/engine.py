@@ -1,0 +1,259 @@
+"""The public ``Engine``: text at the edge, ids below."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import queue
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast, overload
+
+from mini_sglang.api.streams import AsyncStream, Stream
+from mini_sglang.config import Settings
+from mini_sglang.errors import EngineError, InvalidValueError
+from mini_sglang.types import FinishReason, Output, Prompt, SamplingParams, TokenEvent
+
+if TYPE_CHECKING:
+    from mini_sglang.engine.worker import EngineThread
+    from mini_sglang.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """A language model that generates text for many callers at once.
+
+        from mini_sglang import Engine, SamplingParams
+
+        with Engine() as engine:                                    # the default model
+            print(engine.generate("The capital of France is").text)
+            params = SamplingParams(max_new_tokens=64, temperature=0.7, seed=1)
+            for delta in engine.stream([{"role": "user", "content": "Tell me a joke."}], params):
+                print(delta.text, end="", flush=True)
+
+    A prompt is a text, a list of token ids, or a list of chat messages (``{"role": …, "content": …}``),
+    which the model's chat template turns into ids. In a text, special tokens such as ``<|im_end|>``
+    count as what they are; in a message they are plain text. Requests of all threads and event loops share
+    one batch and one prefix cache; what a request answers does not depend on the others.
+
+    Args:
+        model: a Hugging Face repository, a local folder or a ``.gguf`` file; the default one if None.
+        notify: called with one line for each stage of the start; silent by default.
+        settings: any setting in lower case, ``Engine("folder", dtype="fp32", page_size_tokens=16)``;
+            what is not given comes from its environment variable, then from the default.
+
+    Raises:
+        InvalidValueError: a setting that is unknown or out of range.
+        ModelNotFoundError: no source has the model.
+        ModelLoadError: its files are damaged, incomplete or of a kind that is not supported.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        notify: Callable[[str], None] | None = None,
+        **settings: object,
+    ) -> None:
+        if model is not None:
+            settings = {**settings, "model": model}
+        self.settings = Settings.resolve(settings)
+        parts = _load(self.settings, notify or _silent)
+        self.tokenizer: Tokenizer = parts[0]
+        self._thread: EngineThread = parts[1]
+        self.description: dict[str, Any] = parts[2]
+        self._ids = itertools.count()
+
+    @overload
+    def generate(self, prompts: str | Sequence[int], params: SamplingParams | None = None) -> Output: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+    ) -> Output: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Output]: ...
+
+    def generate(self, prompts: Any, params: Any = None) -> Any:
+        """Answer one prompt, or many together; gives an ``Output`` or a list of them in order.
+
+        Args:
+            prompts: one prompt or a list of prompts.
+            params: for all of them, or a list with one for each.
+
+        Raises:
+            InvalidValueError: a prompt or parameter that cannot be used; nothing runs then.
+            ContextLengthError: a prompt as long as the context window.
+            EngineError: the engine failed under a request, or is closed.
+        """
+        many, pairs = _pair_up(prompts, params)
+        streams: list[Stream] = []
+        try:
+            requests = [(self.encode(prompt), one) for prompt, one in pairs]
+            streams.extend(self._open(ids, one) for ids, one in requests)
+            outputs = [stream.output() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
+        return outputs if many else outputs[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Answer one prompt as it is made: an iterator of ``Delta``.
+
+        The last delta has ``finish_reason`` and ``usage``. Closing the iterator, or leaving its ``with``
+        block, aborts the request. Raises as ``generate`` does, for bad input at once.
+        """
+        return self._open(self.encode(prompt), params or SamplingParams())
+
+    @overload
+    async def agenerate(
+        self, prompts: str | Sequence[int] | Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+    ) -> Output: ...
+    @overload
+    async def agenerate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Output]: ...
+
+    async def agenerate(self, prompts: Any, params: Any = None) -> Any:
+        """``generate`` for asyncio; cancelling it aborts the requests."""
+        many, pairs = _pair_up(prompts, params)
+        streams: list[AsyncStream] = []
+        try:
+            requests = [(await asyncio.to_thread(self.encode, prompt), one) for prompt, one in pairs]
+            streams.extend(self._open_async(ids, one) for ids, one in requests)
+            outputs = [await stream.output() for stream in streams]
+        finally:
+            for stream in streams:
+                await stream.aclose()
+        return outputs if many else outputs[0]
+
+    def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncStream:
+        """``stream`` for asyncio: ``async for delta in engine.astream(prompt)``."""
+        return self._open_async(self.encode(prompt), params or SamplingParams())
+
+    def insert_prefix(self, prefix: Prompt) -> int:
+        """Compute a prefix now, so that prompts that begin with it start faster; returns its tokens.
+
+        For messages the prefix ends where the next message would begin, so a system prompt can be
+        given alone.
+
+        Raises:
+            InvalidValueError: the prefix cache is off, or the prefix is longer than it takes.
+        """
+        ids = self.encode(prefix, add_generation_prompt=False)
+        request = self._thread.core.make_prefix_request(self._next_id(), ids)
+        events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self._thread.submit(request, events.put)
+        event = events.get()
+        if event.finish is not FinishReason.STOP:
+            raise EngineError(event.error or "the engine was closed")
+        return len(ids)
+
+    def clear_cache(self) -> int:
+        """Drop every cached prefix that no running request uses; returns the tokens dropped."""
+        return self._thread.call(self._thread.core.cache.clear)
+
+    def encode(self, prompt: Prompt, *, add_generation_prompt: bool = True) -> list[int]:
+        """The token ids of a prompt, as ``generate`` would run them."""
+        if isinstance(prompt, str) and prompt:
+            return self.tokenizer.encode(prompt)
+        if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)) and prompt:
+            if all(isinstance(part, Mapping) for part in prompt):
+                messages = cast("Sequence[Mapping[str, Any]]", prompt)
+                return self.tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+            if all(type(part) is int for part in prompt):
+                return list(cast("Sequence[int]", prompt))
+        allowed = "a non-empty text, a non-empty list of token ids, or a non-empty list of chat messages"
+        raise InvalidValueError("prompt", prompt, allowed)
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        return len(self.encode(prompt))
+
+    def stats(self) -> dict[str, int]:
+        """Counters and gauges of the engine: requests, steps, tokens, cache hits, pages."""
+        return self._thread.call(self._thread.core.stats)
+
+    def close(self) -> None:
+        """Abort what runs and free the engine. Called by the ``with`` block; safe to call twice."""
+        self._thread.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _next_id(self) -> str:
+        return f"r{next(self._ids)}"
+
+    def _open(self, ids: list[int], params: SamplingParams) -> Stream:
+        return Stream(self._thread, self.tokenizer, self._next_id(), ids, params)
+
+    def _open_async(self, ids: list[int], params: SamplingParams) -> AsyncStream:
+        return AsyncStream(self._thread, self.tokenizer, self._next_id(), ids, params)
+
+
+def _load(
+    settings: Settings, notify: Callable[[str], None]
+) -> tuple[Tokenizer, EngineThread, dict[str, Any]]:
+    """Find the model, load its tokenizer and weights, start the engine's thread."""
+    from mini_sglang.backend.loading.source import resolve_model
+    from mini_sglang.text.tokenizer import load_tokenizer
+
+    files = resolve_model(settings, notify=notify)
+    tokenizer = load_tokenizer(
+        files.path, cache_dir=settings.cache_path, trust_remote_code=settings.trust_remote_code
+    )
+    # torch takes a second or more to import: only once the model is found and its tokenizer reads.
+    from mini_sglang.backend.model_backend import load_backend
+    from mini_sglang.engine.engine import EngineCore
+    from mini_sglang.engine.worker import EngineThread
+
+    notify(f"Loading {files.name} …")
+    backend = load_backend(files.path, settings, notify=notify)
+    eos_ids = frozenset(backend.eos_ids) | tokenizer.eos_ids
+    description = {"model": files.name, "source": files.source, **backend.describe()}
+    logger.info(
+        "set up %s eos_ids=%s",
+        " ".join(f"{name}={value}" for name, value in description.items()),
+        sorted(eos_ids),
+    )
+    return tokenizer, EngineThread(EngineCore(backend, settings, eos_ids)), description
+
+
+def _pair_up(prompts: Any, params: Any) -> tuple[bool, list[tuple[Prompt, SamplingParams]]]:
+    """Whether many prompts were given, and each with its parameters."""
+    many = not isinstance(prompts, str) and (
+        not isinstance(prompts, Sequence)
+        or any(isinstance(part, (str, Sequence)) and not isinstance(part, Mapping) for part in prompts)
+    )
+    if many and not isinstance(prompts, Sequence):
+        raise InvalidValueError("prompts", prompts, "a text, token ids, chat messages, or a list of these")
+    if not many:
+        prompts = [prompts]
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(prompts)
+    if (
+        not isinstance(params, Sequence)
+        or len(params) != len(prompts)
+        or not all(isinstance(one, SamplingParams) for one in params)
+    ):
+        allowed = f"one SamplingParams, or a list of one for each of the {len(prompts)} prompts"
+        raise InvalidValueError("params", params, allowed)
+    return many, list(zip(prompts, params, strict=True))
+
+
+def _silent(line: str) -> None:
+    """The default ``notify``."""

@@ -1,0 +1,126 @@
+"""The paged KV pool and its size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mini_sglang.errors import InvalidValueError
+
+_FREE_MEMORY_SHARE = 0.4
+_USEFUL_TOKENS = 65_536
+_USEFUL_TOKENS_PER_SEQUENCE = 1_024
+
+
+class KVPool:
+    """Keys and values of every layer, in pages that the engine hands out.
+
+    Layout: ``data[layer, slot]`` is one token's ``2 * kv_heads * head_dim`` numbers, keys before values,
+    so that the rows a fused qkv projection gives are written, and a page is read, in one piece. Slot
+    ``page * page_size + offset``. On a CPU a page costs no memory until it is written.
+
+    A free page may hold anything, NaN too, and a masked score does not stop a NaN value: attention
+    multiplies it by a weight of 0. ``open_pages`` therefore clears a page that a step fills only in part.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate.
+
+        Raises:
+            InvalidValueError: the device has not that much memory.
+        """
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self._row = (2, kv_heads, head_dim)
+        width = 2 * kv_heads * head_dim
+        try:
+            self.data = torch.empty((num_layers, num_pages * page_size, width), dtype=dtype, device=device)
+        except (RuntimeError, MemoryError):
+            tokens = num_pages * page_size
+            gib = num_layers * tokens * width * dtype.itemsize / 2**30
+            raise InvalidValueError(
+                "KV_TOKEN_BUDGET", tokens, f"smaller: the device cannot give {gib:.1f} GiB for the KV pool"
+            ) from None
+        self._layers: tuple[Tensor, ...] = tuple(self.data)
+        self._paged = tuple(self.data.view(num_layers, num_pages, page_size * width))
+
+    def open_pages(self, pages: Tensor) -> None:
+        """Clear ``pages`` ``[N]`` int64 in every layer, before a step writes their first slots."""
+        self.data.view(self.data.shape[0], self.num_pages, -1).index_fill_(1, pages, 0)
+
+    def write(self, layer: int, slots: Tensor, rows: Tensor) -> None:
+        """Store ``rows`` ``[T, 2 * kv_heads * head_dim]`` at ``slots`` ``[T]`` int64."""
+        self._layers[layer].index_copy_(0, slots, rows)
+
+    def run(self, layer: int, first: int, stop: int) -> Tensor:
+        """Slots ``first`` to ``stop`` as a view, ``[stop - first, 2, kv_heads, head_dim]``."""
+        return self._layers[layer][first:stop].view(-1, *self._row)
+
+    def gather(self, layer: int, pages: Tensor, out: Tensor) -> Tensor:
+        """Copy ``pages`` ``[N]`` int64 into ``out``, which ``buffer`` made.
+
+        Returns:
+            a view of ``out``, ``[N * page_size, 2, kv_heads, head_dim]``.
+        """
+        torch.index_select(self._paged[layer], 0, pages, out=out)
+        return out.view(-1, *self._row)
+
+    def buffer(self, num_pages: int) -> Tensor:
+        """Room for ``gather`` of so many pages, to be reused from layer to layer."""
+        return self.data.new_empty((num_pages, self._paged[0].shape[1]))
+
+
+def kv_bytes_per_token(num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    return num_layers * 2 * kv_heads * head_dim * dtype.itemsize
+
+
+def kv_pages_for(
+    *,
+    token_budget: int,
+    page_size: int,
+    bytes_per_token: int,
+    free_bytes: int,
+    context_length: int,
+    max_batch_size: int,
+) -> int:
+    """How many pages the pool gets.
+
+    ``token_budget`` above 0 decides alone, rounded down to whole pages. At 0 it is 40 % of the free
+    memory, but no more than is of use: one whole context, or 64 Ki tokens of prefixes and 1 Ki for each
+    sequence that may run.
+
+    Raises:
+        InvalidValueError: a budget, or free memory, that cannot hold one page and two tokens; a budget
+            above the free memory.
+    """
+    least = max(page_size, 2)
+    if token_budget:
+        if token_budget < least:
+            raise InvalidValueError("KV_TOKEN_BUDGET", token_budget, f"at least {least}, one page")
+        if token_budget * bytes_per_token > free_bytes:
+            raise InvalidValueError(
+                "KV_TOKEN_BUDGET",
+                token_budget,
+                f"at most {free_bytes // bytes_per_token}: a token takes {bytes_per_token} bytes and "
+                f"{free_bytes / 2**30:.1f} GiB are free",
+            )
+        return token_budget // page_size
+    useful = max(context_length, _USEFUL_TOKENS + max_batch_size * _USEFUL_TOKENS_PER_SEQUENCE)
+    tokens = min(useful, int(free_bytes * _FREE_MEMORY_SHARE) // bytes_per_token)
+    if tokens < least:
+        raise InvalidValueError(
+            "free memory", f"{free_bytes / 2**20:.0f} MiB", f"enough for {least} tokens of KV at 40 %"
+        )
+    return -(-tokens // page_size) if tokens == useful else tokens // page_size

@@ -1,0 +1,145 @@
+"""One face over the two kinds of model on disk: a folder of safetensors, and a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mini_sglang.backend.loading.gguf import GGUFFile, GGUFTensor, read_gguf
+from mini_sglang.backend.loading.gguf_model import architecture, hf_config, hf_names
+from mini_sglang.backend.loading.safetensors_folder import SafetensorsCheckpoint
+from mini_sglang.backend.quant import dequantize
+from mini_sglang.backend.weights import DenseWeight, QuantizedWeight, Weight
+from mini_sglang.errors import ModelLoadError, shorten
+
+
+class Checkpoint(Protocol):
+    """A model's config and parameters, under the names and in the row order of transformers.
+
+    Tensors may be views of the mapped file and are not to be written to; they stay valid after ``close``.
+    Every method that takes a name raises ``ModelLoadError`` for one that the model does not have.
+
+    Attributes:
+        config: the content of ``config.json``.
+        generation_config: the content of ``generation_config.json``, empty where there is none.
+        nbytes: stored bytes of all parameters.
+    """
+
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    nbytes: int
+
+    def names(self) -> Collection[str]:
+        """The parameters' names."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A parameter's shape, from the header alone."""
+
+    def weight(self, name: str, dtype: torch.dtype) -> Weight:
+        """A matrix, to be computed with in ``dtype``.
+
+        Raises:
+            ModelLoadError: it is not a matrix, or of a type that is not supported.
+        """
+
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A parameter of any shape as a dense tensor.
+
+        Raises:
+            ModelLoadError: it is of a type that is not supported.
+        """
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+def open_checkpoint(path: Path, *, dequantize: bool) -> Checkpoint:
+    """Open a model folder (safetensors) or a GGUF file.
+
+    Args:
+        dequantize: whether the quantised matrices of a GGUF file become dense ones in the compute dtype.
+
+    Raises:
+        ModelLoadError: the model is missing, damaged or unsupported.
+    """
+    if path.is_dir():
+        return SafetensorsCheckpoint(path)
+    return GGUFCheckpoint(path, dequantize=dequantize)
+
+
+class GGUFCheckpoint:
+    """The checkpoint of a GGUF file; see ``Checkpoint``."""
+
+    def __init__(self, path: Path, *, dequantize: bool) -> None:
+        self.path = path
+        self._dequantize = dequantize
+        self._file: GGUFFile = read_gguf(path)
+        try:
+            self.config = hf_config(self._file)
+            self._names = hf_names(self._file)
+            self._interleaved = architecture(self._file).interleaved
+        except BaseException:
+            self._file.close()
+            raise
+        self.generation_config: dict[str, Any] = {}
+        self.nbytes = sum(self._file.tensors[name].nbytes for name in self._names.values())
+        self._file.prefetch()
+
+    def names(self) -> Collection[str]:
+        return self._names.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensor(name).shape
+
+    def weight(self, name: str, dtype: torch.dtype) -> Weight:
+        tensor = self._tensor(name)
+        if len(tensor.shape) != 2:
+            raise ModelLoadError(
+                f"The tensor {name} of {self.path} has the shape {tensor.shape}; it must be a matrix."
+            )
+        if tensor.type.quantized and not self._dequantize:
+            return QuantizedWeight(self._blocks(name, tensor), tensor.type, dtype)
+        return DenseWeight(self.tensor(name, dtype))
+
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        tensor = self._tensor(name)
+        return dequantize(self._blocks(name, tensor), tensor.type, dtype).view(tensor.shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _tensor(self, name: str) -> GGUFTensor:
+        try:
+            return self._file.tensors[self._names[name]]
+        except KeyError:
+            raise ModelLoadError(f"The model {self.path} has no tensor {shorten(name)}.") from None
+
+    def _blocks(self, name: str, tensor: GGUFTensor) -> Tensor:
+        """The stored bytes, uint8 ``[rows, bytes_per_row]``; a vector of a q or k bias has rows of one."""
+        rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+        blocks = torch.from_numpy(self._file.view(tensor.name))
+        heads = self._interleaved_heads(name)
+        if not heads:
+            return blocks.view(rows, -1)
+        if len(tensor.shape) == 1:
+            if tensor.type.quantized:
+                raise ModelLoadError(f"The bias {name} of {self.path} is quantised, which is not supported.")
+            rows = tensor.shape[0]
+        if rows % (2 * heads):
+            raise ModelLoadError(
+                f"The tensor {name} of {self.path} has {rows} rows; it must have {heads} heads of even size."
+            )
+        # Row 2i + j of a head in the file is row j * (head_dim / 2) + i in transformers.
+        return blocks.view(heads, rows // heads // 2, 2, -1).transpose(1, 2).reshape(rows, -1)
+
+    def _interleaved_heads(self, name: str) -> int:
+        """The number of heads whose rows llama.cpp's converter reordered, 0 where it did not."""
+        if self._interleaved and ".self_attn.q_proj." in name:
+            return int(self.config["num_attention_heads"])
+        if self._interleaved and ".self_attn.k_proj." in name:
+            return int(self.config["num_key_value_heads"])
+        return 0

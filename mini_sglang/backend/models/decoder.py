@@ -1,0 +1,117 @@
+"""The one decoder: Llama, Mistral, Qwen2, Qwen3 and SmolLM3 as flags of ``ModelConfig``.
+
+Pure: the batch, the KV pool and the attention are arguments. Norms are computed in float32 and every
+other operation rounds where transformers rounds, so that half precision agrees with it closely.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mini_sglang.backend.attention.base import Attention
+from mini_sglang.backend.batch import Batch
+from mini_sglang.backend.kv.pool import KVPool
+from mini_sglang.backend.models.config import ModelConfig
+from mini_sglang.backend.models.rope import inverse_frequencies, rotate_, rotation
+from mini_sglang.backend.weights import Weight
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """One layer. ``qkv`` is q, k and v on top of each other, ``gate_up`` gate and up.
+
+    ``qk_norm`` is ``[heads + kv_heads, head_dim]``: the q norm for each query head, then the k norm.
+    """
+
+    input_norm: Tensor
+    qkv: Weight
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None
+    o: Weight
+    o_bias: Tensor | None
+    post_norm: Tensor
+    gate_up: Weight
+    gate_up_bias: Tensor | None
+    down: Weight
+    down_bias: Tensor | None
+
+
+class Decoder:
+    """Weights and flags. Calling it changes nothing but the KV pool it is handed."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Weight,
+        layers: list[LayerWeights],
+        final_norm: Tensor,
+        lm_head: Weight,
+    ) -> None:
+        self.config = config
+        self.embedding = embedding
+        self.layers = layers
+        self.final_norm = final_norm
+        self.lm_head = lm_head
+        self.dtype = final_norm.dtype
+        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(final_norm.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight matrices, tied ones once."""
+        matrices = [w for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        matrices.append(self.embedding)
+        if self.lm_head is not self.embedding:
+            matrices.append(self.lm_head)
+        return sum(weight.nbytes for weight in matrices)
+
+    def forward(self, batch: Batch, kv: KVPool, attention: Attention) -> Tensor:
+        """Run the batch's tokens, writing their KV.
+
+        Returns:
+            ``[R, hidden_size]``: the normed hidden state of ``batch.output_rows``, or of all T rows.
+        """
+        config = self.config
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        queries = heads * head_dim
+        eps = config.norm_eps
+        last = config.num_layers - 1
+        if batch.opened_pages is not None:
+            kv.open_pages(batch.opened_pages)
+        attend = attention.begin(batch, kv)
+        cos, sin = rotation(batch.positions, self._frequencies, config.rope.attention_factor, self.dtype)
+        hidden = self.embedding.rows(batch.token_ids)
+        for index, layer in enumerate(self.layers):
+            qkv = layer.qkv.linear(rms_norm(hidden, layer.input_norm, eps), layer.qkv_bias)
+            qkv_heads = qkv.view(len(qkv), -1, head_dim)
+            turning = qkv_heads[:, : heads + kv_heads]
+            if layer.qk_norm is not None:
+                turning.copy_(F.rms_norm(turning, (head_dim,), None, eps).mul_(layer.qk_norm))
+            if config.rope_layers[index]:
+                rotate_(turning, cos, sin)
+            kv.write(index, batch.slot_mapping, qkv[:, queries:])
+            query, key, value = torch.split(qkv_heads, [heads, kv_heads, kv_heads], 1)
+            attended = attend(index, config.windows[index], query, key, value)
+            if index == last and batch.output_rows is not None:
+                attended = attended.index_select(0, batch.output_rows)
+                hidden = hidden.index_select(0, batch.output_rows)
+            hidden.add_(layer.o.linear(attended, layer.o_bias))
+            gate_up = layer.gate_up.linear(rms_norm(hidden, layer.post_norm, eps), layer.gate_up_bias)
+            gate, up = gate_up.chunk(2, -1)
+            hidden.add_(layer.down.linear(F.silu(gate).mul_(up), layer.down_bias))
+        return rms_norm(hidden, self.final_norm, eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[R, hidden_size]`` to float32 ``[R, vocab_size]``."""
+        return self.lm_head.linear(hidden).float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm (Zhang and Sennrich 2019) over the last dimension, computed in float32."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    # The fused weight would be applied before the rounding to half precision, transformers' after it.
+    return F.rms_norm(x, weight.shape, None, eps).mul_(weight)

@@ -1,0 +1,94 @@
+"""One request from arrival to its terminal event."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
+
+from mini_sglang.engine.radix import RadixNode
+from mini_sglang.types import FinishReason, SamplingParams, TokenLogprob
+
+
+class Phase(Enum):
+    """WAITING ⇄ RUNNING (retraction goes back), then FINISHED, once and for good."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The engine's view of a request: token ids, pages and progress, no text.
+
+    Prefill and decode are one thing here: a step computes some of ``tokens[num_computed:]``, and when
+    it computes the last of them a token is sampled and appended.
+
+    Attributes:
+        tokens: the prompt followed by the tokens generated so far.
+        num_prompt: how many of ``tokens`` are the prompt.
+        max_new_tokens: ``params.max_new_tokens`` after the caps of context and pool.
+        prefill_only: end after the prompt is computed, without a token (``insert_prefix``).
+        namespace: requests share prefixes only within one.
+        pages: page table; the first ``num_tree_pages`` belong to the radix tree, the rest to us.
+        num_computed: leading tokens whose KV is in ``pages``; below ``len(tokens)`` until finished.
+        num_cached: prompt tokens taken from the prefix cache when it was first admitted.
+        started: whether a step of it has run.
+        node: the radix node locked for the tree's pages.
+    """
+
+    request_id: str
+    tokens: list[int]
+    num_prompt: int
+    params: SamplingParams
+    max_new_tokens: int
+    seed: int
+    eos_ids: frozenset[int]
+    prefill_only: bool = False
+    namespace: str = ""
+    arrival: float = 0.0
+
+    phase: Phase = Phase.WAITING
+    pages: array[int] = field(default_factory=lambda: array("i"))
+    num_tree_pages: int = 0
+    num_computed: int = 0
+    num_cached: int | None = None
+    started: bool = False
+    node: RadixNode | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs_done: bool = False
+    finish: FinishReason | None = None
+    matched_token_id: int | None = None
+    first_token_time: float = 0.0
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled: 1 in decode, more in prefill."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether every prompt position must still be computed, so that no cached KV helps."""
+        return self.params.prompt_logprobs and not self.prompt_logprobs_done
+
+    def append(self, token_id: int) -> None:
+        """Add a generated token and decide whether the request ends with it."""
+        self.tokens.append(token_id)
+        params = self.params
+        is_eos = token_id in self.eos_ids and not params.ignore_eos
+        if is_eos or token_id in params.stop_token_ids:
+            self.finish, self.matched_token_id = FinishReason.STOP, token_id
+        elif self.num_output >= self.max_new_tokens:
+            self.finish = FinishReason.LENGTH
+
+    def banned_ids(self) -> tuple[int, ...]:
+        """Ids that may not come next: what would end the answer before ``min_new_tokens``."""
+        if self.num_output >= self.params.min_new_tokens:
+            return ()
+        eos = () if self.params.ignore_eos else tuple(sorted(self.eos_ids))
+        return eos + self.params.stop_token_ids

@@ -1,0 +1,142 @@
+"""Paged attention against a brute-force twin that knows nothing of pages."""
+
+from __future__ import annotations
+
+import math
+from array import array
+
+import pytest
+import torch
+from torch import Tensor
+
+from mini_sglang.backend.attention import paged
+from mini_sglang.backend.attention.paged import PagedAttention
+from mini_sglang.backend.batch import Batch, Limits
+from mini_sglang.backend.kv.pool import KVPool
+from mini_sglang.backend.step import SequenceStep
+
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
+NUM_SLOTS = 512
+CPU = torch.device("cpu")
+
+DECODES = [(1, 0), (1, 20), (1, 6), (1, 31), (1, 32)]
+CHUNKS = [(12, 0), (5, 16), (33, 7), (2, 40), (21, 0)]
+
+
+def twin(query: Tensor, key: Tensor, value: Tensor, start: int, window: int | None) -> Tensor:
+    """Attention of one sequence in float64, one row and one head at a time.
+
+    ``query`` ``[t, heads, head_dim]`` from position ``start`` on; ``key``, ``value`` ``[L, kv_heads, head_dim]``.
+    """
+    out = torch.empty(query.shape, dtype=torch.float64)
+    for row in range(len(query)):
+        position = start + row
+        first = 0 if window is None else max(0, position - window + 1)
+        for head in range(HEADS):
+            shared = head * KV_HEADS // HEADS
+            keys = key[first : position + 1, shared].double()
+            scores = keys @ query[row, head].double() / math.sqrt(HEAD_DIM)
+            out[row, head] = scores.softmax(0) @ value[first : position + 1, shared].double()
+    return out.flatten(1)
+
+
+class Scene:
+    """Sequences of (new tokens, start) with random KV in a pool that is NaN everywhere else."""
+
+    def __init__(self, sequences: list[tuple[int, int]], page_size: int, shuffle: bool) -> None:
+        generator = torch.Generator().manual_seed(len(sequences) + page_size)
+        self.kv = KVPool(
+            num_layers=2,
+            num_pages=NUM_SLOTS // page_size,
+            page_size=page_size,
+            kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            dtype=torch.float32,
+            device=CPU,
+        )
+        self.kv.data.fill_(torch.nan)
+        order = list(range(self.kv.num_pages))
+        if shuffle:
+            order = torch.randperm(self.kv.num_pages, generator=generator).tolist()
+        self.steps: list[SequenceStep] = []
+        self.queries: list[Tensor] = []
+        self.rows: list[Tensor] = []
+        for count, start in sequences:
+            pages = -(-(start + count) // page_size)
+            self.steps.append(SequenceStep([0] * count, start, array("i", order[:pages])))
+            del order[:pages]
+            self.queries.append(torch.randn(count, HEADS, HEAD_DIM, generator=generator))
+            self.rows.append(torch.randn(start + count, 2, KV_HEADS, HEAD_DIM, generator=generator))
+        self.limits = Limits(page_size, self.kv.num_pages, vocab_size=1, context_length=NUM_SLOTS)
+
+    def batch(self) -> Batch:
+        """Write the positions before each start, as earlier steps would have, and plan the step."""
+        before = [i for i, step in enumerate(self.steps) if step.start]
+        if before:
+            past = [SequenceStep([0] * s.start, 0, s.pages) for s in (self.steps[i] for i in before)]
+            self._write(
+                Batch.build(past, self.limits, CPU), [self.rows[i][: self.steps[i].start] for i in before]
+            )
+        batch = Batch.build(self.steps, self.limits, CPU)
+        self._write(batch, [rows[step.start :] for rows, step in zip(self.rows, self.steps, strict=True)])
+        return batch
+
+    def _write(self, batch: Batch, rows: list[Tensor]) -> None:
+        if batch.opened_pages is not None:
+            self.kv.open_pages(batch.opened_pages)
+        self.kv.write(1, batch.slot_mapping, torch.cat([rows[i] for i in batch.order]).flatten(1))
+
+    def check(self, window: int | None) -> None:
+        batch = self.batch()
+        new = [self.rows[i][self.steps[i].start :] for i in batch.order]
+        key, value = torch.cat(new).unbind(1)
+        query = torch.cat([self.queries[i] for i in batch.order])
+        out = PagedAttention().begin(batch, self.kv)(1, window, query, key, value)
+        expected = [
+            twin(self.queries[i], *self.rows[i].unbind(1), self.steps[i].start, window) for i in batch.order
+        ]
+        torch.testing.assert_close(out, torch.cat(expected).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        DECODES,
+        DECODES[1:2],
+        DECODES[3:],
+        CHUNKS,
+        CHUNKS[:1],
+        CHUNKS[2:3],
+        [*CHUNKS[:2], *DECODES, *CHUNKS[2:]],
+    ],
+    ids=[
+        "decodes",
+        "one decode",
+        "even decodes",
+        "chunks",
+        "one fresh chunk",
+        "one extending chunk",
+        "mixed",
+    ],
+)
+def test_equals_the_twin(sequences: list[tuple[int, int]], page_size: int, window: int | None) -> None:
+    for shuffle in (False, True):
+        Scene(sequences, page_size, shuffle).check(window)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_chunk_longer_than_a_block_of_queries(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    monkeypatch.setattr(paged, "_QUERY_BLOCK", 8)
+    Scene([(8, 3), (33, 7), (30, 0), (1, 9)], 4, True).check(window)
+
+
+def test_a_sequence_of_nan_leaves_its_neighbours_alone() -> None:
+    scene = Scene(DECODES, 16, True)
+    scene.rows[1].fill_(torch.nan)
+    scene.queries[1].fill_(torch.nan)
+    batch = scene.batch()
+    key, value = torch.cat([rows[-1:] for rows in scene.rows]).unbind(1)
+    out = PagedAttention().begin(batch, scene.kv)(1, None, torch.cat(scene.queries), key, value)
+    assert out.isnan().any(1).tolist() == [False, True, False, False, False]

@@ -1,0 +1,107 @@
+"""The real starter model against transformers: logits and greedy ids over real prompts, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mini_sglang import Engine, SamplingParams
+from mini_sglang.backend.model_backend import load_backend
+from mini_sglang.config import Settings
+from tests.backend.harness import page_ranges, step, step_logits
+
+PROMPTS = [
+    "The capital of France is",
+    "Water boils at",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in a small village by the sea,",
+    "The three primary colours are",
+    "In 1969, the first person to walk on the Moon",
+    "import numpy as np\n\nx = np.",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "Photosynthesis is the process by which",
+    "SELECT name, age FROM users WHERE",
+    "The quick brown fox",
+    "To make a good cup of tea, first",
+    "Q: What is 7 times 8?\nA:",
+    "A list of fruits:\n- apple\n- banana\n-",
+    "Shakespeare wrote",
+    "The derivative of x^2 is",
+    "Il était une fois",
+    "<html>\n<head>\n<title>",
+    "My favourite season is autumn because",
+    "The difference between a list and a tuple in Python is",
+    "Breaking news: scientists have discovered",
+    "Roses are red,\nviolets are blue,",
+]
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def reference(starter_gguf: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        starter_gguf.parent, gguf_file=starter_gguf.name, dtype=torch.float32
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def engine(starter_gguf: Path) -> Iterator[Engine]:
+    with Engine(str(starter_gguf), dtype="fp32", kv_token_budget=4096) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def greedy_ids(reference: PreTrainedModel, engine: Engine) -> list[list[int]]:
+    """What transformers answers, each prompt alone."""
+    answers: list[list[int]] = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([engine.tokenizer.encode(prompt)])
+        with torch.inference_mode():
+            out = reference.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+        answers.append(out[0, ids.shape[1] :].tolist())
+    return answers
+
+
+def test_greedy_ids_equal_transformers_together_and_from_the_cache(
+    engine: Engine, greedy_ids: list[list[int]]
+) -> None:
+    params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    together = engine.generate(PROMPTS, params)
+    assert [list(output.token_ids) for output in together] == greedy_ids
+    # A continuation whose prompt lies in the cache must go on with the same tokens.
+    longer = [engine.tokenizer.encode(p) + ids[:32] for p, ids in zip(PROMPTS, greedy_ids, strict=True)]
+    resumed = engine.generate(longer, SamplingParams(max_new_tokens=32, ignore_eos=True))
+    assert [list(output.token_ids) for output in resumed] == [ids[32:] for ids in greedy_ids]
+    assert sum(output.usage.cached_tokens for output in resumed) > 0
+
+
+def test_logits_equal_transformers(starter_gguf: Path, reference: PreTrainedModel, engine: Engine) -> None:
+    settings = Settings.resolve({"dtype": "fp32", "device": "cpu", "kv_token_budget": 1024})
+    backend = load_backend(starter_gguf, settings)
+    prompts = [engine.tokenizer.encode(prompt) for prompt in PROMPTS[:4]]
+    tables = page_ranges(backend, [len(ids) for ids in prompts])
+    whole = step_logits(backend, [step(ids, 0, t) for ids, t in zip(prompts, tables, strict=True)])
+    for ids, got in zip(prompts, whole, strict=True):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([ids])).logits[0]
+        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_chat_answer_is_right(engine: Engine) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    output = engine.generate(question, SamplingParams(max_new_tokens=32))
+    assert "Paris" in output.text and output.finish_reason == "stop"
+    again = engine.generate(question, SamplingParams(max_new_tokens=32))
+    assert again.token_ids == output.token_ids and again.usage.cached_tokens > 0
