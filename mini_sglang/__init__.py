@@ -7,7 +7,8 @@ Importing the package is cheap; the model code is loaded when an ``Engine`` is m
 
 from __future__ import annotations
 
-from mini_sglang.api.engine import AsyncStream, Engine, Stream
+from mini_sglang.api.engine import Engine
+from mini_sglang.api.streams import AsyncStream, Stream
 from mini_sglang.config import Settings
 from mini_sglang.errors import (
     ContextLengthError,

@@ -66,8 +66,11 @@ class Engine:
         self.description: dict[str, Any] = parts[2]
         self._ids = itertools.count()
 
+    # A str is itself a sequence of str; the first overload is the one that counts for it.
     @overload
-    def generate(self, prompts: str | Sequence[int], params: SamplingParams | None = None) -> Output: ...
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str | Sequence[int], params: SamplingParams | None = None
+    ) -> Output: ...
     @overload
     def generate(
         self, prompts: Sequence[Mapping[str, Any]], params: SamplingParams | None = None
@@ -87,7 +90,7 @@ class Engine:
             params: for all of them, or a list with one for each.
 
         Raises:
-            InvalidValueError: a prompt or parameter that cannot be used; nothing runs then.
+            InvalidValueError: a prompt or parameter that cannot be used; none is answered then.
             ContextLengthError: a prompt as long as the context window.
             EngineError: the engine failed under a request, or is closed.
         """
@@ -111,7 +114,7 @@ class Engine:
         return self._open(self.encode(prompt), params or SamplingParams())
 
     @overload
-    async def agenerate(
+    async def agenerate(  # type: ignore[overload-overlap]
         self, prompts: str | Sequence[int] | Sequence[Mapping[str, Any]], params: SamplingParams | None = None
     ) -> Output: ...
     @overload

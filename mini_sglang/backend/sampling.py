@@ -115,9 +115,9 @@ class Sampler:
                     errors[row] = errors[row] or _bad_adjustment(value)
 
         ids: list[int] = top.tolist()
-        self._draw(
-            x, peak, specs, [r for r, s in enumerate(specs) if not (s.params.greedy or errors[r])], ids
-        )
+        drawn = [row for row, spec in enumerate(specs) if not (spec.params.greedy or errors[row])]
+        for row, token_id in self._draw(x, peak, specs, drawn):
+            ids[row] = token_id
         results = [
             SequenceResult(error=error) if error else SequenceResult(token_id=token_id)
             for token_id, error in zip(ids, errors, strict=True)
@@ -135,9 +135,9 @@ class Sampler:
         return prompt_logprobs(logits[:, : self._vocab_size], targets, top)
 
     def _draw(
-        self, x: Tensor, peak: Tensor, specs: Sequence[SampleSpec], drawn: Sequence[int], ids: list[int]
-    ) -> None:
-        """Draw the tokens of the rows ``drawn`` into ``ids``."""
+        self, x: Tensor, peak: Tensor, specs: Sequence[SampleSpec], drawn: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        """Draw for the rows ``drawn``; pairs of row and token id."""
         groups: dict[tuple[bool, int], list[int]] = {}
         for row in drawn:
             groups.setdefault(self._group(specs[row].params), []).append(row)
@@ -155,9 +155,7 @@ class Sampler:
                 else:
                     tokens.append(self._draw_any(part, columns))
                 done += chunk
-        if tokens:
-            for row, token_id in zip(done, torch.cat(tokens).tolist(), strict=True):
-                ids[row] = token_id
+        return list(zip(done, torch.cat(tokens).tolist(), strict=True)) if tokens else []
 
     def _group(self, params: SamplingParams) -> tuple[bool, int]:
         """Whether top_k limits the row, and how many of its largest logits to look at first (0: no order

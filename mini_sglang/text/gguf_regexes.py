@@ -23,7 +23,7 @@ _UNKNOWN = (
     r"\x{11F5A}\x{13460}-\x{143FF}\x{16100}-\x{1613F}\x{16D40}-\x{16D7F}\x{18CFF}\x{1CC00}-\x{1CCFF}"
     r"\x{1E5D0}-\x{1E5FF}"
 )
-_LETTER = r"\p{L}"
+_LETTER = rf"[\p{{L}}&&[^{_UNKNOWN}]]"
 _NUMBER = rf"[\p{{N}}&&[^{_UNKNOWN}]]"
 _WORD = rf"[\p{{L}}\p{{N}}&&[^{_UNKNOWN}]]"
 _PUNCTUATION = rf"[\p{{P}}&&[^{_UNKNOWN}]]"

@@ -89,6 +89,8 @@ def convert_tokenizer(metadata: Mapping[str, Any]) -> GGUFTokenizer:
         tokenizer.add_tokens(
             [AddedToken(text, special=special, normalized=False) for text, special in vocab.added_tokens()]
         )
+    except ModelLoadError:
+        raise
     except Exception as error:  # the library raises nothing narrower
         raise ModelLoadError(f"The GGUF file's tokenizer cannot be used: {error}.") from error
     add_bos = flag_value(metadata, "add_bos_token", bos_id is not None and (pre is None or pre.add_bos))

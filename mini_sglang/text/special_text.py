@@ -33,7 +33,7 @@ class SpecialTextGuard:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         special = {token_id: token for token_id, token in added.items() if token.special}
-        self._special_ids = frozenset(special)
+        self._special = special
         self._spelled_ids = {token.content: token_id for token_id, token in special.items()}
         self._pattern = _any_of(self._spelled_ids)
         # Tokens that are matched after normalisation can be spelled in other ways (full-width letters).
@@ -91,8 +91,7 @@ class SpecialTextGuard:
         for index in range(len(ids) + 1):
             at_end = index == len(ids)
             start, end = (len(rendered), len(rendered)) if at_end else offsets[index]
-            # An unknown disguise can come out as the special token <unk>, which is no control token.
-            if not at_end and (ids[index] not in self._special_ids or disguise.search(rendered, start, end)):
+            if not at_end and not self._is_control(ids[index], rendered[start:end], disguise):
                 continue
             if disguise.search(rendered, text_start, start):
                 cuts = [match.end() for match in disguise.finditer(rendered, text_start, start)]
@@ -104,6 +103,13 @@ class SpecialTextGuard:
             result += ids[index : index + 1]
             token, text_start = index + 1, end
         return result
+
+    def _is_control(self, token_id: int, text: str, disguise: re.Pattern[str]) -> bool:
+        """Whether an id comes from a special token spelled out; unknown characters give ``<unk>`` too."""
+        token = self._special.get(token_id)
+        if token is None or disguise.search(text):
+            return False
+        return token.normalized or token.content in text
 
     def _encode_text(self, parts: list[str], at_start: bool) -> list[int]:
         """Ids of the joined parts without special tokens; ``parts`` are cut inside each one spelled."""

@@ -26,7 +26,8 @@ CHUNKS = [(12, 0), (5, 16), (33, 7), (2, 40), (21, 0)]
 def twin(query: Tensor, key: Tensor, value: Tensor, start: int, window: int | None) -> Tensor:
     """Attention of one sequence in float64, one row and one head at a time.
 
-    ``query`` ``[t, heads, head_dim]`` from position ``start`` on; ``key``, ``value`` ``[L, kv_heads, head_dim]``.
+    ``query`` is ``[t, heads, head_dim]`` from position ``start`` on, ``key`` and ``value`` are
+    ``[L, kv_heads, head_dim]``.
     """
     out = torch.empty(query.shape, dtype=torch.float64)
     for row in range(len(query)):

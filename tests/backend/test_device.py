@@ -114,7 +114,7 @@ def test_gpu_rules(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bf16: has)
         expected = torch.bfloat16 if has_bf16 else torch.float16
         assert choose_dtype("auto", torch.device("cuda")) is expected
-    with pytest.raises(InvalidValueError, match="MODEL_DTYPE is 'bf16'; .* this GPU has no bf16"):
+    with pytest.raises(InvalidValueError, match=r"MODEL_DTYPE is 'bf16'; .* this GPU has no bf16"):
         choose_dtype("bf16", torch.device("cuda"))
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: False)
     assert choose_dtype("auto", torch.device("mps")) is torch.float16
@@ -143,5 +143,5 @@ def test_the_pool_s_size() -> None:
         pages(1, page_size=1)
     with pytest.raises(InvalidValueError, match="at most 1048576"):
         pages(2_000_000)
-    with pytest.raises(InvalidValueError, match="free memory is 0 MiB"):
+    with pytest.raises(InvalidValueError, match="free memory is '0 MiB'"):
         pages(free=1000)

@@ -134,11 +134,12 @@ def test_a_step_that_breaks_the_contract_runs_nothing(
 ) -> None:
     fields = {"token_ids": [5, 6], "start": 0, "pages": array("i", [3])} | bad
     pages = fields["pages"]
-    with pytest.raises(InvalidValueError, match=sentence):
+    with pytest.raises(InvalidValueError, match=sentence) as caught:
         backend.run([step([7, 8, 9], 0, array("i", [0])), SequenceStep(**fields)])
     assert backend.kv.data.isnan().all()
-    # A view that outlived the call would make this a BufferError.
+    # A view in a frame of the traceback would make this a BufferError.
     pages.append(1)
+    assert caught.tb is not None
 
 
 def test_bf16_follows_transformers_rounding(oracle: PreTrainedModel, folder: Path) -> None:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
 from mini_sglang.engine.radix import RadixCache, RadixNode
 
@@ -141,9 +150,20 @@ class RadixMachine(RuleBasedStateMachine):
         done = self.tree.insert(kind(tokens), pages, namespace)
         assert (done.pages, done.num_existing) == self.twin.insert(namespace, tokens, pages)
 
-    @rule(sequence=sequences, namespace=names, touch=st.booleans(), lock=st.booleans(), target=locks)
-    def match(self, sequence: tuple[int, int, list[int]], namespace: str, touch: bool, lock: bool) -> object:
-        tokens = self.tokens(sequence)
+    @precondition(lambda self: self.twin.stored)
+    @rule(
+        pick=st.integers(0, 100),
+        cut=st.integers(0, 3),
+        tail=st.lists(st.integers(1, 3), max_size=5),
+        touch=st.booleans(),
+        lock=st.booleans(),
+        target=locks,
+    )
+    def match(self, pick: int, cut: int, tail: list[int], touch: bool, lock: bool) -> object:
+        """Look up a prefix that is stored, less a few tokens and with others in their place."""
+        stored = list(self.twin.stored)
+        namespace, start = stored[pick % len(stored)]
+        tokens = [*start[: len(start) - cut], *tail]
         path = self.twin.path(namespace, tokens)
         assert self.tree.prefix_length(tokens, namespace) == len(path) * self.page_size
         found = self.tree.match(tokens, namespace, touch=touch)
@@ -171,10 +191,12 @@ class RadixMachine(RuleBasedStateMachine):
         for prefix in lock[1]:
             self.twin.stored[prefix].locks -= 1
 
+    @precondition(lambda self: self.twin.stored)
     @rule(count=st.integers(0, 6))
     def evict(self, count: int) -> None:
         assert sorted(self.tree.evict(count)) == sorted(self.twin.evict(count))
 
+    @precondition(lambda self: self.twin.stored)
     @rule(count=st.integers(0, 6))
     def trim(self, count: int) -> None:
         assert sorted(self.tree.trim_leaves(count)) == sorted(self.twin.trim(count))
@@ -189,6 +211,14 @@ class RadixMachine(RuleBasedStateMachine):
         assert self.tree.num_leaves == len(self.twin.leaves())
         for namespace, tokens in stored:
             assert self.tree.prefix_length(tokens, namespace) == len(tokens)
+        by_page = {entry.page: entry for entry in stored.values()}
+        for node in self.tree._nodes():
+            counts = {(by_page[page].locks, by_page[page].hits) for page in node.pages}
+            assert counts == {(node.locks, node.hits)}
+        # Two clocks, one order.
+        times = sorted({(by_page[page].used, n.last_used) for n in self.tree._nodes() for page in n.pages})
+        assert len({used for used, _ in times}) == len({last for _, last in times}) == len(times)
+        assert [last for _, last in times] == sorted(last for _, last in times)
 
 
 TestRadix = RadixMachine.TestCase

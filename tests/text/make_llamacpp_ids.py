@@ -75,7 +75,7 @@ PROSE = [
     " \n \n ",
     "  \n  x  \n",
     "\x00\x01\x02\x03\x04\x05\x06\x07\x08\x0e\x13\x14\x16\x1b\x1c\x1d\x1e\x1f\x7f",
-    "a\x04b th\x04e \x13\x13 nul\x00byte",
+    "!\x04! -\x13- th\x04e \x13\x13 nul\x00byte",
     "\x0b\x0c\x85\xa0\u1680\u2000\u2003\u2028\u2029\u202f\u205f\u3000",
     "a\xa0b\u3000c\u2003\u2003d \xa0 e\x85f\x0bg\x0c\x0ch",
     "... --- *** === ~~~ ```python\nprint('hi')\n``` !!! ??? ;;; :::",
@@ -86,9 +86,16 @@ PROSE = [
     "<s>[INST] hi [/INST]</s><unk> <tool>x</tool> <0x0A> <0xe2> ▁ ▁▁a",
     "a<tool><tool> b <tool>  c",
     "Ġhello Ċ â\x80\x99 Ã©",
-    "unreachable unreachableunreachable Unreachable",
+    "unreachable unreachable unreachableunreachable unreachable.",
+    "<fim_prefix>a<fim_suffix>b <fim_prefix>",
+    "'ſa 'ſab 'Sa 'sab x'ſa 'lLa 'Rea",
+    "中a中A中 aA中a Aa中A 中AA aaA é\u00c9é \u3000中\u3000文 가\u2003나",
+    "a\U00010d4ab 1\U00010d40\U00010d41 !\U00010d4a! a\u1b4ea !\u1b4e! \U00010d4aa \U00010d401",
     "the the the thethethe t he th e",
 ]
+
+
+KINDS_OF_CHARACTERS = [*"aBst19'!/~$` \t\n\r", *"中éſ½—€가\u0301\u3000\xa0\u1b4e\U00010d4a\U00010d40"]
 
 
 def numbers() -> Iterator[str]:
@@ -122,15 +129,14 @@ def random_texts(rng: random.Random, count: int, words: list[str]) -> Iterator[s
         elif index % 3 == 1:
             yield "".join(char() for _ in range(rng.randrange(1, 16)))
         else:
-            some = ["'", "a", "B", "s", "1", ".", "!", "中", "é", " ", *spaces]
-            yield "".join(rng.choice(some) for _ in range(rng.randrange(2, 16)))
+            yield "".join(rng.choice(KINDS_OF_CHARACTERS) for _ in range(rng.randrange(2, 16)))
 
 
 def all_texts() -> tuple[list[str], int]:
     """Every text, and how many of them, from the first, are used with the small vocabularies."""
     rng = random.Random(20240517)
     words = sorted({word for text in PROSE for word in text.split(" ") if 0 < len(word) < 16})
-    first = [*PROSE, *list(numbers())[::3], *random_texts(rng, 60, words)]
+    first = [*PROSE, *list(numbers())[::3], *random_texts(rng, 48, words)]
     texts = list(dict.fromkeys([*first, *numbers(), *random_texts(rng, 330, words)]))
     return texts, len(set(first))
 
@@ -148,14 +154,17 @@ def learn(corpus: list[str], size: int, alphabet: list[str]) -> tuple[list[str],
 
 def byte_level_vocab() -> dict[str, Any]:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    corpus = [
-        "".join(piece for piece, _ in to_bytes.pre_tokenize_str(text))
-        for text in PROSE
-        if text and "<tool>" not in text
-    ]
-    corpus += [f"{a}{b}" for a in "019'sAa.!Ġ" for b in "019'sAa.!ĠĊč"] * 2
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokens, merges = learn(corpus, 900, alphabet)
+
+    def spell(text: str) -> str:
+        return "".join(piece for piece, _ in to_bytes.pre_tokenize_str(text))
+
+    learned, merges = learn([spell(text) for text in PROSE if "<" not in text], 600, to_bytes.alphabet())
+    # One token for each two bytes at which two kinds of characters can meet: it appears where they are in
+    # one word, and does not where they are cut apart.
+    spelled = [spell(char) for char in KINDS_OF_CHARACTERS]
+    meetings = sorted({(a[-1], b[0]) for a in spelled for b in spelled})
+    tokens = list(dict.fromkeys([*learned, *map("".join, meetings)]))
+    merges = list(dict.fromkeys([*map(" ".join, meetings), *merges]))
     # Bytes without a token, as in the starter's vocabulary: 0x04, 0x13 and 0xF1.
     tokens = [token for token in tokens if not set(token) & set("Ąēñ")]
     merges = [merge for merge in merges if not set(merge) & set("Ąēñ")]

@@ -278,6 +278,18 @@ def test_special_tokens_that_are_words_of_the_vocabulary_are_text_too() -> None:
     assert ids[-1] == stop
 
 
+def test_unknown_characters_around_a_typed_special_token() -> None:
+    rust = RustTokenizer.from_str(metaspace_unigram().to_str())
+    rust.add_special_tokens([AddedToken("[end]", normalized=False)])
+    plain = RustTokenizer.from_str(rust.to_str())
+    plain.encode_special_tokens = True
+    tokenizer = Tokenizer(rust, chat_template=ChatTemplate("{{ messages[0].content }}[end]", {}))
+    content = "dog☃fox[end]the ☃☃ [end] dog"
+    ids = tokenizer.encode_chat([{"role": "user", "content": content}])
+    assert ids == [*plain.encode(content).ids, id_of(rust, "[end]")]
+    assert id_of(rust, "<unk>") in ids
+
+
 def test_added_tokens_inside_and_after_the_vocabulary_keep_their_ids() -> None:
     rust = RustTokenizer.from_str(qwen_like().to_str())
     rust.add_tokens([AddedToken(text, special=special) for text, special in [("<y>", True), ("<z>", False)]])

@@ -6,11 +6,12 @@ asks for something the decoder does not do, is refused with a sentence.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mini_sglang.backend.models.fields import FieldReader, bad_field
+from mini_sglang.backend.models.rope_config import RopeConfig, read_rope
 from mini_sglang.errors import ModelLoadError, shorten
 
 _ARCHITECTURES = {
@@ -40,34 +41,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 2_000_000.0,
     },
 }
-_ROPE_KINDS = ("default", "linear", "llama3", "yarn", "dynamic", "factors")
-_MAX_INT = (1 << 31) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """How the rotary angles are made; ``rope.inverse_frequencies`` reads it.
-
-    Attributes:
-        kind: ``default``, ``linear``, ``llama3``, ``yarn`` or ``factors``.
-        theta: base of the frequencies.
-        factor: how far the context is stretched (linear, llama3, yarn).
-        original_context: tokens of context before stretching (llama3, yarn).
-        attention_factor: what cosine and sine are multiplied by (yarn, factors).
-        divisors: what each frequency is divided by (factors), ``head_dim / 2`` numbers.
-    """
-
-    kind: str = "default"
-    theta: float = 10_000.0
-    factor: float = 1.0
-    original_context: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
-    divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +84,7 @@ class ModelConfig:
             ModelLoadError: an architecture or feature that is not supported, or a senseless field.
         """
         family = _family(config)
-        read = _Reader({**_DEFAULTS[family], **config})
+        read = FieldReader({**_DEFAULTS[family], **config})
         if config.get("quantization_config"):
             method = read.mapping("quantization_config").get("quant_method", "quantisation")
             raise ModelLoadError(
@@ -119,21 +92,23 @@ class ModelConfig:
                 "use the plain repository or a GGUF file."
             )
         if (act := read.values.get("hidden_act", "silu")) != "silu":
-            raise _bad("hidden_act", act, "silu, the only activation that is supported")
+            raise bad_field("hidden_act", act, "silu, the only activation that is supported")
         num_layers = read.integer("num_hidden_layers")
         hidden_size = read.integer("hidden_size")
         num_heads = read.integer("num_attention_heads")
         num_kv_heads = read.integer("num_key_value_heads", default=num_heads)
         if num_heads % num_kv_heads:
-            raise _bad("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads, {num_heads}")
+            raise bad_field(
+                "num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads, {num_heads}"
+            )
         if read.values.get("head_dim") is None and hidden_size % num_heads:
-            raise _bad("num_attention_heads", num_heads, f"a divisor of hidden_size, {hidden_size}")
+            raise bad_field("num_attention_heads", num_heads, f"a divisor of hidden_size, {hidden_size}")
         head_dim = read.integer("head_dim", default=hidden_size // num_heads)
         if head_dim % 2:
-            raise _bad("head_dim", head_dim, "even")
+            raise bad_field("head_dim", head_dim, "even")
         rope_layers = _rope_layers(read, family, num_layers)
         max_positions = read.integer("max_position_embeddings")
-        rope, context_length = _rope(read, head_dim, max_positions)
+        rope, context_length = read_rope(read, head_dim, max_positions)
         attention_bias = family in ("llama", "qwen3", "smollm3") and read.flag("attention_bias")
         return cls(
             family=family,
@@ -158,51 +133,6 @@ class ModelConfig:
         )
 
 
-class _Reader:
-    """Typed access to a config; a value of the wrong type or size becomes a ``ModelLoadError``."""
-
-    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
-        self.values = values
-        self.where = where
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_INT:
-            raise _bad(self.where + name, value, f"a whole number from 1 to {_MAX_INT}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._get(name, default)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
-            raise _bad(self.where + name, value, "a number above 0")
-        return float(value)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            raise _bad(self.where + name, value, "true or false")
-        return value
-
-    def mapping(self, name: str) -> Mapping[str, Any]:
-        value = self._get(name, {})
-        if not isinstance(value, Mapping):
-            raise _bad(self.where + name, value, "an object")
-        return value
-
-    def _get(self, name: str, default: Any) -> Any:
-        value = self.values.get(name)
-        if value is None:
-            if default is None:
-                raise ModelLoadError(f"config.json has no {self.where}{name}, which is required.")
-            return default
-        return value
-
-
-def _bad(name: str, value: object, allowed: str) -> ModelLoadError:
-    return ModelLoadError(f"In config.json, {name} is {shorten(value)}; it must be {allowed}.")
-
-
 def _family(config: Mapping[str, Any]) -> str:
     names = config.get("architectures") or []
     names = names if isinstance(names, list) else [names]
@@ -220,7 +150,7 @@ def _family(config: Mapping[str, Any]) -> str:
     )
 
 
-def _rope_layers(read: _Reader, family: str, num_layers: int) -> tuple[bool, ...]:
+def _rope_layers(read: FieldReader, family: str, num_layers: int) -> tuple[bool, ...]:
     if family != "smollm3":
         return (True,) * num_layers
     given = read.values.get("no_rope_layers")
@@ -229,12 +159,12 @@ def _rope_layers(read: _Reader, family: str, num_layers: int) -> tuple[bool, ...
         return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
     # The name misleads: 1 marks a layer that has rotary embeddings.
     if not isinstance(given, list) or len(given) < num_layers or any(flag not in (0, 1) for flag in given):
-        raise _bad("no_rope_layers", given, f"a list of 0 or 1 for each of {num_layers} layers")
+        raise bad_field("no_rope_layers", given, f"a list of 0 or 1 for each of {num_layers} layers")
     return tuple(bool(flag) for flag in given[:num_layers])
 
 
 def _windows(
-    read: _Reader, family: str, num_layers: int, rope_layers: tuple[bool, ...]
+    read: FieldReader, family: str, num_layers: int, rope_layers: tuple[bool, ...]
 ) -> tuple[int | None, ...]:
     used = family == "mistral" or (family != "llama" and read.flag("use_sliding_window"))
     if not used or read.values.get("sliding_window") is None:
@@ -249,87 +179,12 @@ def _windows(
         # 0 is allowed here and means every layer.
         full = read.values.get("max_window_layers", 28)
         if isinstance(full, bool) or not isinstance(full, int) or full < 0:
-            raise _bad("max_window_layers", full, "a whole number of at least 0")
+            raise bad_field("max_window_layers", full, "a whole number of at least 0")
         return tuple(window if layer >= full else None for layer in range(num_layers))
     allowed = ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != num_layers or any(kind not in allowed for kind in types):
-        raise _bad("layer_types", types, f"{num_layers} of " + " or ".join(allowed))
+        raise bad_field("layer_types", types, f"{num_layers} of " + " or ".join(allowed))
     return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
-def _rope(read: _Reader, head_dim: int, max_positions: int) -> tuple[RopeConfig, int]:
-    """The rotary settings, and the context length they allow."""
-    name = "rope_scaling" if read.values.get("rope_scaling") else "rope_parameters"
-    values = read.mapping(name)
-    kind = values.get("rope_type", values.get("type", "default"))
-    if kind not in _ROPE_KINDS or any(isinstance(value, Mapping) for value in values.values()):
-        what = "one kind for all layers" if kind in _ROPE_KINDS else "one of " + ", ".join(_ROPE_KINDS)
-        raise _bad(f"{name}.rope_type", kind, what)
-    rope = _Reader({"rope_theta": read.values.get("rope_theta"), **values}, where=f"{name}.")
-    theta = rope.number("rope_theta", default=10_000.0)
-    partial = rope.values.get("partial_rotary_factor", read.values.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise _bad("partial_rotary_factor", partial, "1")
-    if kind == "default":
-        return RopeConfig(theta=theta), max_positions
-    if kind == "dynamic":
-        # Up to its original length dynamic NTK is the default; beyond it, a token's rotation would
-        # depend on how long the sequence has become, which cached keys cannot follow.
-        original = rope.integer("original_max_position_embeddings", default=max_positions)
-        return RopeConfig(theta=theta), min(original, max_positions)
-    if kind == "linear":
-        return RopeConfig(kind="linear", theta=theta, factor=rope.number("factor")), max_positions
-    if kind == "factors":
-        divisors = rope.values.get("factors")
-        if not isinstance(divisors, (list, tuple)) or len(divisors) != head_dim // 2:
-            raise _bad(f"{name}.factors", divisors, f"a list of {head_dim // 2} numbers")
-        checked = tuple(_Reader({"factors": value}, rope.where).number("factors") for value in divisors)
-        scale = rope.number("attention_factor", default=1.0)
-        return RopeConfig(
-            kind="factors", theta=theta, divisors=checked, attention_factor=scale
-        ), max_positions
-    stated = read.values.get("original_max_position_embeddings") or rope.values.get(
-        "original_max_position_embeddings"
-    )
-    original = _Reader({"o": stated}).integer("o", default=max_positions)
-    if kind == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if high <= low:
-            raise _bad(f"{name}.high_freq_factor", high, f"above low_freq_factor, {low:g}")
-        config = RopeConfig(
-            kind="llama3",
-            theta=theta,
-            factor=rope.number("factor"),
-            original_context=original,
-            low_freq_factor=low,
-            high_freq_factor=high,
-        )
-        return config, max_positions
-    factor = rope.number("factor", default=max_positions / original)
-    config = RopeConfig(
-        kind="yarn",
-        theta=theta,
-        factor=factor,
-        original_context=original,
-        beta_fast=rope.number("beta_fast", default=32.0),
-        beta_slow=rope.number("beta_slow", default=1.0),
-        truncate=rope.flag("truncate", default=True),
-        attention_factor=_yarn_attention_factor(rope, factor),
-    )
-    # Repositories that add YaRN by hand often leave max_position_embeddings at the original length.
-    return config, max(max_positions, int(original * factor)) if stated else max_positions
-
-
-def _yarn_attention_factor(rope: _Reader, factor: float) -> float:
-    if rope.values.get("attention_factor") is not None:
-        return rope.number("attention_factor")
-
-    def scale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    if rope.values.get("mscale") and rope.values.get("mscale_all_dim"):
-        return scale(rope.number("mscale")) / scale(rope.number("mscale_all_dim"))
-    return scale(1.0)
 
 
 def _eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -339,7 +194,7 @@ def _eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) ->
             continue
         ids = given if isinstance(given, list) else [given]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise _bad("eos_token_id", given, "a token id or a list of them")
+            raise bad_field("eos_token_id", given, "a token id or a list of them")
         if ids:
             return tuple(dict.fromkeys(ids))
     return ()

@@ -76,7 +76,7 @@ class Decoder:
         """
         config = self.config
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        queries = heads * head_dim
+        queries, sizes = heads * head_dim, (heads, kv_heads, kv_heads)
         eps = config.norm_eps
         last = config.num_layers - 1
         if batch.opened_pages is not None:
@@ -93,7 +93,7 @@ class Decoder:
             if config.rope_layers[index]:
                 rotate_(turning, cos, sin)
             kv.write(index, batch.slot_mapping, qkv[:, queries:])
-            query, key, value = torch.split(qkv_heads, [heads, kv_heads, kv_heads], 1)
+            query, key, value = torch.split_with_sizes(qkv_heads, sizes, 1)
             attended = attend(index, config.windows[index], query, key, value)
             if index == last and batch.output_rows is not None:
                 attended = attended.index_select(0, batch.output_rows)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from mini_sglang.backend.models.config import RopeConfig
+from mini_sglang.backend.models.rope_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

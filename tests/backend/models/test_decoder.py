@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mini_sglang.backend.model_backend import ModelBackend
-from mini_sglang.backend.models.config import RopeConfig
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.models.rope import inverse_frequencies
+from mini_sglang.backend.models.rope_config import RopeConfig
 from tests.backend.harness import greedy, load, page_ranges, step, step_logits
 from tests.backend.tiny_models import VOCAB_SIZE, tiny_model
 
