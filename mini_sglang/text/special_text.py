@@ -42,8 +42,7 @@ class SpecialTextGuard:
         if tokenizer.normalizer is not None and normalized:
             self._normalize = tokenizer.normalizer.normalize_str
             self._normalized_pattern = _any_of([self._normalize(text) for text in normalized])
-        self._plain: RustTokenizer | None = None
-        self._anchor = ""
+        self._plain: tuple[RustTokenizer, str] | None = None
 
     def disguise(self, inputs: list[Any], taken: str) -> tuple[list[Any], dict[str, str]]:
         """Disguise every special token spelled in ``inputs``.
@@ -125,17 +124,17 @@ class SpecialTextGuard:
         return apart
 
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
-        plain = self._plain_tokenizer()
+        plain, anchor = self._plain_tokenizer()
         if at_start:
             return plain.encode(text, add_special_tokens=False).ids
         # The anchor is an added token, as is the special token before this text: some pre-tokenizers put
         # a space before the start of the whole prompt and nowhere else.
-        ids = plain.encode(self._anchor + text, add_special_tokens=False).ids
-        assert ids[0] == plain.token_to_id(self._anchor)
+        ids = plain.encode(anchor + text, add_special_tokens=False).ids
+        assert ids[0] == plain.token_to_id(anchor)
         return ids[1:]
 
-    def _plain_tokenizer(self) -> RustTokenizer:
-        """A second tokenizer that takes special tokens for text. Made when first needed."""
+    def _plain_tokenizer(self) -> tuple[RustTokenizer, str]:
+        """A second tokenizer that takes special tokens for text, and its anchor. Made when first needed."""
         # The flag that does it is state of the tokenizer, so the one that others use must not carry it.
         if self._plain is None:
             from tokenizers import AddedToken
@@ -145,8 +144,8 @@ class SpecialTextGuard:
             # Random, so that nobody can write it into a message.
             anchor = "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(16))
             plain.add_tokens([AddedToken(anchor, normalized=False)])
-            self._anchor = anchor
-            self._plain = plain
+            # Set together: two threads that both get here must not mix their anchors.
+            self._plain = plain, anchor
         return self._plain
 
     def _spells(self, text: str) -> bool:

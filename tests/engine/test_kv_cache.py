@@ -48,6 +48,16 @@ def test_prefix_cache_size_bounds_the_stored_prefixes() -> None:
         assert driver.core.stats()["prefixes"] == len(kept)
 
 
+def test_prefix_cache_size_holds_while_requests_run() -> None:
+    driver = driver_with(prefix_cache_size=2)
+    for number in range(2):
+        driver.run(prompt_of(number), ONE)
+    driver.add(prompt_of(2), SamplingParams(max_new_tokens=8, ignore_eos=True))
+    driver.step()
+    assert driver.core.stats()["prefixes"] == 2
+    assert [number for number in range(3) if cached(driver, prompt_of(number))] == [1, 2]
+
+
 def test_prefix_cache_size_drops_whole_prefixes_of_chunked_prompts() -> None:
     """A prompt computed in chunks is one prefix, however many edges it has in the tree."""
     for policy in ("lru", "lfu"):
