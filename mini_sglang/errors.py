@@ -45,6 +45,22 @@ class EngineError(MiniSglangError):
     """A request failed inside the engine, or the engine is no longer running."""
 
 
+class OverloadedError(MiniSglangError):
+    """The queue is full; ``retry_after`` says in how many seconds a place may be free."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class UnavailableError(MiniSglangError):
+    """No engine takes requests now: all are down, or the server is ending."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
 def shorten(value: object) -> str:
     """``repr(value)``, cut to 200 characters, so that an error never echoes a huge input."""
     if isinstance(value, (list, tuple, dict, set)) and len(value) > 16:
