@@ -34,9 +34,11 @@ def _setting(
     choices: tuple[str, ...] = (),
     spellings: Mapping[str, str] | None = None,
     shown: str | None = None,
+    secret: bool = False,
 ) -> Any:
     return field(
         default=default,
+        repr=not secret,
         metadata={
             "section": section,
             "env": (env,) if isinstance(env, str) else env,
@@ -227,6 +229,135 @@ class Settings:
         "MAX_CONTEXT_MARGIN",
         16,
         "tokens of the context window that AGGRESSIVE_MAX_NEW_TOKENS leaves free",
+        low=0,
+        high=1 << 20,
+    )
+    scheduler_mode: str = _setting(
+        "Scheduling",
+        "SCHEDULER_MODE",
+        "rr",
+        "which engine serves a request: each in turn, the one with the lowest load, any, or the one that "
+        "has most of the prompt cached",
+        choices=("rr", "fsfs", "random", "cache_aware"),
+    )
+    num_engines: int = _setting(
+        "Scheduling",
+        "NUM_ENGINES",
+        0,
+        "engines of the server, each with the whole model; 0 is one",
+        low=0,
+        high=64,
+    )
+    engine_isolation: str = _setting(
+        "Scheduling",
+        "ENGINE_ISOLATION",
+        "process",
+        "whether an engine of the server has a process of its own, whose death the server survives",
+        choices=("process", "thread"),
+    )
+    step_timeout: float = _setting(
+        "Scheduling",
+        "STEP_TIMEOUT",
+        600.0,
+        "seconds after which an engine's process that gives no sign of life is ended; 0 is never",
+        low=0,
+        high=86400,
+    )
+    max_inflight_total: int = _setting(
+        "Scheduling",
+        "MAX_INFLIGHT_TOTAL",
+        0,
+        "requests that all engines of the server may have at a time; 0 is what the engines take",
+        low=0,
+        high=1 << 20,
+    )
+    max_inflight_per_engine: int = _setting(
+        "Scheduling",
+        "MAX_INFLIGHT_PER_ENGINE",
+        0,
+        "requests that one engine of the server may have at a time; 0 is a quarter more than MAX_BATCH_SIZE",
+        low=0,
+        high=1 << 20,
+    )
+    max_queue: int = _setting(
+        "Scheduling",
+        "MAX_QUEUE",
+        256,
+        "requests that may wait in the server for an engine; more are refused",
+        low=0,
+        high=1 << 20,
+    )
+    queue_timeout: float = _setting(
+        "Scheduling",
+        "QUEUE_TIMEOUT",
+        60.0,
+        "seconds a request may wait in the server for an engine",
+        low=0.001,
+        high=86400,
+    )
+    # Server
+    host: str = _setting(
+        "Server", "HOST", "127.0.0.1", "the address the server listens at; 0.0.0.0 is every one"
+    )
+    port: int = _setting("Server", "PORT", 8000, "the server's port; 0 takes a free one", low=0, high=65535)
+    api_key: str | None = _setting(
+        "Server",
+        "API_KEY",
+        None,
+        "what a client must show, or several with commas between, whose prefix caches are then kept apart",
+        secret=True,
+    )
+    cors_origins: str | None = _setting(
+        "Server",
+        "CORS_ORIGINS",
+        None,
+        "origins whose pages may call the server, with commas between; * is any",
+    )
+    allowed_hosts: str | None = _setting(
+        "Server",
+        "ALLOWED_HOSTS",
+        None,
+        "names a client may call the server by (its Host header), with commas between; * is any",
+        shown="any, but on a loopback address only its own names",
+    )
+    max_body_bytes: int = _setting(
+        "Server", "MAX_BODY_BYTES", 8 << 20, "longest request body", low=1, high=1 << 30
+    )
+    max_prompts_per_request: int = _setting(
+        "Server", "MAX_PROMPTS_PER_REQUEST", 128, "prompts, or answers to one, per request", low=1, high=4096
+    )
+    request_timeout: float = _setting(
+        "Server",
+        "REQUEST_TIMEOUT",
+        600.0,
+        "seconds a request may take from its arrival to its last token",
+        low=0.1,
+        high=86400,
+    )
+    read_timeout: float = _setting(
+        "Server", "READ_TIMEOUT", 30.0, "seconds a client may take to send its request", low=0.1, high=3600
+    )
+    write_timeout: float = _setting(
+        "Server",
+        "WRITE_TIMEOUT",
+        60.0,
+        "seconds a client may go without reading before its request is given up",
+        low=0.1,
+        high=3600,
+    )
+    drain_timeout: float = _setting(
+        "Server",
+        "DRAIN_TIMEOUT",
+        30.0,
+        "seconds that running requests get to finish once the server is told to end",
+        low=0,
+        high=3600,
+    )
+    responses_store_size: int = _setting(
+        "Server",
+        "RESPONSES_STORE_SIZE",
+        256,
+        "answers of /v1/responses kept for previous_response_id, the oldest dropped first; 0 keeps none",
         low=0,
         high=1 << 20,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
@@ -17,6 +18,10 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_NEW_TOKENS_LIMIT = 1_000_000
+MAX_SCHEMA_CHARS = 1 << 18
+MAX_SCHEMA_DEPTH = 64
+MAX_REGEX_CHARS = 8192
+MAX_EBNF_CHARS = 1 << 16
 
 
 class FinishReason(StrEnum):
@@ -43,6 +48,10 @@ class SamplingParams:
     apply in the order temperature, top_k, top_p, min_p. Logprobs are those of the model's own
     distribution, before penalties, bias, temperature and filters.
 
+    At most one of ``json_schema``, ``regex``, ``ebnf`` and ``json_object`` is set; the answer's text is then
+    of that form, unless ``max_new_tokens``, a stop or an abort cuts it short. Here only sizes are checked;
+    whether a grammar can be used is said when the request is made.
+
     Raises:
         InvalidValueError: a value is of the wrong type or out of its range.
     """
@@ -66,6 +75,10 @@ class SamplingParams:
     logprobs: bool = _param(False, "return the logprob of each generated token")
     top_logprobs: int = _param(0, "with logprobs: also the n most probable tokens at each place")
     prompt_logprobs: bool = _param(False, "return the logprob of each prompt token too")
+    json_schema: str | None = _param(None, "answer in JSON of this schema, itself given as JSON", "JSON")
+    regex: str | None = _param(None, "answer with a text that this whole regular expression matches", "REGEX")
+    ebnf: str | None = _param(None, "answer with a text of this grammar, in Lark or GBNF notation", "GRAMMAR")
+    json_object: bool = _param(False, "answer with a JSON object")
 
     def __post_init__(self) -> None:
         _check_int("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS_LIMIT)
@@ -83,7 +96,7 @@ class SamplingParams:
         self._number("frequency_penalty", -2.0, 2.0)
         if self.seed is not None:
             _check_int("seed", self.seed, -(1 << 63), (1 << 63) - 1)
-        for name in ("ignore_eos", "logprobs", "prompt_logprobs"):
+        for name in ("ignore_eos", "logprobs", "prompt_logprobs", "json_object"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidValueError(name, getattr(self, name), "true or false")
         _check_int("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
@@ -92,6 +105,15 @@ class SamplingParams:
         self._normalise_stop()
         self._normalise_stop_token_ids()
         self._normalise_logit_bias()
+        self._normalise_grammar()
+
+    @property
+    def grammar(self) -> tuple[str, str] | None:
+        """The form the answer must have, as a parameter's name and text; ``None`` where any will do."""
+        if self.json_object:
+            return "json_object", '{"type":"object"}'
+        given = (("json_schema", self.json_schema), ("regex", self.regex), ("ebnf", self.ebnf))
+        return next(((name, text) for name, text in given if text is not None), None)
 
     @property
     def greedy(self) -> bool:
@@ -145,14 +167,91 @@ class SamplingParams:
             checked[key] = float(value)
         object.__setattr__(self, "logit_bias", MappingProxyType(checked))
 
+    def _normalise_grammar(self) -> None:
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _canonical_schema(self.json_schema))
+        for name, longest in (("regex", MAX_REGEX_CHARS), ("ebnf", MAX_EBNF_CHARS)):
+            text = getattr(self, name)
+            if text is not None and not (isinstance(text, str) and 0 < len(text) <= longest):
+                raise InvalidValueError(name, text, f"a text of 1 to {longest} characters")
+            if text is not None and not _encodable(text):
+                raise InvalidValueError(name, text, "text without lone surrogates (halves of UTF-16 pairs)")
+        forms = ("json_schema", "regex", "ebnf", "json_object")
+        names = [name for name in forms if getattr(self, name) not in (None, False)]
+        if len(names) > 1:
+            raise InvalidValueError(names[1], getattr(self, names[1]), f"unset where {names[0]} is set")
+
 
 def sampling_param_names() -> tuple[str, ...]:
     return tuple(f.name for f in fields(SamplingParams))
 
 
+def _canonical_schema(schema: object) -> str:
+    """A schema, as an object or its JSON text, as compact JSON with its keys in the order given."""
+    sizes = f"at most {MAX_SCHEMA_CHARS} characters of JSON, nested at most {MAX_SCHEMA_DEPTH} deep"
+    allowed = f"a JSON schema, an object or its text, of {sizes}"
+    value = schema
+    if isinstance(value, str) and len(value) <= MAX_SCHEMA_CHARS:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise InvalidValueError("json_schema", schema, allowed) from None
+    if not isinstance(value, Mapping) or not _shallow(value):
+        raise InvalidValueError("json_schema", schema, allowed)
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=dict)
+    except (TypeError, ValueError, RecursionError):
+        raise InvalidValueError("json_schema", schema, allowed) from None
+    if len(text) > MAX_SCHEMA_CHARS or not _encodable(text):
+        raise InvalidValueError("json_schema", schema, allowed)
+    return text
+
+
+def _shallow(value: object) -> bool:
+    """Whether plain data is nested ``MAX_SCHEMA_DEPTH`` deep at most; one that holds itself is not."""
+    level: list[object] = [value]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        inner: list[object] = []
+        for item in level:
+            if isinstance(item, Mapping):
+                inner.extend(item.values())
+            elif isinstance(item, (list, tuple)):
+                inner.extend(item)
+            if len(inner) > MAX_SCHEMA_CHARS:
+                return False
+        level = inner
+        if not level:
+            return True
+    return False
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidValueError(name, value, f"a whole number from {low} to {high}")
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What each token id adds to an answer's text: what a grammar must know of a tokenizer.
+
+    Attributes:
+        tokens: the bytes of each id; none for an id that adds no text (special tokens, unused ids).
+        first: the same for ids whose bytes differ at the start of an answer, where some decoders drop
+            a space.
+        encode: the ids of a text, without special tokens, as the model is used to see it.
+    """
+
+    tokens: tuple[bytes, ...]
+    first: Mapping[int, bytes]
+    encode: Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +280,8 @@ class TokenEvent:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    error_kind: str | None = None
+    """With ``error``: what ended it from outside (the constants of ``engine.handle``), else None."""
 
 
 @dataclass(frozen=True, slots=True)

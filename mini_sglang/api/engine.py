@@ -16,6 +16,7 @@ from mini_sglang.errors import EngineError, InvalidValueError
 from mini_sglang.types import FinishReason, Output, Prompt, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:
+    from mini_sglang.backend.grammar import GrammarCompiler
     from mini_sglang.engine.worker import EngineThread
     from mini_sglang.text.tokenizer import Tokenizer
 
@@ -64,6 +65,7 @@ class Engine:
         self.tokenizer: Tokenizer = parts[0]
         self._thread: EngineThread = parts[1]
         self.description: dict[str, Any] = parts[2]
+        self._grammars: GrammarCompiler = parts[3]
         self._ids = itertools.count()
 
     # A str is itself a sequence of str; the first overload is the one that counts for it.
@@ -129,7 +131,7 @@ class Engine:
         many, pairs = _pair_up(prompts, params)
         streams: list[AsyncStream] = []
         try:
-            requests = [(await asyncio.to_thread(self.encode, prompt), one) for prompt, one in pairs]
+            requests = [(await asyncio.to_thread(self._prepare, *pair), pair[1]) for pair in pairs]
             streams.extend(self._open_async(ids, one) for ids, one in requests)
             outputs = [await stream.output() for stream in streams]
         finally:
@@ -138,7 +140,11 @@ class Engine:
         return outputs if many else outputs[0]
 
     def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncStream:
-        """``stream`` for asyncio: ``async for delta in engine.astream(prompt)``."""
+        """``stream`` for asyncio: ``async for delta in engine.astream(prompt)``.
+
+        A grammar that is new to the engine is compiled at once, on the loop; ``agenerate`` compiles in a
+        thread.
+        """
         return self._open_async(self.encode(prompt), params or SamplingParams())
 
     def insert_prefix(self, prefix: Prompt) -> int:
@@ -176,6 +182,12 @@ class Engine:
         allowed = "a non-empty text, a non-empty list of token ids, or a non-empty list of chat messages"
         raise InvalidValueError("prompt", prompt, allowed)
 
+    def _prepare(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """``encode``, and compile the grammar, which is then at hand where nothing may wait for it."""
+        if params.grammar is not None:
+            self._grammars.new(params)
+        return self.encode(prompt)
+
     def count_tokens(self, prompt: Prompt) -> int:
         return len(self.encode(prompt))
 
@@ -186,6 +198,7 @@ class Engine:
     def close(self) -> None:
         """Abort what runs and free the engine. Called by the ``with`` block; safe to call twice."""
         self._thread.close()
+        self._grammars.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -210,7 +223,7 @@ class Engine:
 
 def _load(
     settings: Settings, notify: Callable[[str], None]
-) -> tuple[Tokenizer, EngineThread, dict[str, Any]]:
+) -> tuple[Tokenizer, EngineThread, dict[str, Any], GrammarCompiler]:
     """Find the model, load its tokenizer and weights, start the engine's thread."""
     from mini_sglang.backend.loading.source import resolve_model
     from mini_sglang.text.tokenizer import load_tokenizer
@@ -220,6 +233,7 @@ def _load(
         files.path, cache_dir=settings.cache_path, trust_remote_code=settings.trust_remote_code
     )
     # torch takes a second or more to import: only once the model is found and its tokenizer reads.
+    from mini_sglang.backend.grammar import GrammarCompiler
     from mini_sglang.backend.model_backend import load_backend
     from mini_sglang.engine.engine import EngineCore
     from mini_sglang.engine.worker import EngineThread
@@ -233,7 +247,9 @@ def _load(
         " ".join(f"{name}={value}" for name, value in description.items()),
         sorted(eos_ids),
     )
-    return tokenizer, EngineThread(EngineCore(backend, settings, eos_ids)), description
+    grammars = GrammarCompiler(tokenizer.vocabulary, backend.vocab_size, eos_ids)
+    core = EngineCore(backend, settings, eos_ids, grammars=grammars.new)
+    return tokenizer, EngineThread(core), description, grammars
 
 
 def _pair_up(prompts: Any, params: Any) -> tuple[bool, list[tuple[Prompt, SamplingParams]]]:

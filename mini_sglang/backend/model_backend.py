@@ -131,13 +131,16 @@ class ModelBackend:
         return logprobs
 
 
-def load_backend(path: Path, settings: Settings, notify: Callable[[str], None] | None = None) -> ModelBackend:
+def load_backend(
+    path: Path, settings: Settings, notify: Callable[[str], None] | None = None, *, sharing: int = 1
+) -> ModelBackend:
     """Load the model at ``path``, a folder or a ``.gguf`` file, and allocate its KV pool.
 
     Sets the number of torch's CPU threads, which belongs to the whole process.
 
     Args:
         notify: called with a line for the user when something slow begins.
+        sharing: backends that are loaded side by side and share the device's free memory.
 
     Raises:
         ModelLoadError: the model is damaged, incomplete or unsupported.
@@ -162,7 +165,7 @@ def load_backend(path: Path, settings: Settings, notify: Callable[[str], None] |
         token_budget=settings.kv_token_budget,
         page_size=settings.page_size_tokens,
         bytes_per_token=per_token,
-        free_bytes=free_memory(device),
+        free_bytes=free_memory(device) // sharing,
         context_length=context_length,
         max_batch_size=settings.max_batch_size,
     )

@@ -1,4 +1,4 @@
-"""What a request adds to the model's logits: penalties, logit_bias, banned ids."""
+"""What a request adds to the model's logits: penalties, logit_bias, banned ids, the mask of a grammar."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from mini_sglang.backend.step import SampleSpec
 
 _Ids = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.floating]
+
+
+_CEILINGS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.inf, -np.inf
+).astype(np.float32)
 
 
 class _Edits:
@@ -42,11 +47,13 @@ class _Edits:
 
 def adjusts(spec: SampleSpec) -> bool:
     """Whether ``adjust_logits`` would change this row."""
-    return bool(spec.banned_ids or spec.params.logit_bias or spec.params.penalised)
+    return bool(
+        spec.banned_ids or spec.params.logit_bias or spec.params.penalised or spec.grammar is not None
+    )
 
 
 def adjust_logits(x: Tensor, specs: Sequence[SampleSpec]) -> dict[int, str]:
-    """Apply each row's penalties, then its bias, then its bans, in place.
+    """Apply each row's penalties, then its bias, then its bans, then its grammar's mask, in place.
 
     The repetition penalty is that of Keskar et al. 2019 (CTRL) as transformers has it: each distinct
     token of prompt and output has its logit divided where positive and multiplied where negative.
@@ -58,7 +65,8 @@ def adjust_logits(x: Tensor, specs: Sequence[SampleSpec]) -> dict[int, str]:
         specs: one per row.
 
     Returns:
-        For each row whose bias names an id outside the vocabulary, a sentence; that row is left as it was.
+        For each row whose bias names an id outside the vocabulary, or whose grammar cannot go on, a
+        sentence; of such a row nothing is to be read.
     """
     vocab_size = x.shape[1]
     repeated, counted, biased, banned = _Edits(), _Edits(), _Edits(), _Edits()
@@ -99,7 +107,44 @@ def adjust_logits(x: Tensor, specs: Sequence[SampleSpec]) -> dict[int, str]:
     if edit := banned.tensors(x):
         rows, ids_, amount = edit
         x[rows, ids_] = amount
+    constrained = [row for row, spec in enumerate(specs) if spec.grammar is not None and row not in refused]
+    if constrained:
+        refused |= _apply_masks(x, specs, constrained)
     return refused
+
+
+def _apply_masks(x: Tensor, specs: Sequence[SampleSpec], rows: Sequence[int]) -> dict[int, str]:
+    """Take what their grammars do not allow from the logits of ``rows``."""
+    vocab_size = x.shape[1]
+    words = np.zeros((len(rows), -(-vocab_size // 32)), dtype=np.int32)
+    refused: dict[int, str] = {}
+    for row, bits in zip(rows, words, strict=True):
+        grammar = specs[row].grammar
+        assert grammar is not None
+        sentence = grammar.fill_mask(bits.data, specs[row].end_ids)
+        if sentence is not None:
+            refused[row] = sentence
+    deny = deny_on_cpu if x.device.type == "cpu" else deny_on_device
+    deny(x, rows, words)
+    return refused
+
+
+def deny_on_cpu(x: Tensor, rows: Sequence[int], words: npt.NDArray[np.int32]) -> None:
+    """Set logits of ``rows`` whose bit in ``words`` (``[R, ceil(V / 32)]``) is 0 to -inf, in place."""
+    # A ceiling for eight logits per byte: a tenth of the time of a condition per logit.
+    ceilings = np.take(_CEILINGS, words.view(np.uint8), axis=0).reshape(len(rows), -1)
+    for row, ceiling in zip(rows, ceilings, strict=True):
+        logits = x[row].numpy()
+        np.minimum(logits, ceiling[: x.shape[1]], out=logits)
+
+
+def deny_on_device(x: Tensor, rows: Sequence[int], words: npt.NDArray[np.int32]) -> None:
+    """``deny_on_cpu`` with torch: the bits are unpacked where the logits are."""
+    packed = torch.from_numpy(words).to(x.device)
+    places = torch.arange(32, dtype=torch.int32, device=x.device)
+    denied = ((packed.unsqueeze(-1) >> places) & 1 == 0).flatten(1)[:, : x.shape[1]]
+    at = torch.tensor(rows, device=x.device)
+    x[at] = x[at].masked_fill_(denied, -torch.inf)
 
 
 def _known(ids: Sequence[int], vocab_size: int) -> _Ids:

@@ -59,11 +59,11 @@ def _splitmix64(seed: int, index: int) -> int:
 class Sampler:
     """Chooses one token per row.
 
-    Order: repetition penalty, presence and frequency penalties, logit_bias, banned ids; then greedy, or
-    temperature, top_k, top_p, min_p and a draw. Ties of greedy go to the lowest id. The filters keep
-    the sets that transformers' warpers keep: top_k every tie of the k-th token, top_p the token that
-    crosses, by the distribution that top_k left, min_p what is not below its share of the most probable
-    token. Where top_p cuts through equal tokens the lower ids stay.
+    Order: repetition penalty, presence and frequency penalties, logit_bias, banned ids, the grammar's
+    mask; then greedy, or temperature, top_k, top_p, min_p and a draw. Ties of greedy go to the lowest id.
+    The filters keep the sets that transformers' warpers keep: top_k every tie of the k-th token, top_p the
+    token that crosses, by the distribution that top_k left, min_p what is not below its share of the most
+    probable token. Where top_p cuts through equal tokens the lower ids stay.
 
     The draw is by inverse cumulative distribution: in ascending order of ids where neither top_k nor
     top_p is on, else by descending logit, then ascending id. A token less probable than the most
@@ -112,7 +112,7 @@ class Sampler:
             top, peak = argmax(x)
             for row, value in enumerate(peak[:, 0].tolist()):
                 if not math.isfinite(value):
-                    errors[row] = errors[row] or _bad_adjustment(value)
+                    errors[row] = errors[row] or _bad_adjustment(value, specs[row])
 
         ids: list[int] = top.tolist()
         drawn = [row for row, spec in enumerate(specs) if not (spec.params.greedy or errors[row])]
@@ -271,7 +271,9 @@ def _bad_logits(value: float) -> str:
     return f"The model's logits are not finite (the largest is {value}): no token can be chosen."
 
 
-def _bad_adjustment(value: float) -> str:
+def _bad_adjustment(value: float, spec: SampleSpec) -> str:
+    if value == -math.inf and spec.grammar is not None:
+        return "Every token that the grammar allows here is banned: no token can be chosen."
     if value == -math.inf:
         return "Every token is banned for this sequence: no token can be chosen."
     return "The penalties of this request make its logits overflow: no token can be chosen."

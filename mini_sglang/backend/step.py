@@ -7,11 +7,40 @@ backend never learns what a request is.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from mini_sglang.types import SamplingParams, TokenLogprob
+
+
+class TokenGrammar(Protocol):
+    """How far one answer has come in the grammar it must follow. Not thread-safe."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the text is complete and nothing can be added to it."""
+
+    def accept(self, token_id: int) -> str | None:
+        """Go on past a token of the answer; a sentence where the grammar cannot follow it."""
+
+    def fill_mask(self, words: memoryview, end_ids: Sequence[int]) -> str | None:
+        """Write which tokens may come next; a sentence where that cannot be said, or none may.
+
+        Args:
+            words: int32, ``ceil(vocab_size / 32)`` of them; bit ``i % 32`` of word ``i // 32`` becomes 1
+                where token ``i`` may come next.
+            end_ids: tokens that end the answer; they may come wherever the text may end.
+        """
+
+    def copy(self) -> TokenGrammar:
+        """Another answer that has come as far."""
+
+
+GrammarFactory = Callable[[SamplingParams], TokenGrammar]
+"""Makes the grammar of a request whose ``params.grammar`` is set, at its start. It may take as long as a
+compile does, so it is never called within a step. Raises InvalidValueError for a grammar that cannot be used,
+OverloadedError where too many wait. Any thread may call it."""
 
 
 @dataclass(slots=True)
@@ -25,6 +54,8 @@ class SampleSpec:
         prompt_ids: prompt, read only when ``params.penalised``.
         output_ids: tokens generated so far, read only when ``params.penalised``.
         banned_ids: ids that may not be chosen now (end-of-text before ``min_new_tokens``).
+        grammar: what the answer must follow; it overrules every bias.
+        end_ids: with ``grammar``, ids that end the answer.
     """
 
     params: SamplingParams
@@ -33,6 +64,8 @@ class SampleSpec:
     prompt_ids: Sequence[int] = ()
     output_ids: Sequence[int] = ()
     banned_ids: tuple[int, ...] = ()
+    grammar: TokenGrammar | None = None
+    end_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

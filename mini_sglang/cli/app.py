@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 from mini_sglang import logs
-from mini_sglang.cli import args, chat, generate
+from mini_sglang.cli import args, chat, generate, serve
 from mini_sglang.cli.face import EngineFace, EngineFactory, load_engine
 from mini_sglang.cli.terminal import OutputClosedError, Terminal
 from mini_sglang.config import Settings, settings_table
@@ -85,5 +85,6 @@ def _print_settings(options: Namespace, terminal: Terminal, open_engine: OpenEng
 _COMMANDS: dict[str, Command] = {
     "generate": generate.run,
     "chat": chat.run,
+    "serve": serve.run,
     "settings": _print_settings,
 }

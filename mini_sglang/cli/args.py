@@ -87,6 +87,16 @@ def command_parser() -> Parser:
     _add_common_options(chat)
     _add_sampling(chat, CHAT_PARAMS, CHAT_DEFAULTS)
     _add_settings(chat)
+    serve = commands.add_parser(
+        "serve",
+        prog="mini-sglang serve",
+        help="serve the model over HTTP",
+        usage="mini-sglang serve [options]",
+        description="Serve the model over HTTP, to OpenAI clients (/v1/…) and natively (/generate), until "
+        "Ctrl-C or SIGTERM. Only this machine can reach it unless --host says otherwise.",
+    )
+    serve.add_argument("--quiet", "-q", action="store_true", help="no progress and no banner")
+    _add_settings(serve)
     commands.add_parser(
         "settings",
         prog="mini-sglang settings",
@@ -140,6 +150,8 @@ def parse_param(spec: Field[Any], given: str | bool | Sequence[str]) -> object:
         if isinstance(given, bool):
             return given
         return tuple(_convert(int, item) if spec.name == "stop_token_ids" else item for item in given)
+    if spec.default is None and spec.metadata["metavar"]:
+        return given
     if spec.name == "logit_bias":
         return _convert(json.loads, given)
     if isinstance(spec.default, bool):

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mini_sglang.backend.step import Backend, SampleSpec, SequenceResult, SequenceStep
+from mini_sglang.backend.step import (
+    Backend,
+    GrammarFactory,
+    SampleSpec,
+    SequenceResult,
+    SequenceStep,
+)
 from mini_sglang.config import Settings
+from mini_sglang.engine.grammars import GrammarRoom
+from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.engine.kv_cache import CacheLimits, KVCacheManager
+from mini_sglang.engine.limits import make_prefix_work, make_work
 from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
-from mini_sglang.errors import ContextLengthError, InvalidValueError, shorten
+from mini_sglang.errors import InvalidValueError, shorten
 from mini_sglang.types import FinishReason, SamplingParams, TokenEvent, TokenLogprob
 
 logger = logging.getLogger(__name__)
+
+# Seconds a step with nothing to run waits for a grammar; commands wait as long.
+_COMPILE_WAIT = 0.002
 
 
 @dataclass(slots=True)
@@ -38,14 +49,44 @@ class EngineCounters:
 class EngineCore:
     """Add requests, call ``step`` until ``has_work`` is false, abort at any moment in between.
 
-    Not thread-safe: one thread drives it (``worker.EngineThread`` does). ``make_request`` reads only
-    what never changes and may be called from any thread.
+    Not thread-safe: one thread drives it (``worker.EngineThread`` does). ``info``, ``make_request`` and
+    ``request_of`` read only what never changes, and ``stats`` only numbers: any thread may call them.
+
+    A request with a grammar waits beside the queue while that is compiled in another thread; one from
+    ``make_request`` has it compiled already, in the thread that called.
+
+    Args:
+        eos_ids: ids that end an answer.
+        description: goes into ``info``.
+        grammars: makes the grammars of requests; None refuses requests that have one.
+
+    Attributes:
+        on_start: called before the first step of requests, with their ids. It says what must be known
+            even if that step ends the process.
     """
 
-    def __init__(self, backend: Backend, settings: Settings, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        settings: Settings,
+        eos_ids: frozenset[int],
+        description: Mapping[str, str | int] | None = None,
+        grammars: GrammarFactory | None = None,
+    ) -> None:
         self._backend = backend
         self._settings = settings
         self._eos_ids = eos_ids
+        self._grammars = GrammarRoom(grammars)
+        self.on_start: Callable[[list[str]], None] | None = None
+        self.info = EngineInfo(
+            description=dict(description or {}),
+            eos_ids=tuple(sorted(eos_ids)),
+            vocab_size=backend.vocab_size,
+            context_length=backend.context_length,
+            max_sequence_tokens=min(backend.context_length, backend.num_pages * backend.page_size),
+            page_size=backend.page_size,
+            kv_tokens=backend.num_pages * backend.page_size,
+        )
         limits = CacheLimits(
             enabled=settings.prefix_cache,
             max_leaves=settings.prefix_cache_size,
@@ -72,7 +113,7 @@ class EngineCore:
     @property
     def max_sequence_tokens(self) -> int:
         """Longest prompt and answer together: the context window, or the pool where that is smaller."""
-        return min(self._backend.context_length, self._backend.num_pages * self._backend.page_size)
+        return self.info.max_sequence_tokens
 
     def make_request(
         self,
@@ -83,46 +124,45 @@ class EngineCore:
         prefill_only: bool = False,
         namespace: str = "",
     ) -> Request:
-        """Check a prompt against this model and wrap it up for ``add``.
+        """Check a prompt against this model, compile its grammar, and wrap it up for ``add``.
+
+        Takes as long as the compile does. Raises as ``limits.make_work``, and for a grammar:
 
         Raises:
-            InvalidValueError: an empty prompt, or an id outside the vocabulary.
-            ContextLengthError: the prompt leaves no room for a token, or for ``prefill_only`` is longer
-                than the context.
+            InvalidValueError: it cannot be used.
+            OverloadedError: too many wait to be compiled.
         """
-        tokens = list(prompt_ids)
-        self._check_ids("prompt", tokens)
-        if not tokens:
-            raise InvalidValueError("prompt", tokens, "at least one token long")
-        self._check_ids("stop_token_ids", params.stop_token_ids)
-        self._check_ids("logit_bias", list(params.logit_bias))
-        return Request(
-            request_id=request_id,
-            tokens=tokens,
-            num_prompt=len(tokens),
-            params=params,
-            max_new_tokens=self._cap_new_tokens(len(tokens), params, prefill_only),
-            seed=params.seed if params.seed is not None else secrets.randbits(63),
-            eos_ids=self._eos_ids,
+        work = make_work(
+            self.info,
+            self._settings,
+            request_id,
+            prompt_ids,
+            params,
             prefill_only=prefill_only,
             namespace=namespace,
-            arrival=time.monotonic(),
         )
+        request = self.request_of(work)
+        request.grammar = self._grammars.make(params)
+        return request
 
     def make_prefix_request(self, request_id: str, prompt_ids: Sequence[int], namespace: str = "") -> Request:
-        """A request that only puts its prompt in the prefix cache.
+        """A request that only puts its prompt in the cache. Raises as ``limits.make_prefix_work``."""
+        return self.request_of(make_prefix_work(self.info, self._settings, request_id, prompt_ids, namespace))
 
-        Raises:
-            InvalidValueError: as ``make_request``, or the cache is off or does not take this length.
-        """
-        settings = self._settings
-        if not settings.prefix_cache:
-            raise InvalidValueError("PREFIX_CACHE", settings.prefix_cache, "on for insert_prefix")
-        if len(prompt_ids) > settings.prefix_cache_max_tokens:
-            allowed = f"at most {settings.prefix_cache_max_tokens} tokens (PREFIX_CACHE_MAX_TOKENS)"
-            raise InvalidValueError("prefix", f"{len(prompt_ids)} tokens", allowed)
-        return self.make_request(
-            request_id, prompt_ids, SamplingParams(), prefill_only=True, namespace=namespace
+    def request_of(self, work: Work) -> Request:
+        """Wrap up checked work for ``add``."""
+        assert work.params.seed is not None
+        return Request(
+            request_id=work.request_id,
+            tokens=list(work.prompt_ids),
+            num_prompt=len(work.prompt_ids),
+            params=work.params,
+            max_new_tokens=work.max_new_tokens,
+            seed=work.params.seed,
+            eos_ids=self._eos_ids,
+            prefill_only=work.prefill_only,
+            namespace=work.namespace,
+            arrival=time.monotonic(),
         )
 
     def add(self, request: Request) -> None:
@@ -130,7 +170,10 @@ class EngineCore:
         if request.request_id in self._requests:
             raise InvalidValueError("request_id", request.request_id, "unique among running requests")
         self._requests[request.request_id] = request
-        self.scheduler.add(request)
+        if request.params.grammar is not None and request.grammar is None:
+            self._grammars.add(request)
+        else:
+            self.scheduler.add(request)
         self.counters.requests += 1
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> TokenEvent | None:
@@ -146,15 +189,21 @@ class EngineCore:
 
     def step(self) -> list[TokenEvent]:
         """Run one batch; returns what happened to each request in it."""
+        events = self._admit_compiled()
         plan = self.scheduler.schedule()
         if not plan:
-            return []
+            return events
+        if self.on_start is not None:
+            fresh = [item.request.request_id for item in plan if not item.request.started]
+            if fresh:
+                self.on_start(fresh)
         try:
             results = self._backend.run([self._sequence_step(item) for item in plan])
         except Exception as error:
             logger.exception("a step of %d requests failed", len(plan))
-            return [self._fail(item.request, f"the step failed: {shorten(str(error))}") for item in plan]
-        return self._postprocess(plan, results)
+            message = f"the step failed: {shorten(str(error))}"
+            return events + [self._fail(item.request, message) for item in plan]
+        return events + self._postprocess(plan, results)
 
     def stats(self) -> dict[str, int]:
         """Counters and gauges; KV figures in tokens."""
@@ -165,7 +214,7 @@ class EngineCore:
             "aborted": counters.aborted,
             "failed": counters.failed,
             "running": len(self.scheduler.running),
-            "waiting": len(self.scheduler.waiting),
+            "waiting": len(self.scheduler.waiting) + len(self._grammars),
             "steps": counters.steps,
             "prefill_tokens": counters.prefill_tokens,
             "decode_tokens": counters.decode_tokens,
@@ -185,6 +234,20 @@ class EngineCore:
         """Verify the page invariant (free + cached + in use == total); raises AssertionError."""
         self.cache.check(self.scheduler.running)
 
+    def _admit_compiled(self) -> list[TokenEvent]:
+        """Queue the requests whose grammars are there by now."""
+        if not len(self._grammars):
+            return []
+        busy = self.scheduler.running or self.scheduler.waiting
+        events: list[TokenEvent] = []
+        for request, error in self._grammars.compiled(0.0 if busy else _COMPILE_WAIT):
+            if error is None:
+                self._grammars.remove(request)
+                self.scheduler.add(request)
+            else:
+                events.append(self._fail(request, error))
+        return events
+
     def _sequence_step(self, item: Scheduled) -> SequenceStep:
         request = item.request
         start, end = request.num_computed, request.num_computed + item.num_tokens
@@ -198,6 +261,8 @@ class EngineCore:
                 request.tokens[: request.num_prompt] if penalised else (),
                 request.tokens[request.num_prompt :] if penalised else (),
                 request.banned_ids(),
+                request.grammar,
+                () if request.grammar is None else request.end_ids(),
             )
         if request.wants_prompt_logprobs:
             step.prompt_targets = request.tokens[start + 1 : min(end + 1, request.num_prompt)]
@@ -226,7 +291,9 @@ class EngineCore:
     def _accept(self, request: Request, result: SequenceResult) -> TokenEvent:
         assert result.token_id is not None
         first = request.num_output == 0
-        request.append(result.token_id)
+        error = request.append(result.token_id)
+        if error is not None:
+            return self._fail(request, error)
         logprobs = () if result.logprob is None else (result.logprob,)
         prompt_logprobs: tuple[TokenLogprob, ...] = ()
         if first and request.params.prompt_logprobs:
@@ -272,7 +339,10 @@ class EngineCore:
     ) -> TokenEvent:
         """The one place where a request ends."""
         assert request.phase is not Phase.FINISHED
-        self.scheduler.remove(request, keep_kv=keep_kv)
+        if self._grammars.remove(request):
+            request.phase = Phase.FINISHED
+        else:
+            self.scheduler.remove(request, keep_kv=keep_kv)
         del self._requests[request.request_id]
         self.counters.finished += reason in (FinishReason.STOP, FinishReason.LENGTH)
         request.finish = reason
@@ -283,26 +353,3 @@ class EngineCore:
             prompt_tokens=request.num_prompt,
             cached_tokens=request.num_cached or 0,
         )
-
-    def _cap_new_tokens(self, num_prompt: int, params: SamplingParams, prefill_only: bool) -> int:
-        limit = self.max_sequence_tokens
-        room = limit - num_prompt
-        if room < (0 if prefill_only else 1):
-            allowed = f"{'at most' if prefill_only else 'shorter than'} the context, {limit} tokens"
-            raise ContextLengthError("prompt", f"{num_prompt} tokens", allowed)
-        if prefill_only:
-            return 0
-        if params.max_new_tokens <= room - (
-            self._settings.max_context_margin if self._settings.aggressive_max_new_tokens else 0
-        ):
-            return params.max_new_tokens
-        if not self._settings.aggressive_max_new_tokens:
-            allowed = f"at most {room}, what a context of {limit} tokens leaves after {num_prompt} of prompt"
-            raise ContextLengthError("max_new_tokens", params.max_new_tokens, allowed)
-        return max(1, min(params.max_new_tokens, room - self._settings.max_context_margin))
-
-    def _check_ids(self, field: str, ids: Sequence[int]) -> None:
-        vocab_size = self._backend.vocab_size
-        for token_id in ids:
-            if type(token_id) is not int or not 0 <= token_id < vocab_size:
-                raise InvalidValueError(field, token_id, f"made of token ids from 0 to {vocab_size - 1}")

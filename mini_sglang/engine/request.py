@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
+from mini_sglang.backend.step import TokenGrammar
 from mini_sglang.engine.radix import RadixNode
 from mini_sglang.types import FinishReason, SamplingParams, TokenLogprob
 
@@ -36,6 +37,7 @@ class Request:
         num_cached: prompt tokens taken from the prefix cache when it was first admitted.
         started: whether a step of it has run.
         node: the radix node locked for the tree's pages.
+        grammar: what the answer must follow, as far as its tokens have come; retraction does not touch it.
     """
 
     request_id: str
@@ -48,6 +50,7 @@ class Request:
     prefill_only: bool = False
     namespace: str = ""
     arrival: float = 0.0
+    grammar: TokenGrammar | None = None
 
     phase: Phase = Phase.WAITING
     pages: array[int] = field(default_factory=lambda: array("i"))
@@ -76,19 +79,29 @@ class Request:
         """Whether every prompt position must still be computed, so that no cached KV helps."""
         return self.params.prompt_logprobs and not self.prompt_logprobs_done
 
-    def append(self, token_id: int) -> None:
-        """Add a generated token and decide whether the request ends with it."""
+    def append(self, token_id: int) -> str | None:
+        """Add a generated token and decide whether the request ends with it.
+
+        Returns a sentence where its grammar cannot follow the token.
+        """
         self.tokens.append(token_id)
-        params = self.params
-        is_eos = token_id in self.eos_ids and not params.ignore_eos
-        if is_eos or token_id in params.stop_token_ids:
+        if token_id in self.end_ids():
             self.finish, self.matched_token_id = FinishReason.STOP, token_id
+            return None
+        error = None if self.grammar is None else self.grammar.accept(token_id)
+        if error is not None:
+            return error
+        if self.grammar is not None and self.grammar.done:
+            self.finish = FinishReason.STOP
         elif self.num_output >= self.max_new_tokens:
             self.finish = FinishReason.LENGTH
+        return None
+
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end the answer."""
+        eos = () if self.params.ignore_eos else tuple(sorted(self.eos_ids))
+        return eos + self.params.stop_token_ids
 
     def banned_ids(self) -> tuple[int, ...]:
         """Ids that may not come next: what would end the answer before ``min_new_tokens``."""
-        if self.num_output >= self.params.min_new_tokens:
-            return ()
-        eos = () if self.params.ignore_eos else tuple(sorted(self.eos_ids))
-        return eos + self.params.stop_token_ids
+        return () if self.num_output >= self.params.min_new_tokens else self.end_ids()

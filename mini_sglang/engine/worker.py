@@ -10,48 +10,83 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from mini_sglang.engine.engine import EngineCore
+from mini_sglang.engine.handle import ENGINE_DIED, NOT_STARTED, EngineInfo, Sink, Work
 from mini_sglang.engine.request import Request
-from mini_sglang.errors import EngineError
+from mini_sglang.errors import EngineError, MiniSglangError
 from mini_sglang.types import FinishReason, TokenEvent
 
 logger = logging.getLogger(__name__)
 
-Sink = Callable[[TokenEvent], None]
 T = TypeVar("T")
 
 
 class EngineThread:
     """Drives an ``EngineCore``; commands go in through a queue, events come out through sinks.
 
-    A request's sink is called in the engine's thread, in order, and last with the terminal event. It
-    must be quick and must not raise; one that does loses its request, and nobody else's.
+    An ``EngineHandle``. A request's sink is called in the engine's thread, in order, and last with the
+    terminal event. It must be quick and must not raise; one that does loses its request, and nobody
+    else's.
+
+    Args:
+        core: the engine, or a function that loads one; it is called in the thread, and until it is
+            back the state is "starting".
     """
 
-    def __init__(self, core: EngineCore) -> None:
-        self.core = core
+    core: EngineCore
+
+    def __init__(self, core: EngineCore | Callable[[], EngineCore]) -> None:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
+        self._started: set[str] = set()  # of those in _sinks, what a step has been tried of
         self._lock = threading.Lock()
-        self._closed: str | None = None
-        self._thread = threading.Thread(target=self._loop, name="mini-sglang-engine", daemon=True)
+        self._state = "starting"
+        self._closed: str | None = "the engine is still starting"
+        self._watchers: list[Callable[[], None]] = []
+        if isinstance(core, EngineCore):
+            self._open(core)
+        load = None if isinstance(core, EngineCore) else core
+        self._thread = threading.Thread(
+            target=self._run, args=(load,), name="mini-sglang-engine", daemon=True
+        )
         self._thread.start()
 
-    def submit(self, request: Request, sink: Sink) -> None:
-        """Queue a request made by ``core.make_request``.
+    @property
+    def info(self) -> EngineInfo:
+        if self._state == "starting" or not hasattr(self, "core"):
+            raise EngineError(self._closed or "the engine is still starting")
+        return self.core.info
+
+    @property
+    def state(self) -> str:
+        return self._state
+
+    @property
+    def failure(self) -> str | None:
+        return self._closed if self._state == "dead" else None
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        self._watchers.append(callback)
+
+    def stats(self) -> dict[str, int]:
+        """Counters and gauges, perhaps in the middle of a step; ``call`` gives them between two."""
+        return self.core.stats() if hasattr(self, "core") else {}
+
+    def submit(self, work: Work | Request, sink: Sink) -> None:
+        """Queue work, or a request made by ``core.make_request``.
 
         Raises:
-            EngineError: the engine is closed or has died.
+            EngineError: the engine is closed, has died or is still starting.
         """
 
         def add() -> None:
             try:
-                self.core.add(request)
+                self.core.add(work if isinstance(work, Request) else self.core.request_of(work))
             except Exception as error:
                 # Refused (its id is taken): the sink of the running request of that id stays.
-                event = TokenEvent(request.request_id, finish=FinishReason.ERROR, error=str(error))
+                event = TokenEvent(work.request_id, finish=FinishReason.ERROR, error=str(error))
                 self._call_sink(sink, event)
             else:
-                self._sinks[request.request_id] = sink
+                self._sinks[work.request_id] = sink
 
         self._send(add)
 
@@ -99,7 +134,8 @@ class EngineThread:
     def close(self) -> None:
         """Abort what runs, deliver the terminal events and end the thread. Safe to call twice."""
         with self._lock:
-            if self._closed is None:
+            if self._state in ("starting", "ready"):
+                self._state = "closed"
                 self._closed = "the engine is closed"
                 self._commands.put(None)
         if threading.current_thread() is not self._thread:
@@ -111,17 +147,49 @@ class EngineThread:
                 raise EngineError(self._closed)
             self._commands.put(command)
 
-    def _loop(self) -> None:
+    def _open(self, core: EngineCore) -> None:
+        core.on_start = self._started.update
+        self.core = core
+        self._state, self._closed = "ready", None
+
+    def _run(self, load: Callable[[], EngineCore] | None) -> None:
         try:
-            while self._obey():
-                for event in self.core.step():
-                    self._deliver(event)
-            self._end_all(FinishReason.ABORT, None)
+            if load is not None:
+                core = load()
+                with self._lock:
+                    if self._state == "starting":
+                        self._open(core)
+                self._tell_watchers()
+            if hasattr(self, "core"):
+                self._loop()
         except BaseException as error:
+            self._die(error)
+        finally:
+            self._tell_watchers()
+
+    def _loop(self) -> None:
+        while self._obey():
+            for event in self.core.step():
+                self._deliver(event)
+        self._end_all(FinishReason.ABORT, None)
+
+    def _die(self, error: BaseException) -> None:
+        started = hasattr(self, "core")
+        if started or not isinstance(error, MiniSglangError):
             logger.exception("the engine died")
-            with self._lock:
-                self._closed = f"the engine died: {error!r:.200}"
+        with self._lock:
+            self._state = "dead"
+            said = isinstance(error, MiniSglangError) and not started
+            self._closed = str(error) if said else f"the engine died: {error!r:.200}"
+        if started:
             self._end_all(FinishReason.ERROR, self._closed)
+
+    def _tell_watchers(self) -> None:
+        for callback in list(self._watchers):
+            try:
+                callback()
+            except Exception:
+                logger.exception("a watcher of the engine failed")
 
     def _obey(self) -> bool:
         """Carry out what is queued, waiting for it when there is nothing to run; False to end."""
@@ -138,8 +206,10 @@ class EngineThread:
         sink = self._sinks.get(event.request_id)
         if event.finish is not None:
             self._sinks.pop(event.request_id, None)
+            self._started.discard(event.request_id)
         if sink is not None and not self._call_sink(sink, event):
             self._sinks.pop(event.request_id, None)
+            self._started.discard(event.request_id)
             self.core.abort(event.request_id)
 
     @staticmethod
@@ -168,4 +238,9 @@ class EngineThread:
             # A core that died is not touched again: it may be half way through anything.
             event = self.core.abort(request_id, reason) if error is None else None
             sink = self._sinks.pop(request_id)
-            self._call_sink(sink, event or TokenEvent(request_id, finish=reason, error=error))
+            if event is None:
+                kind = None
+                if error is not None:
+                    kind = ENGINE_DIED if request_id in self._started else NOT_STARTED
+                event = TokenEvent(request_id, finish=reason, error=error, error_kind=kind)
+            self._call_sink(sink, event)

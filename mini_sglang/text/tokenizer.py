@@ -11,7 +11,7 @@ from mini_sglang.text.chat_template import ChatTemplate, plain_data, plain_messa
 from mini_sglang.text.decoder_stages import byte_level_alphabet, byte_level_bytes, decoder_specs
 from mini_sglang.text.detokenizer import Detokenizer, WindowedDetokenizer, detokenizer_factory
 from mini_sglang.text.special_text import SpecialTextGuard, texts_of
-from mini_sglang.types import Message
+from mini_sglang.types import Message, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
@@ -136,6 +136,16 @@ class Tokenizer:
         """For one answer: its pieces join to ``decode(ids)``."""
         return self._new_detokenizer()
 
+    def vocabulary(self) -> Vocabulary:
+        """What each token adds to an answer's text; made anew each time.
+
+        Raises:
+            ModelLoadError: that depends on its neighbours, so that no grammar can be followed.
+        """
+        from mini_sglang.text.vocabulary import vocabulary_of
+
+        return vocabulary_of(self._tokenizer)
+
     def _disguise(self, inputs: list[Any], taken: str) -> tuple[list[Any], dict[str, str]]:
         return self._guard.disguise(inputs, taken)
 
@@ -173,6 +183,9 @@ class PythonTokenizer(Tokenizer):
 
     def detokenizer(self) -> Detokenizer:
         return WindowedDetokenizer(self.decode)
+
+    def vocabulary(self) -> Vocabulary:
+        raise ModelLoadError("No grammar can be followed with a tokenizer that exists as Python code only.")
 
     def _disguise(self, inputs: list[Any], taken: str) -> tuple[list[Any], dict[str, str]]:
         texts = list(texts_of(inputs))

@@ -33,18 +33,28 @@ GIVEN = {
     "top_logprobs": ("2", 2),
     "prompt_logprobs": (None, True),
 }
+# An answer has one form at most.
+FORMS = {
+    "json_schema": ('{"type": "object"}', '{"type":"object"}'),
+    "regex": ("12", "12"),
+    "ebnf": ("start: A", "start: A"),
+    "json_object": (None, True),
+}
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def test_every_sampling_parameter_arrives(cli):
-    words = [word for name, (text, _) in GIVEN.items() for word in (flag(name), text) if word is not None]
+@pytest.mark.parametrize("form", FORMS)
+def test_every_sampling_parameter_arrives(form, cli):
+    given = GIVEN | {form: FORMS[form]}
+    words = [word for name, (text, _) in given.items() for word in (flag(name), text) if word is not None]
     ran = cli("generate", *words, "hello")
     params = ran.engine.calls[0][1]
-    assert {f.name: getattr(params, f.name) for f in fields(SamplingParams)} == {
-        name: value for name, (_, value) in GIVEN.items()
+    expected = {f.name: f.default for f in fields(SamplingParams) if f.name in FORMS}
+    assert {f.name: getattr(params, f.name) for f in fields(SamplingParams)} == expected | {
+        name: value for name, (_, value) in given.items()
     }
 
 

@@ -58,6 +58,7 @@ class Receiver:
     def __init__(self) -> None:
         self.answer = Answer()
         self.late: list[TokenEvent] = []
+        self.last_kind: str | None = None
         self.first, self.ended = threading.Event(), threading.Event()
 
     def __call__(self, event: TokenEvent) -> None:
@@ -65,6 +66,7 @@ class Receiver:
             self.late.append(event)
             return
         self.answer.add(event)
+        self.last_kind = event.error_kind
         self.first.set()
         if event.finish is not None:
             self.ended.set()

@@ -1,0 +1,1 @@
+"""The door for ASGI servers: ``uvicorn api.server:app``."""

@@ -1,0 +1,88 @@
+"""What a model can be asked: the checks of a request that need no engine, only what it said of itself."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mini_sglang.config import Settings
+from mini_sglang.engine.handle import EngineInfo, Work
+from mini_sglang.errors import ContextLengthError, InvalidValueError
+from mini_sglang.types import SamplingParams
+
+
+def make_work(
+    info: EngineInfo,
+    settings: Settings,
+    request_id: str,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    prefill_only: bool = False,
+    namespace: str = "",
+) -> Work:
+    """Check a prompt against the model, cap its ``max_new_tokens`` and draw its seed.
+
+    Raises:
+        InvalidValueError: an empty prompt, or an id outside the vocabulary.
+        ContextLengthError: the prompt leaves no room for a token, or for ``prefill_only`` is longer than
+            the context.
+    """
+    _check_ids("prompt", prompt_ids, info.vocab_size)
+    if not prompt_ids:
+        raise InvalidValueError("prompt", prompt_ids, "at least one token long")
+    _check_ids("stop_token_ids", params.stop_token_ids, info.vocab_size)
+    _check_ids("logit_bias", list(params.logit_bias), info.vocab_size)
+    return Work(
+        request_id=request_id,
+        prompt_ids=tuple(prompt_ids),
+        params=params if params.seed is not None else replace(params, seed=secrets.randbits(63)),
+        max_new_tokens=_cap_new_tokens(info, settings, len(prompt_ids), params, prefill_only),
+        prefill_only=prefill_only,
+        namespace=namespace,
+    )
+
+
+def make_prefix_work(
+    info: EngineInfo, settings: Settings, request_id: str, prompt_ids: Sequence[int], namespace: str = ""
+) -> Work:
+    """Work that only puts its prompt in the prefix cache.
+
+    Raises:
+        InvalidValueError: as ``make_work``, or the cache is off or does not take this length.
+    """
+    if not settings.prefix_cache:
+        raise InvalidValueError("PREFIX_CACHE", settings.prefix_cache, "on for insert_prefix")
+    if len(prompt_ids) > settings.prefix_cache_max_tokens:
+        allowed = f"at most {settings.prefix_cache_max_tokens} tokens (PREFIX_CACHE_MAX_TOKENS)"
+        raise InvalidValueError("prefix", f"{len(prompt_ids)} tokens", allowed)
+    return make_work(
+        info, settings, request_id, prompt_ids, SamplingParams(), prefill_only=True, namespace=namespace
+    )
+
+
+def _cap_new_tokens(
+    info: EngineInfo, settings: Settings, num_prompt: int, params: SamplingParams, prefill_only: bool
+) -> int:
+    limit = info.max_sequence_tokens
+    room = limit - num_prompt
+    if room < (0 if prefill_only else 1):
+        allowed = f"{'at most' if prefill_only else 'shorter than'} the context, {limit} tokens"
+        raise ContextLengthError("prompt", f"{num_prompt} tokens", allowed)
+    if prefill_only:
+        return 0
+    if params.max_new_tokens <= room - (
+        settings.max_context_margin if settings.aggressive_max_new_tokens else 0
+    ):
+        return params.max_new_tokens
+    if not settings.aggressive_max_new_tokens:
+        allowed = f"at most {room}, what a context of {limit} tokens leaves after {num_prompt} of prompt"
+        raise ContextLengthError("max_new_tokens", params.max_new_tokens, allowed)
+    return max(1, min(params.max_new_tokens, room - settings.max_context_margin))
+
+
+def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise InvalidValueError(field, token_id, f"made of token ids from 0 to {vocab_size - 1}")

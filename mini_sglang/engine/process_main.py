@@ -1,0 +1,233 @@
+"""An engine's own process: ``python -m mini_sglang.engine.process_main``.
+
+``process.ProcessEngine`` starts it. One thread does everything between two steps: it reads commands, runs
+the step and sends its events, so that silence means a step that hangs. Standard input ends when the
+parent does; standard output is the journal of what was started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mini_sglang.config import Settings
+from mini_sglang.engine.engine import EngineCore
+from mini_sglang.engine.wire import (
+    Abort,
+    Close,
+    Codec,
+    Command,
+    Failed,
+    Hello,
+    Message,
+    Notice,
+    Ready,
+    Report,
+    Setup,
+    Submit,
+)
+from mini_sglang.errors import MiniSglangError, shorten
+from mini_sglang.types import FinishReason, TokenEvent
+
+if TYPE_CHECKING:
+    import zmq
+
+logger = logging.getLogger("mini_sglang.engine.process")
+
+# Seconds between signs of life while there is nothing to do, and between counters while there is.
+HEARTBEAT = 0.5
+STATS_EVERY = 0.2
+SERIAL = struct.Struct("<Q")
+
+MakeCore = Callable[[Settings, Setup, Callable[[str], None]], EngineCore]
+"""What ``--backend module:function`` names: loads the model; the last argument takes lines for the user."""
+
+
+class Child:
+    """The loop of an engine's process.
+
+    The journal gets the serial of a request before its first step runs. A write to a pipe is in the
+    kernel's hands at once, so that it outlives a step that kills this process; a message may not.
+    """
+
+    def __init__(self, commands: zmq.Socket[bytes], messages: zmq.Socket[bytes], journal: int) -> None:
+        self._commands = commands
+        self._messages = messages
+        self._journal = journal
+        self._codec = Codec()
+        self._serials: dict[str, int] = {}
+        self._told_stats = 0.0
+        self._heartbeat = HEARTBEAT
+
+    def run(self, make_core: MakeCore) -> int:
+        """Load and serve until told to close; the exit status."""
+        import zmq
+
+        try:
+            self._send(Hello(self._commands.getsockopt_string(zmq.LAST_ENDPOINT)))
+            setup = self._codec.command(self._commands.recv())
+            assert isinstance(setup, Setup)
+            _log_to_stderr(setup)
+            settings = Settings.resolve(dict(setup.settings), {})
+            if settings.step_timeout:
+                self._heartbeat = min(HEARTBEAT, settings.step_timeout / 4)
+            self._core = make_core(settings, setup, lambda line: self._send(Notice(line)))
+            self._core.on_start = self._write_started
+            self._send(Ready(self._core.info))
+        except MiniSglangError as error:
+            self._send(Failed(str(error)))
+            return 1
+        except Exception as error:
+            logger.exception("the engine did not start")
+            self._send(Failed(f"the engine did not start: {error!r:.200}"))
+            return 1
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            logger.exception("the engine died")
+            self._send(Failed(f"the engine died: {error!r:.200}"))
+            return 1
+        return 0
+
+    def _turn(self) -> bool:
+        """Commands, one step, events; False after ``Close``."""
+        import zmq
+
+        core, going_on = self._core, True
+        events: list[TokenEvent] = []
+        busy = core.has_work
+        if not busy:
+            self._commands.poll(max(1, int(self._heartbeat * 1000)))
+        while going_on:
+            try:
+                data = self._commands.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            going_on = self._obey(self._codec.command(data), events)
+        if going_on:
+            events += core.step()
+        else:
+            ended = (core.abort(request_id) for request_id in list(self._serials))
+            events += [event for event in ended if event is not None]
+        for event in events:
+            if event.finish is not None:
+                self._serials.pop(event.request_id, None)
+        now = time.monotonic()
+        fresh = now - self._told_stats < STATS_EVERY and core.has_work and going_on
+        if events or not fresh:
+            self._told_stats = self._told_stats if fresh else now
+            self._send(Report(events, None if fresh else core.stats()))
+        return going_on
+
+    def _obey(self, command: Command, events: list[TokenEvent]) -> bool:
+        if isinstance(command, Submit):
+            try:
+                work = self._codec.work(command)
+                if work.params.grammar is not None:
+                    # Its compiler begins at once, and is as able to end this process as a step is.
+                    self._write(SERIAL.pack(command.serial))
+                self._core.add(self._core.request_of(work))
+                self._serials[command.request_id] = command.serial
+            except Exception as error:
+                logger.warning("refused request=%s: %s", command.request_id, error)
+                event = TokenEvent(command.request_id, finish=FinishReason.ERROR, error=shorten(str(error)))
+                events.append(event)
+        elif isinstance(command, Abort):
+            ended = self._core.abort(command.request_id, command.reason)
+            if ended is not None:
+                events.append(ended)
+        return not isinstance(command, Close)
+
+    def _write_started(self, request_ids: list[str]) -> None:
+        self._write(b"".join(SERIAL.pack(self._serials[request_id]) for request_id in request_ids))
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._journal, data) :]
+
+    def _send(self, message: Message) -> None:
+        self._messages.send(self._codec.encode(message))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="mini_sglang.engine.process_main")
+    parser.add_argument("--backend", required=True, metavar="MODULE:FUNCTION")
+    parser.add_argument("--commands", required=True, metavar="ADDRESS")
+    parser.add_argument("--messages", required=True, metavar="ADDRESS")
+    options = parser.parse_args(arguments)
+    journal = _take_stdout()
+    _end_with_parent()
+    import zmq
+
+    context = zmq.Context()
+    commands, messages = context.socket(zmq.PAIR), context.socket(zmq.PUSH)
+    try:
+        for socket in (commands, messages):
+            # No high-water mark: a step never waits for the server to read.
+            socket.set_hwm(0)
+        commands.bind(options.commands)
+        messages.connect(options.messages)
+        module, _, function = options.backend.partition(":")
+
+        def make_core(*given: Any) -> EngineCore:
+            # Imported late: a missing module is a failure to report, not a traceback.
+            core: EngineCore = getattr(importlib.import_module(module), function)(*given)
+            return core
+
+        return Child(commands, messages, journal).run(make_core)
+    finally:
+        messages.close(linger=2000)
+        commands.close(linger=0)
+        context.term()
+
+
+def _take_stdout() -> int:
+    """Keep standard output for the journal; what others print goes to standard error."""
+    journal = os.dup(1)
+    os.dup2(2, 1)
+    return journal
+
+
+def _end_with_parent() -> None:
+    """End at once when the parent is gone, whatever it died of; its signals are not ours.
+
+    A terminal's Ctrl-C and a service manager's SIGTERM reach every process; the parent decides then.
+    """
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # Also where a step holds the interpreter's lock, so that no Python thread could act.
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+    def wait_for_the_end() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_the_end, name="mini-sglang-parent", daemon=True).start()
+
+
+def _log_to_stderr(setup: Setup) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    form = f"%(asctime)s %(levelname)s [engine {setup.index}] %(message)s"
+    handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
+    package = logging.getLogger("mini_sglang")
+    package.addHandler(handler)
+    package.setLevel(str(setup.settings.get("log_level", "warning")).upper())
+    package.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
