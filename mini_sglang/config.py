@@ -97,12 +97,22 @@ class Settings:
         "where the model runs; auto takes CUDA, then MPS, then the CPU",
         choices=("auto", "cpu", "cuda", "mps"),
     )
-    gguf_dequantize: bool = _setting(
+    kernels: str = _setting(
+        "Model and device",
+        "KERNELS",
+        "auto",
+        "on a CPU, auto compiles C++ matrix products at first use, where there is a compiler; "
+        "reference runs everything on PyTorch's operators",
+        choices=("auto", "reference"),
+    )
+    gguf_dequantize: str = _setting(
         "Model and device",
         "GGUF_DEQUANTIZE",
-        True,
-        "turn a GGUF's quantised blocks into plain weights at load: faster here, more memory; "
-        "0 keeps the blocks as they are in the file",
+        "auto",
+        "1 turns a GGUF's quantised blocks into plain weights at load; 0 keeps them as they are in the file; "
+        "auto keeps them where every one has a fast kernel, which rounds activations to 8 bits",
+        choices=("auto", "0", "1"),
+        spellings=dict.fromkeys(_TRUE, "1") | dict.fromkeys(_FALSE, "0"),
     )
     trust_remote_code: bool = _setting(
         "Model and device",
@@ -130,7 +140,7 @@ class Settings:
         "Model and device",
         "MINI_SGLANG_CACHE",
         Path("~/.cache/mini-sglang"),
-        "where the starter model and converted tokenizers are kept",
+        "where the starter model, converted tokenizers and compiled kernels are kept",
     )
     download_timeout: float = _setting(
         "Model and device",
@@ -469,11 +479,14 @@ def _parse(spec: Field[Any], shown_name: str, value: object) -> Any:
         return _parse_bool(shown_name, value)
     if kind is int or kind is float:
         return _parse_number(spec, shown_name, value, kind)
+    choices = spec.metadata["choices"]
+    if choices and isinstance(value, int):
+        # A choice of 0 and 1, as a bool or a number in a keyword.
+        value = str(int(value))
     if not isinstance(value, (str, Path)) or str(value) == "":
         raise InvalidValueError(shown_name, value, "a text that is not empty")
     if kind is Path:
         return Path(value)
-    choices = spec.metadata["choices"]
     text = str(value)
     if choices:
         text = spec.metadata["spellings"].get(text.lower(), text.lower())

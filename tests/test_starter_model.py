@@ -50,45 +50,37 @@ def reference(starter_gguf: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def engine(starter_gguf: Path) -> Iterator[Engine]:
-    with Engine(str(starter_gguf), dtype="fp32", kv_token_budget=4096) as engine:
+    with Engine(str(starter_gguf), dtype="fp32", gguf_dequantize=True, kv_token_budget=4096) as engine:
         yield engine
 
 
-@pytest.fixture(scope="module")
-def greedy_ids(reference: PreTrainedModel, engine: Engine) -> list[list[int]]:
-    """What transformers answers, each prompt alone."""
-    answers: list[list[int]] = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([engine.tokenizer.encode(prompt)])
-        with torch.inference_mode():
-            out = reference.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                pad_token_id=0,
-                eos_token_id=None,
-            )
-        answers.append(out[0, ids.shape[1] :].tolist())
-    return answers
+def assert_greedy(reference: PreTrainedModel, prompt: list[int], answer: list[int]) -> None:
+    """Each token is transformers' own next choice after what stands before it, in one forward pass."""
+    with torch.inference_mode():
+        logits = reference(torch.tensor([prompt + answer])).logits[0]
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
 
 
 def test_greedy_ids_equal_transformers_together_and_from_the_cache(
-    engine: Engine, greedy_ids: list[list[int]]
+    engine: Engine, reference: PreTrainedModel
 ) -> None:
-    params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-    together = engine.generate(PROMPTS, params)
-    assert [list(output.token_ids) for output in together] == greedy_ids
+    prompts = [engine.tokenizer.encode(prompt) for prompt in PROMPTS]
+    together = engine.generate(prompts, SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True))
+    answers = [list(output.token_ids) for output in together]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer) == NEW_TOKENS
+        assert_greedy(reference, prompt, answer)
     # A continuation whose prompt lies in the cache must go on with the same tokens.
-    longer = [engine.tokenizer.encode(p) + ids[:32] for p, ids in zip(PROMPTS, greedy_ids, strict=True)]
+    longer = [prompt + answer[:32] for prompt, answer in zip(prompts, answers, strict=True)]
     resumed = engine.generate(longer, SamplingParams(max_new_tokens=32, ignore_eos=True))
-    assert [list(output.token_ids) for output in resumed] == [ids[32:] for ids in greedy_ids]
-    assert sum(output.usage.cached_tokens for output in resumed) > 0
+    assert [list(output.token_ids) for output in resumed] == [answer[32:] for answer in answers]
+    assert all(output.usage.cached_tokens > 0 for output in resumed)
 
 
 def test_logits_equal_transformers(starter_gguf: Path, reference: PreTrainedModel, engine: Engine) -> None:
-    settings = Settings.resolve({"dtype": "fp32", "device": "cpu", "kv_token_budget": 1024})
+    settings = Settings.resolve(
+        {"dtype": "fp32", "device": "cpu", "kv_token_budget": 1024, "gguf_dequantize": True}
+    )
     backend = load_backend(starter_gguf, settings)
     prompts = [engine.tokenizer.encode(prompt) for prompt in PROMPTS[:4]]
     tables = page_ranges(backend, [len(ids) for ids in prompts])

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.device import choose_device, choose_dtype, choose_threads, free_memory
+from mini_sglang.backend.kernels.linear import NativeKernels, open_kernels
 from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
 from mini_sglang.backend.loading.progress import progress_bar
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Rows of prompt logprobs at a time: a row of float32 logits is up to a megabyte.
 _LOGPROB_ROWS = 128
+_DEQUANTIZE = MappingProxyType({"auto": None, "0": False, "1": True})
 
 
 class ModelBackend:
@@ -46,12 +49,14 @@ class ModelBackend:
         sampler: Sampler,
         context_length: int,
         num_parameters: int,
+        kernels: str,
     ) -> None:
         self.decoder = decoder
         self.kv = kv
         self._attention = attention
         self._sampler = sampler
         self._num_parameters = num_parameters
+        self._kernels = kernels
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
     @property
@@ -115,6 +120,7 @@ class ModelBackend:
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
             "device": str(self.kv.data.device),
             "threads": torch.get_num_threads(),
+            "kernels": self._kernels,
             "context_length": self.context_length,
             "vocab_size": self.vocab_size,
             "page_size": self.page_size,
@@ -148,8 +154,16 @@ def load_backend(
     """
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    torch.set_num_threads(choose_threads(settings.num_threads))
-    checkpoint = open_checkpoint(path, dequantize=settings.gguf_dequantize)
+    threads = choose_threads(settings.num_threads)
+    torch.set_num_threads(threads)
+    kernels, kernels_used = open_kernels(
+        settings.kernels, device, settings.cache_path / "kernels", threads, notify
+    )
+    checkpoint = open_checkpoint(
+        path,
+        dequantize=_DEQUANTIZE[settings.gguf_dequantize],
+        fast_types=kernels.fast_formats if kernels else frozenset(),
+    )
     try:
         config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
         context_length = _context_length(settings, config)
@@ -157,7 +171,7 @@ def load_backend(
         if notify is not None:
             name = str(dtype).removeprefix("torch.")
             notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {name} on {device}")
-        decoder = _load(checkpoint, config, dtype, device)
+        decoder = _load(checkpoint, config, dtype, device, kernels)
     finally:
         checkpoint.close()
     per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
@@ -179,7 +193,13 @@ def load_backend(
         device=device,
     )
     backend = ModelBackend(
-        decoder, kv, PagedAttention(), Sampler(config.vocab_size), context_length, num_parameters
+        decoder,
+        kv,
+        PagedAttention(),
+        Sampler(config.vocab_size),
+        context_length,
+        num_parameters,
+        kernels_used,
     )
     logger.info("Loaded %s", backend.describe())
     return backend
@@ -193,7 +213,13 @@ def _context_length(settings: Settings, config: ModelConfig) -> int:
     return settings.context_length or config.context_length
 
 
-def _load(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+def _load(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: NativeKernels | None,
+) -> Decoder:
     counts = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
     total = sum(counts.values())
     # The bar counts the file's bytes, shared out by the numbers in each tensor.
@@ -208,4 +234,4 @@ def _load(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, devic
             shown = now
 
         with torch.inference_mode():
-            return load_decoder(checkpoint, config, dtype, device, loaded)
+            return load_decoder(checkpoint, config, dtype, device, loaded, kernels)

@@ -1,13 +1,14 @@
 """The weight matrices a model multiplies by: dense, in ggml's blocks, or several stacked.
 
-All have the shape ``[out_features, in_features]`` of ``torch.nn.Linear``.
+All have the shape ``[out_features, in_features]`` of ``torch.nn.Linear``. They multiply with torch's
+operators until ``accelerate`` hands them the compiled kernels.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor
 from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.quant import dequantize
 from mini_sglang.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from mini_sglang.backend.kernels.linear import NativeKernels
 
 # Rows of a quantised matrix are made dense this many weights at a time, 4 MiB in float32.
 _CHUNK_WEIGHTS = 1 << 20
@@ -55,20 +59,27 @@ class Weight(ABC):
 
 
 class DenseWeight(Weight):
-    """A tensor ``[out_features, in_features]`` already in the compute dtype."""
+    """A tensor ``[out_features, in_features]`` already in the compute dtype.
 
-    def __init__(self, tensor: Tensor) -> None:
+    Args:
+        kernels: multiply with these, not with torch; ``tensor`` is then contiguous and on the CPU.
+    """
+
+    def __init__(self, tensor: Tensor, kernels: NativeKernels | None = None) -> None:
         out_features, in_features = tensor.shape
         self.tensor = tensor
         self.shape = (out_features, in_features)
         self.dtype = tensor.dtype
+        self._kernels = kernels
 
     @property
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.tensor, bias)
+        if self._kernels is None:
+            return F.linear(x, self.tensor, bias)
+        return self._kernels.dense(self.tensor, x, bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.tensor)
@@ -121,6 +132,42 @@ class QuantizedWeight(Weight):
 
     def to(self, device: torch.device) -> QuantizedWeight:
         return QuantizedWeight(self.blocks.to(device), self.type, self.dtype)
+
+
+class PackedWeight(Weight):
+    """The numbers of a ``QuantizedWeight``, in the order in which the compiled kernels read them.
+
+    ``linear`` rounds ``x`` to 8 bits in groups of 32, each with its own scale; see ``NativeKernels``.
+    """
+
+    def __init__(self, weight: QuantizedWeight, kernels: NativeKernels) -> None:
+        self._kernels = kernels
+        self.packed = kernels.pack(weight.blocks, weight.type)
+        self.type = weight.type
+        self.shape = weight.shape
+        self.dtype = weight.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._kernels.quantized(self.packed, self.type, self.shape[0], x, bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        picked = self._kernels.unpack(self.packed, self.type, self.shape, ids.reshape(-1))
+        return dequantize(picked, self.type, self.dtype).view(*ids.shape, self.shape[1])
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return dequantize(self._blocks(), self.type, dtype)
+
+    def to(self, device: torch.device) -> Weight:
+        if device.type == "cpu":
+            return self
+        return QuantizedWeight(self._blocks().to(device), self.type, self.dtype)
+
+    def _blocks(self) -> Tensor:
+        return self._kernels.unpack(self.packed, self.type, self.shape, torch.arange(self.shape[0]))
 
 
 class StackedWeight(Weight):
@@ -182,3 +229,20 @@ def stack_rows(weights: Sequence[Weight]) -> Weight:
             blocks = torch.cat([weight.blocks for weight in quantized])
             return QuantizedWeight(blocks, quantized[0].type, first.dtype)
     return StackedWeight(weights)
+
+
+def accelerate(weight: Weight, kernels: NativeKernels | None) -> Weight:
+    """The same matrix, multiplied by the compiled kernels where they have its format and are faster.
+
+    Args:
+        weight: on the CPU if there are ``kernels``.
+    """
+    if kernels is None:
+        return weight
+    if isinstance(weight, StackedWeight):
+        return StackedWeight([accelerate(part, kernels) for part in weight.parts])
+    if isinstance(weight, DenseWeight) and kernels.has_dense(weight.dtype):
+        return DenseWeight(weight.tensor.contiguous(), kernels)
+    if isinstance(weight, QuantizedWeight) and kernels.has_format(weight.type):
+        return PackedWeight(weight, kernels)
+    return weight

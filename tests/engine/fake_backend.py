@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import settings as hypothesis_settings
@@ -83,6 +83,7 @@ class FakeBackend:
     tokens_of: Callable[[array[int]], Sequence[int]] | None = None
     calls: int = 0
     tokens_run: int = 0
+    tokens_sampled: int = 0
     rows: list[tuple[int, int]] = field(default_factory=list)
     """(start, tokens) of each row of the latest call."""
 
@@ -93,6 +94,7 @@ class FakeBackend:
         call, self.calls = self.calls, self.calls + 1
         self.rows = [(step.start, len(step.token_ids)) for step in steps]
         self.tokens_run += sum(len(step.token_ids) for step in steps)
+        self.tokens_sampled += sum(step.sample is not None for step in steps)
         if self.delay:
             time.sleep(self.delay)
         if not self.checked:
@@ -233,6 +235,12 @@ def make_core(backend: FakeBackend, **overrides: object) -> EngineCore:
     return core
 
 
+def turns(limit: int = 5000) -> Iterator[int]:
+    """Count up for the condition of a loop: ``for _ in turns()`` with a ``break`` cannot hang a test."""
+    yield from range(limit)
+    raise AssertionError(f"still not there after {limit} steps")
+
+
 class Driver:
     """Runs requests on a core and gathers their answers."""
 
@@ -259,14 +267,13 @@ class Driver:
             self.answers[name].add(event)
         self.core.check()
 
-    def drain(self, limit: int = 5000) -> None:
+    def drain(self) -> None:
         """Step until nothing is left."""
-        for _ in range(limit):
+        for _ in turns():
             if not self.core.has_work:
-                assert all(answer.finish is not None for answer in self.answers.values())
-                return
+                break
             self.step()
-        raise AssertionError(f"still working after {limit} steps")
+        assert all(answer.finish is not None for answer in self.answers.values())
 
     def run(self, prompt: Sequence[int], params: SamplingParams | None = None, **options: object) -> Answer:
         """One request from start to end."""

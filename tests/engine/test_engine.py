@@ -9,7 +9,7 @@ import pytest
 from mini_sglang.errors import ContextLengthError, InvalidValueError
 from mini_sglang.types import FinishReason, SamplingParams
 
-from .fake_backend import EOS_IDS, Driver, FakeBackend, make_core, reference
+from .fake_backend import EOS_IDS, Driver, FakeBackend, make_core, reference, turns
 
 PROMPT = [2 + i % 9 for i in range(40)]
 
@@ -38,7 +38,9 @@ def test_a_step_that_raises_fails_its_batch_only(k: int, chunked: bool) -> None:
     wanted = params(44)
     prompts = {driver.add(PROMPT[:n], wanted): PROMPT[:n] for n in (9, 3, 21, 14, 8, 17)}
     failed: list[str] = []
-    while driver.core.has_work:
+    for _ in turns():
+        if not driver.core.has_work:
+            break
         before = {name for name, answer in driver.answers.items() if answer.finish is None}
         call = backend.calls
         driver.step()
@@ -76,6 +78,14 @@ def test_a_row_that_is_not_finite_fails_alone(call: int) -> None:
     assert driver.run(PROMPT[1:7], params()).token_ids == reference(PROMPT[1:7], params()).token_ids
 
 
+def test_a_failed_request_leaves_nothing_of_its_answer_in_the_cache() -> None:
+    driver = driver_with()
+    backend_of(driver).nan_at = {6: 0}
+    answer = driver.run(PROMPT[:8], params())
+    assert answer.finish is FinishReason.ERROR and len(answer.token_ids) == 6
+    assert driver.run([*PROMPT[:8], *answer.token_ids], params()).cached_tokens == 8
+
+
 def test_abort_in_the_step_that_finishes() -> None:
     """Before the last step the abort ends it; after, the end has been told and stays the only one."""
     for before in (True, False):
@@ -109,7 +119,9 @@ def test_abort_in_every_phase_gives_the_pages_back_and_keeps_what_was_computed()
 def test_abort_of_a_retracted_request() -> None:
     driver = driver_with(8)
     first, second = (driver.add(PROMPT[start : start + 10], params(20)) for start in (0, 1))
-    while driver.core.stats()["retractions"] == 0:
+    for _ in turns():
+        if driver.core.stats()["retractions"]:
+            break
         driver.step()
     driver.abort(second)
     driver.drain()
@@ -239,9 +251,12 @@ def test_insert_prefix_puts_a_prompt_in_the_cache() -> None:
     for length in (21, 48):  # the second fills the context, which a request for a token could not
         driver.core.add(driver.core.make_prefix_request("p", PROMPT[:21] + [3] * (length - 21)))
         events = []
-        while driver.core.has_work:
+        for _ in turns():
+            if not driver.core.has_work:
+                break
             events += driver.core.step()
         assert [(event.finish, event.token_ids) for event in events] == [(FinishReason.STOP, ())]
+    assert backend_of(driver).tokens_sampled == 0
     assert driver.run(PROMPT[:21], params()).cached_tokens == 20
 
 
@@ -341,7 +356,9 @@ def test_thousands_of_requests_leave_nothing_behind() -> None:
             driver.core.make_request(f"r{turn}", [2 + turn % 31, 2 + turn // 31 % 31, *PROMPT[:7]], params(2))
         )
         driver.core.step()
-    while driver.core.has_work:
+    for _ in turns():
+        if not driver.core.has_work:
+            break
         driver.core.step()
     driver.core.check()
     tree = driver.core.cache._tree

@@ -19,7 +19,7 @@ from mini_sglang.engine.request import Phase, Request
 from mini_sglang.errors import ContextLengthError
 from mini_sglang.types import FinishReason, SamplingParams
 
-from .fake_backend import Answer, Driver, FakeBackend, examples, make_core, reference
+from .fake_backend import Answer, Driver, FakeBackend, examples, make_core, reference, turns
 
 CONTEXT = 72
 
@@ -285,7 +285,9 @@ def test_forty_requests_at_random(
     stems = [[2 + chance.randrange(8) for _ in range(CONTEXT)] for _ in range(3)]
     wanted: dict[str, Answer] = {}
     room = driver.core.max_sequence_tokens - 1
-    while len(wanted) < 40 or driver.core.has_work:
+    for _ in turns():
+        if len(wanted) == 40 and not driver.core.has_work:
+            break
         while len(wanted) < 40 and chance.random() < 0.3:
             prompt = [*chance.choice(stems)[: chance.randrange(60)], 2 + chance.randrange(3)]
             prompt = prompt[:room]

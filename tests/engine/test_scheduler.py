@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from mini_sglang.engine.request import Request
 from mini_sglang.types import FinishReason, SamplingParams
 
-from .fake_backend import Answer, Driver, FakeBackend, make_core, reference
+from .fake_backend import Answer, Driver, FakeBackend, make_core, reference, turns
 
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
 PROMPT = [2 + i % 9 for i in range(40)]
@@ -49,6 +50,62 @@ def test_a_request_on_a_cached_prefix_is_retracted_and_resumes(page_size: int, c
     assert core.stats()["kv_tokens_private"] == 0
 
 
+def retract(page_size: int = 1) -> tuple[Driver, Request, Request]:
+    """Two running requests of which the second has just been retracted, and one that waits."""
+    driver = Driver(make_core(FakeBackend(40 // page_size, page_size), max_batch_size=2))
+    names = [driver.add(PROMPT[start : start + 10], GREEDY) for start in range(3)]
+    _, second, third = (driver.core._requests[name] for name in names)
+    for _ in turns():
+        if driver.core.scheduler.num_retractions:
+            break
+        driver.step()
+    return driver, second, third
+
+
+def test_a_retracted_request_is_the_next_to_run() -> None:
+    driver, second, third = retract()
+    assert list(driver.core.scheduler.waiting) == [second, third]
+    driver.drain()
+
+
+def test_a_retracted_request_leaves_its_kv_for_its_return() -> None:
+    driver, second, _ = retract()
+    # The oldest has taken one page of it.
+    assert driver.core.cache.cached_prefix(second) >= len(second.tokens) - 2
+    driver.drain()
+
+
+def test_prompt_logprobs_start_over_when_the_prefill_is_retracted() -> None:
+    backend = FakeBackend(64, 1)
+    core = make_core(backend, chunked_prefill=True, prefill_chunk_size=3)
+    driver = Driver(core)
+    for start in range(4):
+        driver.add(PROMPT[start : start + 4], GREEDY)
+    driver.step(8)
+    params = SamplingParams(max_new_tokens=3, prompt_logprobs=True, ignore_eos=True)
+    name = driver.add(PROMPT[9:29], params)
+    request = core._requests[name]
+    computed = 0
+    for _ in turns():
+        if core.scheduler.num_retractions:
+            break
+        computed = request.num_computed
+        driver.step()
+    assert computed > 0 and request.num_computed == 0, "make the pool smaller"
+    driver.drain()
+    assert driver.answers[name] == reference(PROMPT[9:29], params)
+
+
+def test_running_requests_stand_in_order_of_arrival() -> None:
+    """Requests may be queued in another order than they were made, by different threads."""
+    core = make_core(FakeBackend())
+    early, late = (core.make_request(name, PROMPT[:6], GREEDY) for name in ("early", "late"))
+    for request in (late, early):
+        core.add(request)
+        core.step()
+    assert core.scheduler.running == [early, late]
+
+
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17])
 @pytest.mark.parametrize("chunk", [1, 3, 8])
 def test_the_last_chunk_is_as_long_as_what_is_left(length: int, chunk: int) -> None:
@@ -57,12 +114,26 @@ def test_the_last_chunk_is_as_long_as_what_is_left(length: int, chunk: int) -> N
     driver = Driver(core)
     driver.add(PROMPT[:length], SamplingParams(max_new_tokens=2, ignore_eos=True))
     chunks = []
-    while core.counters.decode_tokens == 0:
+    for _ in turns():
+        if core.counters.decode_tokens:
+            break
         driver.step()
         chunks.append(backend.rows[0])
     whole, rest = divmod(length, chunk)
     expected = [(i * chunk, chunk) for i in range(whole)] + ([(whole * chunk, rest)] if rest else [])
     assert chunks == [*expected, (length, 1)]
+
+
+def test_one_chunk_per_step_is_shared_by_all_prompts() -> None:
+    backend = FakeBackend(64, 4)
+    driver = Driver(make_core(backend, chunked_prefill=True, prefill_chunk_size=8))
+    driver.add(PROMPT[:12], GREEDY)
+    driver.add(PROMPT[20:], GREEDY)
+    rows = []
+    for _ in range(4):
+        driver.step()
+        rows.append([row for row in backend.rows if row[1] > 1])
+    assert rows == [[(0, 8)], [(8, 4), (0, 4)], [(4, 8)], [(12, 8)]]
 
 
 def test_decodes_go_on_between_the_chunks_of_a_long_prompt() -> None:
@@ -116,6 +187,27 @@ def test_a_request_that_waits_for_a_prefill_is_not_starved_by_later_ones() -> No
         driver.add(prompt, short)
         driver.step()
     assert driver.answers[waiting].finish is FinishReason.LENGTH
+
+
+def test_namespaces_do_not_wait_for_each_other() -> None:
+    backend = FakeBackend()
+    driver = Driver(make_core(backend))
+    driver.add(PROMPT, GREEDY, namespace="a")
+    driver.add(PROMPT, GREEDY, namespace="b")
+    driver.step()
+    assert backend.rows == [(0, 40), (0, 40)]
+
+
+def test_a_prompt_put_off_by_the_prefill_limit_lets_go_of_its_prefix() -> None:
+    backend = FakeBackend(64, 4)
+    driver = Driver(make_core(backend, max_prefill_tokens=16))
+    driver.run(PROMPT[:8], GREEDY)
+    driver.add([30] * 12, GREEDY)
+    driver.add(PROMPT[:20], GREEDY)
+    driver.step()
+    assert backend.rows == [(0, 12)]
+    driver.drain()
+    assert driver.core.cache.num_available == 64
 
 
 def test_one_prompt_over_the_prefill_limit_runs_alone() -> None:

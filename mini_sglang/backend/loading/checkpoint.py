@@ -57,26 +57,31 @@ class Checkpoint(Protocol):
         """Let go of the files."""
 
 
-def open_checkpoint(path: Path, *, dequantize: bool) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, dequantize: bool | None, fast_types: Collection[str] = frozenset()
+) -> Checkpoint:
     """Open a model folder (safetensors) or a GGUF file.
 
     Args:
-        dequantize: whether the quantised matrices of a GGUF file become dense ones in the compute dtype.
+        dequantize: whether the quantised matrices of a GGUF file become dense ones in the compute dtype;
+            None is false where each of them has one of the ``fast_types``.
+        fast_types: names of block formats.
 
     Raises:
         ModelLoadError: the model is missing, damaged or unsupported.
     """
     if path.is_dir():
         return SafetensorsCheckpoint(path)
-    return GGUFCheckpoint(path, dequantize=dequantize)
+    return GGUFCheckpoint(path, dequantize=dequantize, fast_types=fast_types)
 
 
 class GGUFCheckpoint:
     """The checkpoint of a GGUF file; see ``Checkpoint``."""
 
-    def __init__(self, path: Path, *, dequantize: bool) -> None:
+    def __init__(
+        self, path: Path, *, dequantize: bool | None, fast_types: Collection[str] = frozenset()
+    ) -> None:
         self.path = path
-        self._dequantize = dequantize
         self._file: GGUFFile = read_gguf(path)
         try:
             self.config = hf_config(self._file)
@@ -85,6 +90,10 @@ class GGUFCheckpoint:
         except BaseException:
             self._file.close()
             raise
+        if dequantize is None:
+            types = [self._file.tensors[name].type for name in self._names.values()]
+            dequantize = any(type.quantized and type.name not in fast_types for type in types)
+        self._dequantize = dequantize
         self.generation_config: dict[str, Any] = {}
         self.nbytes = sum(self._file.tensors[name].nbytes for name in self._names.values())
         self._file.prefetch()

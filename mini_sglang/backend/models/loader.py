@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mini_sglang.backend.kernels.linear import NativeKernels
 from mini_sglang.backend.loading.checkpoint import Checkpoint
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder, LayerWeights
-from mini_sglang.backend.weights import Weight, stack_rows
+from mini_sglang.backend.weights import Weight, accelerate, stack_rows
 from mini_sglang.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
@@ -79,11 +80,13 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     loaded: Callable[[str], None],
+    kernels: NativeKernels | None = None,
 ) -> Decoder:
     """Read the weights, layer by layer, onto ``device``.
 
     Args:
         loaded: called with the name of each tensor that was read.
+        kernels: that the matrices multiply with; torch's operators without.
 
     Raises:
         ModelLoadError: as ``check_tensors``, or the file is damaged.
@@ -100,12 +103,15 @@ def load_decoder(
         return weight
 
     def weights(prefix: str, names: Sequence[str]) -> Weight:
-        return stack_rows([matrix(f"{prefix}{name}.weight") for name in names]).to(device)
+        return placed(stack_rows([matrix(f"{prefix}{name}.weight") for name in names]))
+
+    def placed(weight: Weight) -> Weight:
+        return accelerate(weight.to(device), kernels)
 
     def biases(prefix: str, names: Sequence[str], biased: bool) -> Tensor | None:
         return torch.cat([vector(f"{prefix}{name}.bias") for name in names]) if biased else None
 
-    embedding = matrix(_EMBEDDING).to(device)
+    embedding = placed(matrix(_EMBEDDING))
     layers: list[LayerWeights] = []
     qkv, gate_up = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
     for index in range(config.num_layers):
@@ -135,5 +141,5 @@ def load_decoder(
             )
         )
     final_norm = vector(_FINAL_NORM)
-    lm_head = embedding if config.tied_embeddings else matrix(_LM_HEAD).to(device)
+    lm_head = embedding if config.tied_embeddings else placed(matrix(_LM_HEAD))
     return Decoder(config, embedding, layers, final_norm, lm_head)

@@ -1,0 +1,69 @@
+// What the instruction-set variants of linear.cpp offer, and the layouts they share with api.cpp.
+
+#pragma once
+
+#include <stdint.h>
+
+enum Format { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14 };  // ggml's numbers
+enum Number { F32 = 0, F16 = 1, BF16 = 2 };
+
+// Rows of a quantised matrix are interleaved in groups, so that one vector holds the same columns of all of
+// a group's rows. A tile is 32 columns of a group, after its scales: byte 32 v + 4 r + j is column 4 v + j of
+// row r, for nibbles column 16 + 4 v + j in the high half. All numbers are those of the file, bit for bit.
+enum { GROUP = 8, BLOCK = 32, SUPER = 8 };  // SUPER: blocks that share a header in the K formats
+
+struct Layout {
+    int source_bytes;  // of one block of one row in the file, 32 columns (256 in the K formats)
+    int source_blocks;
+    int header_bytes;  // float16 scales for each row of the group, before every source_blocks tiles
+    int tile_bytes;
+};
+
+// Q4_0, Q8_0: a tile's header is d. Q4_1: d, m.
+// Q4_K: header d, dmin; a tile begins with 8 scales and 8 minima of 6 bits, a byte each.
+// Q6_K: header d; a tile begins with 8 scales of its first 16 columns and 8 of its last (int8), then the low
+// nibbles, then two vectors of high bits: bits 2 v of the first belong to columns 4 v + j, of the second
+// to columns 16 + 4 v + j.
+static inline Layout layout_of(int format) {
+    switch (format) {
+        case Q4_0: return {18, 1, 16, 128};
+        case Q4_1: return {20, 1, 32, 128};
+        case Q8_0: return {34, 1, 16, 256};
+        case Q4_K: return {144, SUPER, 32, 16 + 128};
+        case Q6_K: return {210, SUPER, 16, 16 + 192};
+        default: return {0, 0, 0, 0};
+    }
+}
+
+static inline int64_t group_bytes(const Layout& layout, int64_t blocks) {
+    return blocks / layout.source_blocks * layout.header_bytes + blocks * layout.tile_bytes;
+}
+
+// 32 activations as int8: x is q * scale, with scale the largest magnitude / 127. A block with an infinity
+// or NaN has the scale NaN, one below 2^-100 the scale 0.
+struct Activations {
+    int8_t q[BLOCK];
+    float scale;
+    int32_t first_sum;  // of q[0..15]
+    int32_t sum;        // of all q
+    int32_t unused;
+};
+
+// One instruction set's functions. Every product is summed over the columns in one fixed order, whatever
+// the number of rows of x.
+struct Variant {
+    const char* name;
+    void (*quantize)(const float* x, int64_t blocks, Activations* out);
+    // Groups first to last of a packed matrix; y is [rows, n], bias may be null.
+    void (*quantized)(int format, const uint8_t* packed, int64_t first, int64_t last, int64_t blocks,
+                      const Activations* x, int64_t rows, const float* bias, float* y, int64_t n);
+    // Rows first to last of a row-major matrix [n, k] of Number.
+    void (*dense)(int number, const void* weight, int64_t first, int64_t last, int64_t k, const float* x,
+                  int64_t rows, const float* bias, float* y, int64_t n);
+};
+
+extern const Variant generic_variant;
+#if defined(__x86_64__)
+extern const Variant avx2_variant;
+extern const Variant avx512vnni_variant;
+#endif
