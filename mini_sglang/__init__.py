@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mini_sglang.api.engine import Engine
 from mini_sglang.api.streams import AsyncStream, Stream
-from mini_sglang.config import Settings
+from mini_sglang.config import VERSION, Settings
 from mini_sglang.errors import (
     ContextLengthError,
     EngineError,
@@ -20,7 +20,7 @@ from mini_sglang.errors import (
 )
 from mini_sglang.types import Delta, FinishReason, Output, SamplingParams, TokenLogprob, Usage
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "AsyncStream",

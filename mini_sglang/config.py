@@ -16,6 +16,7 @@ from typing import Any
 
 from mini_sglang.errors import InvalidValueError
 
+VERSION = "0.1.0"
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 _TRUE = {"1", "true", "yes", "on"}

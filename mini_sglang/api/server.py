@@ -25,7 +25,7 @@ from mini_sglang.api.openai.document import paths as openai_paths
 from mini_sglang.api.openapi import document
 from mini_sglang.api.service import Service
 from mini_sglang.api.starting import open_service
-from mini_sglang.config import Settings
+from mini_sglang.config import VERSION, Settings
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -39,10 +39,8 @@ def create_app(settings: Settings, service: Service, connections: Connections | 
     Raises:
         InvalidValueError: a setting of the server that cannot be used.
     """
-    import mini_sglang
-
     routes: list[Route] = [*native.routes(service), *openai.routes(service)]
-    routes += ops.routes(service, document(mini_sglang.__version__, openai_paths()))
+    routes += ops.routes(service, document(VERSION, openai_paths()))
     route_of: dict[Callable[..., Any], str] = {route.endpoint: route.path for route in routes}
     middleware = [
         Middleware(

@@ -56,7 +56,7 @@ class Checker:
         limits = f"{self._seconds:g} seconds, or {_MEMORY_BYTES >> 30} GiB,"
         with self._turns:
             # One that ended before its time may have been killed by somebody else.
-            for _ in range(1):
+            for _ in range(2):
                 helper = self._take()
                 started = time.monotonic()
                 answer = helper.ask(kind, text, self._seconds)
