@@ -170,8 +170,7 @@ class EngineCore:
         if request.request_id in self._requests:
             raise InvalidValueError("request_id", request.request_id, "unique among running requests")
         self._requests[request.request_id] = request
-        request.grammar = request.grammar or self._grammars.make(request.params)
-        if False:
+        if request.params.grammar is not None and request.grammar is None:
             self._grammars.add(request)
         else:
             self.scheduler.add(request)
