@@ -171,6 +171,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(on_terminal, tmp_path):
     terminal.expect("prompt tokens from cache")
     terminal.type(f"/save {path}\n")
     terminal.expect("Written to")
+    terminal.expect("> ")  # an end of file typed before the prompt is there gets lost
     terminal.type("\x04")
     assert terminal.expect_end() == 0
     question, partial, *rest = json.loads(path.read_text())
