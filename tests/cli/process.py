@@ -50,6 +50,15 @@ class OnTerminal:
         before, found, self.shown = self.shown.partition(text)
         return before + found
 
+    def press_until(self, key: str, text: str) -> str:
+        """Press ``key`` until ``text`` is shown: readline loses a signal just after it shows its prompt."""
+        deadline = time.monotonic() + LIMIT_S
+        while text not in self.shown and time.monotonic() < deadline:
+            self.type(key)
+            while text not in self.shown and select.select([self._master], [], [], 0.5)[0]:
+                assert self._read(), f"ended before {text!r}, was shown {self.shown!r}"
+        return self.expect(text)
+
     def expect_end(self) -> int:
         """Wait for the process to end; returns its exit status, ``shown`` has what it still said."""
         self._read_until(lambda: False, "its end")
@@ -65,11 +74,15 @@ class OnTerminal:
         while not done():
             ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"waited for {what}, was shown {self.shown!r}"
-            try:
-                data = os.read(self._master, 65536)
-            except OSError:  # Linux's way of saying that the other side is closed
-                data = b""
-            if not data:
+            if not self._read():
                 assert what == "its end", f"ended before {what}, was shown {self.shown!r}"
                 return
-            self.shown += data.decode("utf-8", "replace")
+
+    def _read(self) -> bool:
+        """Take what is there; False where the other side is closed."""
+        try:
+            data = os.read(self._master, 65536)
+        except OSError:  # Linux's way of saying that the other side is closed
+            data = b""
+        self.shown += data.decode("utf-8", "replace")
+        return bool(data)

@@ -163,8 +163,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(on_terminal, tmp_path):
     terminal.type("\x03")
     terminal.expect(", stopped")
     terminal.expect("> ")
-    terminal.type("\x03")  # at the prompt it is no reason to leave either
-    terminal.expect("/exit leaves")
+    terminal.press_until("\x03", "/exit leaves")  # at the prompt it is no reason to leave either
     terminal.expect("> ")
     terminal.type("hello there\n")
     terminal.expect("there ")

@@ -217,8 +217,7 @@ def test_close_with_sinks_that_raise_still_tells_the_others() -> None:
 def test_an_engine_that_dies_tells_everybody(where: str) -> None:
     core = make_core(FakeBackend(60, 4))
     thread = EngineThread(core)
-    first = submit(thread, "r0", PROMPT, 80)
-    assert first.first.wait(WAIT)
+    first = Receiver()
     entered, go = threading.Event(), threading.Event()
 
     def die(*args: object) -> None:
@@ -226,9 +225,13 @@ def test_an_engine_that_dies_tells_everybody(where: str) -> None:
         go.wait(WAIT)
         raise ZeroDivisionError("a bug")
 
-    owner = core.scheduler if where == "schedule" else core
-    thread.call(lambda: setattr(owner, where, die))
-    assert entered.wait(WAIT)
+    def sink(event: TokenEvent) -> None:
+        # In the engine's thread, after the first token: the next step dies, however fast the steps are.
+        setattr(core.scheduler if where == "schedule" else core, where, die)
+        first(event)
+
+    thread.submit(core.make_request("r0", PROMPT, params(80)), sink)
+    assert entered.wait(WAIT) and first.first.is_set()
     # These come while the engine is dying.
     others = [submit(thread, f"r{number}", PROMPT, 80) for number in range(1, 5)]
     thread.abort("r0")
