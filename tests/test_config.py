@@ -35,6 +35,15 @@ def test_a_model_named_by_keyword_wins_over_a_local_folder_in_the_environment() 
     assert both.model_local_dir == Path("d")
 
 
+@pytest.mark.parametrize(
+    ("value", "meant"), [(1, "1"), (False, "0"), ("yes", "1"), ("off", "0"), ("auto", "auto")]
+)
+def test_a_choice_of_0_and_1_takes_every_spelling_of_them(value: object, meant: str) -> None:
+    assert Settings.resolve({"gguf_dequantize": value}, {}).gguf_dequantize == meant
+    with pytest.raises(InvalidValueError):
+        Settings.resolve({"gguf_dequantize": 2}, {})
+
+
 @pytest.mark.parametrize("keyword", ["dtype", "model_dtype", "torch_dtype"])
 def test_a_setting_answers_to_its_variables_in_lower_case(keyword: str) -> None:
     assert Settings.resolve({keyword: "float32"}, {}).dtype == "fp32"

@@ -152,7 +152,7 @@ class PackedWeight(Weight):
         return self.packed.nbytes
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._kernels.quantized(self.packed, self.type, self.shape[0], x, bias)
+        return self._kernels.quantized(self.packed, self.type, self.shape, x, bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         picked = self._kernels.unpack(self.packed, self.type, self.shape, ids.reshape(-1))

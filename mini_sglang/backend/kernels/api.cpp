@@ -1,11 +1,16 @@
 // The C interface that linear.py calls: the choice of the variant, the threads, packing.
 
 #include "linear.h"
+#include "pack.h"
 #include "pool.h"
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <mutex>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace {
 
@@ -15,14 +20,18 @@ constexpr int64_t SLAB = 256;
 const Variant* find_variant(const char* wanted) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    unsigned a, b, c = 0, d;
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+    const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool vnni = avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
     const struct {
         const Variant* variant;
         bool supported;
     } choices[] = {{&avx512vnni_variant, vnni}, {&avx2_variant, avx2}, {&generic_variant, true}};
-    for (const auto& choice : choices)
-        if (choice.supported && (!*wanted || !strcmp(wanted, choice.variant->name))) return choice.variant;
+    for (const auto& choice : choices) {
+        if (!choice.supported || !choice.variant) continue;
+        if (!*wanted || !strcmp(wanted, choice.variant->name)) return choice.variant;
+    }
     return nullptr;
 #else
     return !*wanted || !strcmp(wanted, generic_variant.name) ? &generic_variant : nullptr;
@@ -54,59 +63,18 @@ struct Kernels {
     }
 };
 
-// The file's blocks of one group, interleaved. Rows from n on are zeros.
-void pack_group(int format, const uint8_t* blocks, uint8_t* out, int64_t group, int64_t n, int64_t k) {
-    const Layout layout = layout_of(format);
-    const int64_t count = k / BLOCK / layout.source_blocks;
-    memset(out, 0, group_bytes(layout, k / BLOCK));
-    for (int64_t b = 0; b < count; b++) {
-        uint8_t* header = out;
-        uint8_t* tiles = out + layout.header_bytes;
-        out = tiles + layout.source_blocks * layout.tile_bytes;
-        for (int r = 0; r < GROUP && group * GROUP + r < n; r++) {
-            const uint8_t* block = blocks + ((group * GROUP + r) * count + b) * layout.source_bytes;
-            memcpy(header + 2 * r, block + (format == Q6_K ? 208 : 0), 2);
-            if (layout.header_bytes == 32) memcpy(header + 16 + 2 * r, block + 2, 2);
-            for (int t = 0; t < layout.source_blocks; t++) {
-                uint8_t* tile = tiles + t * layout.tile_bytes;
-                if (format == Q4_K) {
-                    // Twelve bytes hold 8 scales and 8 minima: see _scales_and_mins in quant.py.
-                    const uint8_t* s = block + 4;
-                    tile[r] = t < 4 ? s[t] & 63 : (s[t + 4] & 15) | (s[t - 4] >> 2 & 48);
-                    tile[8 + r] = t < 4 ? s[t + 4] & 63 : s[t + 4] >> 4 | (s[t] >> 2 & 48);
-                } else if (format == Q6_K) {
-                    tile[r] = block[192 + 2 * t];
-                    tile[8 + r] = block[193 + 2 * t];
-                }
-                uint8_t* packed = tile + (layout.source_blocks > 1 ? 16 : 0);
-                for (int i = 0; i < BLOCK; i++) {
-                    const int at = i % 16 / 4 * 32 + 4 * r + i % 4, high = i / 16;
-                    if (format == Q8_0) {
-                        packed[i / 4 * 32 + 4 * r + i % 4] = block[2 + i];
-                    } else if (format == Q4_K) {
-                        packed[at] |= (block[16 + t / 2 * 32 + i] >> 4 * (t % 2) & 15) << 4 * high;
-                    } else if (format == Q6_K) {
-                        const uint8_t low = block[t / 4 * 64 + t % 2 * 32 + i] >> (t % 4 < 2 ? 0 : 4);
-                        const uint8_t top = block[128 + t / 4 * 32 + i] >> 2 * (t % 4) & 3;
-                        packed[at] |= (low & 15) << 4 * high;
-                        packed[128 + 32 * high + 4 * r + i % 4] |= top << 2 * (i % 16 / 4);
-                    } else {
-                        packed[at] |= (block[layout.source_bytes - 16 + i % 16] >> 4 * high & 15) << 4 * high;
-                    }
-                }
-            }
-        }
-    }
-}
-
 }  // namespace
 
 extern "C" {
 
-// Null where this CPU has not that variant; an empty name takes the best.
+// Null where this CPU has not that variant, or the threads cannot be started; an empty name takes the best.
 void* kernels_open(int threads, const char* variant) {
     const Variant* found = find_variant(variant);
-    return found ? new Kernels(found, threads) : nullptr;
+    try {
+        return found ? new Kernels(found, threads) : nullptr;
+    } catch (const std::exception&) {
+        return nullptr;
+    }
 }
 
 void kernels_close(void* handle) {
@@ -116,8 +84,8 @@ void kernels_close(void* handle) {
 
 const char* kernels_variant(void* handle) { return static_cast<Kernels*>(handle)->variant->name; }
 
-void kernels_dense(void* handle, int number, const void* weight, const float* x, const float* bias, float* y,
-                   int64_t rows, int64_t n, int64_t k) {
+void kernels_dense(void* handle, int number, const void* weight, const float* x, const float* bias,
+                   float* y, int64_t rows, int64_t n, int64_t k) {
     Kernels& kernels = *static_cast<Kernels*>(handle);
     std::lock_guard<std::mutex> lock(kernels.busy);
     // Four rows of W are multiplied at a time.
@@ -164,57 +132,11 @@ void kernels_pack(void* handle, int format, const uint8_t* blocks, uint8_t* pack
     });
 }
 
-// The opposite of kernels_pack for the rows ids, as blocks of the file: [count, bytes of a row]. False, and
-// nothing done, where an id is no row.
+// Rows ids of a packed matrix as blocks of the file; false, and nothing done, where an id is no row.
 bool kernels_unpack(int format, const uint8_t* packed, const int64_t* ids, uint8_t* out, int64_t count,
                     int64_t n, int64_t k) {
     if (!std::all_of(ids, ids + count, [n](int64_t id) { return 0 <= id && id < n; })) return false;
-    const Layout layout = layout_of(format);
-    const int64_t bytes = group_bytes(layout, k / BLOCK);
-    memset(out, 0, count * (k / BLOCK / layout.source_blocks) * layout.source_bytes);
-    for (int64_t row = 0; row < count; row++) {
-        const int r = ids[row] % GROUP;
-        const uint8_t* header = packed + ids[row] / GROUP * bytes;
-        for (int64_t b = 0; b < k / BLOCK / layout.source_blocks; b++, out += layout.source_bytes) {
-            const uint8_t* tiles = header + layout.header_bytes;
-            memcpy(out + (format == Q6_K ? 208 : 0), header + 2 * r, 2);
-            if (layout.header_bytes == 32) memcpy(out + 2, header + 16 + 2 * r, 2);
-            header = tiles + layout.source_blocks * layout.tile_bytes;
-            for (int t = 0; t < layout.source_blocks; t++) {
-                const uint8_t* tile = tiles + t * layout.tile_bytes;
-                const uint8_t* codes = tile + (layout.source_blocks > 1 ? 16 : 0);
-                if (format == Q4_K) {
-                    uint8_t* s = out + 4;
-                    const uint8_t scale = tile[r], minimum = tile[8 + r];
-                    if (t < 4) {
-                        s[t] |= scale;
-                        s[t + 4] |= minimum;
-                    } else {
-                        s[t + 4] |= (scale & 15) | minimum << 4;
-                        s[t - 4] |= scale >> 4 << 6;
-                        s[t] |= minimum >> 4 << 6;
-                    }
-                } else if (format == Q6_K) {
-                    out[192 + 2 * t] = tile[r];
-                    out[193 + 2 * t] = tile[8 + r];
-                }
-                for (int i = 0; i < BLOCK; i++) {
-                    const uint8_t code = codes[i % 16 / 4 * 32 + 4 * r + i % 4] >> 4 * (i / 16) & 15;
-                    if (format == Q8_0) {
-                        out[2 + i] = codes[i / 4 * 32 + 4 * r + i % 4];
-                    } else if (format == Q4_K) {
-                        out[16 + t / 2 * 32 + i] |= code << 4 * (t % 2);
-                    } else if (format == Q6_K) {
-                        const uint8_t top = codes[128 + 32 * (i / 16) + 4 * r + i % 4] >> 2 * (i % 16 / 4) & 3;
-                        out[t / 4 * 64 + t % 2 * 32 + i] |= code << (t % 4 < 2 ? 0 : 4);
-                        out[128 + t / 4 * 32 + i] |= top << 2 * (t % 4);
-                    } else {
-                        out[layout.source_bytes - 16 + i % 16] |= code << 4 * (i / 16);
-                    }
-                }
-            }
-        }
-    }
+    unpack_rows(format, packed, ids, out, count, k);
     return true;
 }
 

@@ -1,6 +1,7 @@
 """Compiling the C++ sources of this package at first use, and finding the result again.
 
-The library has every instruction-set variant in it and chooses by what the CPU reports when it is opened.
+The library has a generic variant in it and those for the CPU's instruction sets; which one runs is chosen
+when it is opened, by what the CPU reports then.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from filelock import FileLock, Timeout
 
@@ -32,11 +34,17 @@ _FLAGS = (
     "-w",
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_VARIANTS: Mapping[str, Sequence[str]] = {
-    "generic": (),
-    "avx2": _AVX2,
-    "avx512vnni": (*_AVX2, "-mavx512f", "-mavx512vl", "-mavx512vnni"),
-}
+# The instruction sets of linear.cpp: flags of the compiler, and what Linux calls the features they need.
+_VARIANTS: Mapping[str, tuple[Sequence[str], set[str]]] = MappingProxyType(
+    {
+        "generic": ((), set()),
+        "avx2": (_AVX2, {"avx2", "fma", "f16c"}),
+        "avx512vnni": (
+            (*_AVX2, "-mavx512f", "-mavx512vl", "-mavx512vnni"),
+            {"avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512_vnni"},
+        ),
+    }
+)
 _COMPILE_SECONDS = 300
 _X86 = {"x86_64", "AMD64", "amd64"}
 
@@ -105,7 +113,13 @@ def _key(compiler: Sequence[str]) -> str:
 
 
 def _variants() -> dict[str, Sequence[str]]:
-    return dict(_VARIANTS) if platform.machine() in _X86 else {"generic": ()}
+    """The variants worth compiling here, and their flags; all of x86 where the features are unknown."""
+    features = set(_cpu_features()[2:])
+    return {
+        name: flags
+        for name, (flags, needed) in _VARIANTS.items()
+        if not needed or (platform.machine() in _X86 and (not features or needed <= features))
+    }
 
 
 def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:

@@ -64,6 +64,7 @@ struct Variant {
 
 extern const Variant generic_variant;
 #if defined(__x86_64__)
-extern const Variant avx2_variant;
-extern const Variant avx512vnni_variant;
+// Null where build.py left it out, since this machine's CPU could not run it.
+extern const Variant avx2_variant __attribute__((weak));
+extern const Variant avx512vnni_variant __attribute__((weak));
 #endif

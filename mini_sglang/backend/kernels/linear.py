@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -72,7 +72,7 @@ class NativeKernels:
         self._dense, self._quantized = lib.kernels_dense, lib.kernels_quantized
         self._handle: int | None = lib.kernels_open(threads, variant.encode())
         if self._handle is None:
-            raise BuildError(f"this CPU has no {variant}")
+            raise BuildError(f"this CPU has no {variant}" if variant else "threads cannot be started")
         # At the interpreter's exit another thread may still be inside a kernel.
         self._finalizer = weakref.finalize(self, lib.kernels_close, self._handle)
         self._finalizer.atexit = False
@@ -97,17 +97,17 @@ class NativeKernels:
             x: ``[..., K]``.
             bias: ``[N]``.
         """
-        return self._product(self._dense, _NUMBERS[weight.dtype], weight, weight.shape[0], x, bias)
+        return self._product(self._dense, _NUMBERS[weight.dtype], weight, weight.shape, x, bias)
 
     def quantized(
-        self, packed: Tensor, type: GGMLType, out_features: int, x: Tensor, bias: Tensor | None
+        self, packed: Tensor, type: GGMLType, shape: tuple[int, int], x: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """``x @ W.T + bias`` for the matrix W that ``pack`` gave, in the dtype of ``x``.
+        """``x @ W.T + bias`` for the matrix W of ``shape`` that ``pack`` gave, in the dtype of ``x``.
 
         Each 32 numbers of a row of ``x`` are rounded to 8 bits with a scale of their own (as ggml does);
         products are exact integers within a block, added up over the blocks in float32.
         """
-        return self._product(self._quantized, _FORMATS[type.name], packed, out_features, x, bias)
+        return self._product(self._quantized, _FORMATS[type.name], packed, shape, x, bias)
 
     def pack(self, blocks: Tensor, type: GGMLType) -> Tensor:
         """Interleave the blocks ``[N, bytes_per_row]`` of a matrix, uint8, for ``quantized``."""
@@ -138,12 +138,14 @@ class NativeKernels:
         function: Callable[..., None],
         number: int,
         weight: Tensor,
-        out_features: int,
+        shape: Sequence[int],
         x: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
         dtype = x.dtype
-        in_features = x.shape[-1]
+        out_features, in_features = shape
+        if x.shape[-1] != in_features or (bias is not None and bias.shape[0] != out_features):
+            raise ValueError(f"A matrix of {list(shape)} does not fit x of {list(x.shape)} or its bias.")
         if dtype != torch.float32:
             x = x.float()
         if not x.is_contiguous():

@@ -1,7 +1,7 @@
 // Threads that share out the chunks of one job at a time.
 //
 // A chunk is taken from an atomic counter by whoever is free, the caller too, so a worker that the system
-// has put aside delays nothing but the chunk it holds. Workers watch for the next job for a few tens of
+// has put aside delays nothing but the chunk it holds. Workers watch for the next job for some tens of
 // microseconds, the gap between two matrices of a step, and then sleep.
 
 #pragma once
@@ -21,18 +21,15 @@ public:
     using Function = void (*)(void* context, int64_t chunk);
 
     explicit Pool(int threads) : owner_(getpid()) {
-        for (int i = 1; i < threads; i++) workers_.emplace_back([this] { work(); });
+        try {
+            for (int i = 1; i < threads; i++) workers_.emplace_back([this] { work(); });
+        } catch (...) {
+            end();
+            throw;
+        }
     }
 
-    ~Pool() {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            stop_ = true;
-            epoch_.fetch_add(1);
-        }
-        wake_.notify_all();
-        for (std::thread& worker : workers_) worker.join();
-    }
+    ~Pool() { end(); }
 
     // False in a forked child: the threads are the parent's, to be neither woken, nor joined, nor destroyed.
     bool owned() const { return getpid() == owner_; }
@@ -70,6 +67,16 @@ public:
     }
 
 private:
+    void end() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stop_ = true;
+            epoch_.fetch_add(1);
+        }
+        wake_.notify_all();
+        for (std::thread& worker : workers_) worker.join();
+    }
+
     static void pause() {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
@@ -115,7 +122,7 @@ private:
         } while (clock::now() < end);
     }
 
-    static constexpr int SPIN_MICROSECONDS = 50;
+    static constexpr int SPIN_MICROSECONDS = 20;
 
     const pid_t owner_;
     std::vector<std::thread> workers_;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -51,7 +53,7 @@ def test_the_key_is_sources_compiler_version_and_cpu(tmp_path: Path, monkeypatch
     assert build_library(tmp_path / "cache", lines.append, env) in seen
     assert links(tmp_path) == 1 and len(lines) == 1 and "Compiling" in lines[0]
     variants = [line for line in (tmp_path / "calls").read_text().splitlines() if "-DVARIANT=" in line]
-    assert len(variants) == len(build._variants())
+    assert len(variants) == len(VARIANTS)
 
     sources = tmp_path / "sources"
     shutil.copytree(build.SOURCES, sources)
@@ -59,7 +61,7 @@ def test_the_key_is_sources_compiler_version_and_cpu(tmp_path: Path, monkeypatch
     changes = [
         lambda: monkeypatch.setattr(build, "SOURCES", sources),
         lambda: monkeypatch.setenv("FAKE_VERSION", "2"),
-        lambda: monkeypatch.setattr(build, "_cpu_features", lambda: ["another"]),
+        lambda: monkeypatch.setattr(build, "_cpu_features", lambda: ["x86_64", "", "avx2", "another"]),
         lambda: monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-g")),
         lambda: env.update(CXX=env["CXX"] + " -DX"),
     ]
@@ -71,6 +73,20 @@ def test_the_key_is_sources_compiler_version_and_cpu(tmp_path: Path, monkeypatch
     assert links(tmp_path) == 1 + len(changes)
     left = {path.name for path in (tmp_path / "cache").iterdir()} - {"build.lock"}
     assert left == {path.name for path in seen}
+
+
+@pytest.mark.parametrize("variant", sorted(set(build._VARIANTS) - set(VARIANTS)))
+def test_a_variant_that_cannot_run_here_at_least_compiles(tmp_path: Path, variant: str) -> None:
+    if platform.machine() in build._X86:
+        flags = build._VARIANTS[variant][0]
+        build._run(
+            [
+                *build._find_compiler(os.environ),
+                *(*build._FLAGS, *flags, f"-DVARIANT={variant}", "-c", str(build.SOURCES / "linear.cpp")),
+                *("-o", str(tmp_path / "object.o")),
+            ]
+        )
+        assert (tmp_path / "object.o").stat().st_size > 0
 
 
 def test_two_processes_compile_once(tmp_path: Path) -> None:

@@ -48,8 +48,17 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_threads(
         results += [kernels.dense(weight, x[:rows], None) for rows in (1, 2, 3, 4, 5, 18, 19, 40, 70)]
     for result in results:
         assert torch.equal(result, results[-1][: len(result)])
+    assert torch.equal(kernels.dense(weight, x[50:60], None), results[-1][50:60])
     # Nor on which other rows of the matrix share the call.
     assert torch.equal(kernels.dense(weight[5:9], x, None), results[-1][:, 5:9])
+
+
+def test_what_does_not_fit_is_refused(kernels: NativeKernels) -> None:
+    weight = torch.zeros(5, 19)
+    with pytest.raises(ValueError, match=r"\[5, 19\]"):
+        kernels.dense(weight, torch.zeros(2, 18), None)
+    with pytest.raises(ValueError, match="bias"):
+        kernels.dense(weight, torch.zeros(2, 19), torch.zeros(4))
 
 
 def test_a_view_that_is_not_aligned_and_no_rows(kernels: NativeKernels) -> None:

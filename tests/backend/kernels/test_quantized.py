@@ -60,6 +60,8 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_threads(library: Path, k
             results += [weight.linear(x[:rows]) for rows in (1, 2, 3, 7, 8, 40, 256, 257, 600)]
     for result in results:
         assert torch.equal(result, results[-1][: len(result)])
+    assert torch.equal(weight.linear(x[255:258]), results[-1][255:258])
+    assert torch.equal(weight.linear(x[590:]), results[-1][590:])
 
 
 @KINDS

@@ -86,6 +86,17 @@ def test_dequantize_chooses_the_kind_of_weight(tiny_gguf: Path, dtype: torch.dty
     assert torch.equal(kept.dequantize(dtype), made.tensor)
 
 
+@pytest.mark.parametrize(
+    ("fast_types", "kept"), [({"Q8_0", "Q4_0"}, True), ({"Q4_0"}, False), (frozenset(), False)]
+)
+def test_blocks_are_kept_where_every_type_is_fast(
+    tiny_gguf: Path, fast_types: frozenset[str], kept: bool
+) -> None:
+    checkpoint = open_checkpoint(tiny_gguf, dequantize=None, fast_types=fast_types)
+    weight = checkpoint.weight("model.layers.0.self_attn.q_proj.weight", torch.float32)
+    assert isinstance(weight, QuantizedWeight if kept else DenseWeight)
+
+
 def test_blocks_are_the_bytes_of_the_file(tiny_gguf: Path) -> None:
     weight = open_checkpoint(tiny_gguf, dequantize=False).weight(
         "model.layers.1.mlp.up_proj.weight", torch.float32
