@@ -15,42 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from mini_sglang.errors import InvalidValueError
+from mini_sglang.setting import FALSE, TRUE, default_text, markdown_table, parse_value, setting
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "VERSION",
+    "Settings",
+    "default_text",
+    "setting_fields",
+    "settings_table",
+    "value_type",
+]
 
 VERSION = "0.1.0"
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
-_TRUE = {"1", "true", "yes", "on"}
-_FALSE = {"0", "false", "no", "off"}
 _DTYPE_SPELLINGS = {"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float32": "fp32", "float": "fp32"}
-
-
-def _setting(
-    section: str,
-    env: str | tuple[str, ...],
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-    spellings: Mapping[str, str] | None = None,
-    shown: str | None = None,
-    secret: bool = False,
-) -> Any:
-    return field(
-        default=default,
-        repr=not secret,
-        metadata={
-            "section": section,
-            "env": (env,) if isinstance(env, str) else env,
-            "help": help,
-            "low": low,
-            "high": high,
-            "choices": choices,
-            "spellings": spellings or {},
-            "shown": shown,
-        },
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,32 +38,32 @@ class Settings:
     """The resolved settings of one engine. Make one with ``resolve``."""
 
     # Model and device
-    model: str = _setting(
+    model: str = setting(
         "Model and device",
         "MODEL_NAME",
         DEFAULT_MODEL,
         "a Hugging Face repository, a local folder, or a .gguf file",
     )
-    model_local_dir: Path | None = _setting(
+    model_local_dir: Path | None = setting(
         "Model and device",
         "MODEL_LOCAL_DIR",
         None,
         "a folder or .gguf file already on disk; wins over MODEL_NAME and touches no network",
     )
-    modelscope_model_name: str | None = _setting(
+    modelscope_model_name: str | None = setting(
         "Model and device",
         "MODELSCOPE_MODEL_NAME",
         None,
         "the repository asked of ModelScope when the Hugging Face hub cannot be reached",
         shown="same as `MODEL_NAME`",
     )
-    model_revision: str = _setting(
+    model_revision: str = setting(
         "Model and device",
         "MODEL_REVISION",
         "main",
         "branch, tag or commit of the repository; ModelScope's default branch is used for `main`",
     )
-    dtype: str = _setting(
+    dtype: str = setting(
         "Model and device",
         ("MODEL_DTYPE", "TORCH_DTYPE"),
         "auto",
@@ -91,14 +71,14 @@ class Settings:
         choices=("auto", "fp16", "bf16", "fp32"),
         spellings=_DTYPE_SPELLINGS,
     )
-    device: str = _setting(
+    device: str = setting(
         "Model and device",
         "DEVICE",
         "auto",
         "where the model runs; auto takes CUDA, then MPS, then the CPU",
         choices=("auto", "cpu", "cuda", "mps"),
     )
-    kernels: str = _setting(
+    kernels: str = setting(
         "Model and device",
         "KERNELS",
         "auto",
@@ -106,22 +86,22 @@ class Settings:
         "reference runs everything on PyTorch's operators",
         choices=("auto", "reference"),
     )
-    gguf_dequantize: str = _setting(
+    gguf_dequantize: str = setting(
         "Model and device",
         "GGUF_DEQUANTIZE",
         "auto",
         "1 turns a GGUF's quantised blocks into plain weights at load; 0 keeps them as they are in the file; "
         "auto keeps them where every one has a fast kernel, which rounds activations to 8 bits",
         choices=("auto", "0", "1"),
-        spellings=dict.fromkeys(_TRUE, "1") | dict.fromkeys(_FALSE, "0"),
+        spellings=dict.fromkeys(TRUE, "1") | dict.fromkeys(FALSE, "0"),
     )
-    trust_remote_code: bool = _setting(
+    trust_remote_code: bool = setting(
         "Model and device",
         "TRUST_REMOTE_CODE",
         False,
         "allow a repository's own Python code to make its tokenizer (needs transformers)",
     )
-    context_length: int = _setting(
+    context_length: int = setting(
         "Model and device",
         "CONTEXT_LENGTH",
         0,
@@ -129,7 +109,7 @@ class Settings:
         low=0,
         high=1 << 24,
     )
-    num_threads: int = _setting(
+    num_threads: int = setting(
         "Model and device",
         "NUM_THREADS",
         0,
@@ -137,13 +117,13 @@ class Settings:
         low=0,
         high=1024,
     )
-    cache_dir: Path = _setting(
+    cache_dir: Path = setting(
         "Model and device",
         "MINI_SGLANG_CACHE",
         Path("~/.cache/mini-sglang"),
         "where the starter model, converted tokenizers and compiled kernels are kept",
     )
-    download_timeout: float = _setting(
+    download_timeout: float = setting(
         "Model and device",
         "DOWNLOAD_TIMEOUT",
         30.0,
@@ -152,10 +132,10 @@ class Settings:
         high=3600,
     )
     # Caches
-    prefix_cache: bool = _setting(
+    prefix_cache: bool = setting(
         "Caches", "PREFIX_CACHE", True, "reuse the KV of the longest prefix seen before (radix tree)"
     )
-    prefix_cache_size: int = _setting(
+    prefix_cache_size: int = setting(
         "Caches",
         "PREFIX_CACHE_SIZE",
         0,
@@ -163,7 +143,7 @@ class Settings:
         low=0,
         high=1 << 31,
     )
-    prefix_cache_max_tokens: int = _setting(
+    prefix_cache_max_tokens: int = setting(
         "Caches",
         "PREFIX_CACHE_MAX_TOKENS",
         4096,
@@ -171,7 +151,7 @@ class Settings:
         low=1,
         high=1 << 31,
     )
-    prefix_cache_token_budget: int = _setting(
+    prefix_cache_token_budget: int = setting(
         "Caches",
         "PREFIX_CACHE_TOKEN_BUDGET",
         65536,
@@ -179,14 +159,14 @@ class Settings:
         low=0,
         high=1 << 31,
     )
-    prefix_cache_policy: str = _setting(
+    prefix_cache_policy: str = setting(
         "Caches",
         "PREFIX_CACHE_POLICY",
         "lru",
         "what is dropped first: least recently or least frequently used",
         choices=("lru", "lfu"),
     )
-    page_size_tokens: int = _setting(
+    page_size_tokens: int = setting(
         "Caches",
         "PAGE_SIZE_TOKENS",
         16,
@@ -194,7 +174,7 @@ class Settings:
         low=1,
         high=256,
     )
-    kv_token_budget: int = _setting(
+    kv_token_budget: int = setting(
         "Caches",
         "KV_TOKEN_BUDGET",
         0,
@@ -204,13 +184,13 @@ class Settings:
         shown="from free memory",
     )
     # Scheduling
-    chunked_prefill: bool = _setting(
+    chunked_prefill: bool = setting(
         "Scheduling",
         "CHUNKED_PREFILL",
         False,
         "split long prompts, so that running answers go on between the chunks",
     )
-    prefill_chunk_size: int = _setting(
+    prefill_chunk_size: int = setting(
         "Scheduling",
         "PREFILL_CHUNK_SIZE",
         512,
@@ -218,10 +198,10 @@ class Settings:
         low=1,
         high=1 << 20,
     )
-    max_batch_size: int = _setting(
+    max_batch_size: int = setting(
         "Scheduling", "MAX_BATCH_SIZE", 64, "requests that run together", low=1, high=4096
     )
-    max_prefill_tokens: int = _setting(
+    max_prefill_tokens: int = setting(
         "Scheduling",
         "MAX_PREFILL_TOKENS",
         4096,
@@ -229,13 +209,13 @@ class Settings:
         low=1,
         high=1 << 20,
     )
-    aggressive_max_new_tokens: bool = _setting(
+    aggressive_max_new_tokens: bool = setting(
         "Scheduling",
         "AGGRESSIVE_MAX_NEW_TOKENS",
         True,
         "lower max_new_tokens to what the context window leaves; 0 refuses such a request",
     )
-    max_context_margin: int = _setting(
+    max_context_margin: int = setting(
         "Scheduling",
         "MAX_CONTEXT_MARGIN",
         16,
@@ -243,7 +223,7 @@ class Settings:
         low=0,
         high=1 << 20,
     )
-    scheduler_mode: str = _setting(
+    scheduler_mode: str = setting(
         "Scheduling",
         "SCHEDULER_MODE",
         "rr",
@@ -251,7 +231,7 @@ class Settings:
         "has most of the prompt cached",
         choices=("rr", "fsfs", "random", "cache_aware"),
     )
-    num_engines: int = _setting(
+    num_engines: int = setting(
         "Scheduling",
         "NUM_ENGINES",
         0,
@@ -259,14 +239,14 @@ class Settings:
         low=0,
         high=64,
     )
-    engine_isolation: str = _setting(
+    engine_isolation: str = setting(
         "Scheduling",
         "ENGINE_ISOLATION",
         "process",
         "whether an engine of the server has a process of its own, whose death the server survives",
         choices=("process", "thread"),
     )
-    step_timeout: float = _setting(
+    step_timeout: float = setting(
         "Scheduling",
         "STEP_TIMEOUT",
         600.0,
@@ -274,7 +254,7 @@ class Settings:
         low=0,
         high=86400,
     )
-    max_inflight_total: int = _setting(
+    max_inflight_total: int = setting(
         "Scheduling",
         "MAX_INFLIGHT_TOTAL",
         0,
@@ -282,7 +262,7 @@ class Settings:
         low=0,
         high=1 << 20,
     )
-    max_inflight_per_engine: int = _setting(
+    max_inflight_per_engine: int = setting(
         "Scheduling",
         "MAX_INFLIGHT_PER_ENGINE",
         0,
@@ -290,7 +270,7 @@ class Settings:
         low=0,
         high=1 << 20,
     )
-    max_queue: int = _setting(
+    max_queue: int = setting(
         "Scheduling",
         "MAX_QUEUE",
         256,
@@ -298,7 +278,7 @@ class Settings:
         low=0,
         high=1 << 20,
     )
-    queue_timeout: float = _setting(
+    queue_timeout: float = setting(
         "Scheduling",
         "QUEUE_TIMEOUT",
         60.0,
@@ -307,37 +287,37 @@ class Settings:
         high=86400,
     )
     # Server
-    host: str = _setting(
+    host: str = setting(
         "Server", "HOST", "127.0.0.1", "the address the server listens at; 0.0.0.0 is every one"
     )
-    port: int = _setting("Server", "PORT", 8000, "the server's port; 0 takes a free one", low=0, high=65535)
-    api_key: str | None = _setting(
+    port: int = setting("Server", "PORT", 8000, "the server's port; 0 takes a free one", low=0, high=65535)
+    api_key: str | None = setting(
         "Server",
         "API_KEY",
         None,
         "what a client must show, or several with commas between, whose prefix caches are then kept apart",
         secret=True,
     )
-    cors_origins: str | None = _setting(
+    cors_origins: str | None = setting(
         "Server",
         "CORS_ORIGINS",
         None,
         "origins whose pages may call the server, with commas between; * is any",
     )
-    allowed_hosts: str | None = _setting(
+    allowed_hosts: str | None = setting(
         "Server",
         "ALLOWED_HOSTS",
         None,
         "names a client may call the server by (its Host header), with commas between; * is any",
         shown="any, but on a loopback address only its own names",
     )
-    max_body_bytes: int = _setting(
+    max_body_bytes: int = setting(
         "Server", "MAX_BODY_BYTES", 8 << 20, "longest request body", low=1, high=1 << 30
     )
-    max_prompts_per_request: int = _setting(
+    max_prompts_per_request: int = setting(
         "Server", "MAX_PROMPTS_PER_REQUEST", 128, "prompts, or answers to one, per request", low=1, high=4096
     )
-    request_timeout: float = _setting(
+    request_timeout: float = setting(
         "Server",
         "REQUEST_TIMEOUT",
         600.0,
@@ -345,10 +325,10 @@ class Settings:
         low=0.1,
         high=86400,
     )
-    read_timeout: float = _setting(
+    read_timeout: float = setting(
         "Server", "READ_TIMEOUT", 30.0, "seconds a client may take to send its request", low=0.1, high=3600
     )
-    write_timeout: float = _setting(
+    write_timeout: float = setting(
         "Server",
         "WRITE_TIMEOUT",
         60.0,
@@ -356,7 +336,7 @@ class Settings:
         low=0.1,
         high=3600,
     )
-    drain_timeout: float = _setting(
+    drain_timeout: float = setting(
         "Server",
         "DRAIN_TIMEOUT",
         30.0,
@@ -364,7 +344,7 @@ class Settings:
         low=0,
         high=3600,
     )
-    responses_store_size: int = _setting(
+    responses_store_size: int = setting(
         "Server",
         "RESPONSES_STORE_SIZE",
         256,
@@ -373,7 +353,7 @@ class Settings:
         high=1 << 20,
     )
     # Logs
-    log_level: str = _setting(
+    log_level: str = setting(
         "Logs",
         "LOG_LEVEL",
         "warning",
@@ -402,7 +382,7 @@ class Settings:
         for spec in setting_fields():
             for variable in spec.metadata["env"]:
                 if env.get(variable, "") != "" and spec.name not in values:
-                    values[spec.name] = _parse(spec, variable, env[variable])
+                    values[spec.name] = parse_value(spec, value_type(spec), variable, env[variable])
         names = _keyword_names()
         given: set[str] = set()
         for keyword, value in (overrides or {}).items():
@@ -414,7 +394,7 @@ class Settings:
             if spec.name in given:
                 raise InvalidValueError(keyword, value, f"given once, under one of its names ({spec.name})")
             given.add(spec.name)
-            values[spec.name] = _parse(spec, keyword, value)
+            values[spec.name] = parse_value(spec, value_type(spec), keyword, value)
         # MODEL_LOCAL_DIR wins over MODEL_NAME, but not over a model named by keyword or flag.
         if "model" in given and "model_local_dir" not in given:
             values.pop("model_local_dir", None)
@@ -430,15 +410,6 @@ def setting_fields() -> tuple[Field[Any], ...]:
     return tuple(f for f in fields(Settings) if f.name != "chosen")
 
 
-def default_text(spec: Field[Any]) -> str:
-    """How a setting's default is shown to a reader."""
-    if spec.metadata["shown"]:
-        return str(spec.metadata["shown"])
-    if isinstance(spec.default, bool):
-        return f"`{int(spec.default)}`"
-    return "unset" if spec.default is None else f"`{spec.default}`"
-
-
 def value_type(spec: Field[Any]) -> type:
     """The plain type of a setting's value: bool, int, float, str or Path."""
     hint = typing.get_type_hints(Settings)[spec.name]
@@ -450,19 +421,7 @@ def value_type(spec: Field[Any]) -> type:
 
 def settings_table() -> str:
     """The README's table of settings, in Markdown."""
-    lines: list[str] = []
-    section = ""
-    for spec in setting_fields():
-        if spec.metadata["section"] != section:
-            section = spec.metadata["section"]
-            lines += ["", f"### {section}", "", "| variable | flag | default | what it does |"]
-            lines.append("| --- | --- | --- | --- |")
-        variables = " / ".join(f"`{name}`" for name in spec.metadata["env"])
-        choices = spec.metadata["choices"]
-        help_text = spec.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
-        flag = "--" + spec.name.replace("_", "-")
-        lines.append(f"| {variables} | `{flag}` | {default_text(spec)} | {help_text} |")
-    return "\n".join(lines).strip() + "\n"
+    return markdown_table(setting_fields())
 
 
 def _keyword_names() -> dict[str, Field[Any]]:
@@ -472,52 +431,3 @@ def _keyword_names() -> dict[str, Field[Any]]:
         for variable in spec.metadata["env"]:
             names[variable.lower()] = spec
     return names
-
-
-def _parse(spec: Field[Any], shown_name: str, value: object) -> Any:
-    kind = value_type(spec)
-    if kind is bool:
-        return _parse_bool(shown_name, value)
-    if kind is int or kind is float:
-        return _parse_number(spec, shown_name, value, kind)
-    choices = spec.metadata["choices"]
-    if choices and isinstance(value, int):
-        # A choice of 0 and 1, as a bool or a number in a keyword.
-        value = str(int(value))
-    if not isinstance(value, (str, Path)) or str(value) == "":
-        raise InvalidValueError(shown_name, value, "a text that is not empty")
-    if kind is Path:
-        return Path(value)
-    text = str(value)
-    if choices:
-        text = spec.metadata["spellings"].get(text.lower(), text.lower())
-        if text not in choices:
-            raise InvalidValueError(shown_name, value, "one of " + ", ".join(choices))
-    return text
-
-
-def _parse_bool(shown_name: str, value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower()
-    if text in _TRUE:
-        return True
-    if text in _FALSE:
-        return False
-    raise InvalidValueError(shown_name, value, "1 or 0 (true, false, yes, no, on, off)")
-
-
-def _parse_number(spec: Field[Any], shown_name: str, value: object, kind: type) -> int | float:
-    low, high = spec.metadata["low"], spec.metadata["high"]
-    what = "a whole number" if kind is int else "a number"
-    allowed = f"{what} from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise InvalidValueError(shown_name, value, allowed)
-    try:
-        number = kind(value) if not isinstance(value, float) or kind is float else int(value)
-    except (ValueError, OverflowError):
-        raise InvalidValueError(shown_name, value, allowed) from None
-    # A NaN fails both comparisons, a fraction given for a whole number the third.
-    if not low <= number <= high or (isinstance(value, float) and number != value):
-        raise InvalidValueError(shown_name, value, allowed)
-    return typing.cast("int | float", number)

@@ -67,5 +67,8 @@ def shorten(value: object) -> str:
         return f"a {type(value).__name__} of {len(value)} entries"
     if isinstance(value, str) and len(value) > _SHOWN_CHARS:
         return f"{value[:_SHOWN_CHARS]!r}… ({len(value)} characters)"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes down
+        return f"a {type(value).__name__} too long to show"
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -91,7 +90,7 @@ class SamplingParams:
         _check_int("top_k", self.top_k, 0, 1 << 30)
         self._number("top_p", 0.0, 1.0, open_low=True)
         self._number("min_p", 0.0, 1.0)
-        self._number("repetition_penalty", 0.0, 10.0, open_low=True)
+        self._number("repetition_penalty", 0.01, 10.0)
         self._number("presence_penalty", -2.0, 2.0)
         self._number("frequency_penalty", -2.0, 2.0)
         if self.seed is not None:
@@ -127,8 +126,9 @@ class SamplingParams:
     def _number(self, name: str, low: float, high: float, open_low: bool = False) -> None:
         value = getattr(self, name)
         allowed = f"a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}"
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise InvalidValueError(name, value, allowed)
+        # A NaN fails both comparisons; an integer may be past every float.
         if not low <= value <= high or (open_low and value == low):
             raise InvalidValueError(name, value, allowed)
         object.__setattr__(self, name, float(value))

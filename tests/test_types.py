@@ -12,14 +12,14 @@ from mini_sglang.types import SamplingParams
 BAD = {
     "max_new_tokens": [0, -1, 1.0, "5", None, True, 10**9],
     "min_new_tokens": [-1, 129, None],
-    "temperature": [-0.1, 2.1, float("nan"), float("inf"), "1", None, True],
+    "temperature": [-0.1, 2.1, float("nan"), float("inf"), 10**400, "1", None, True],
     "top_k": [-1, 1.5, None],
-    "top_p": [0, 0.0, 1.1, float("nan"), None],
+    "top_p": [0, 0.0, 1.1, float("nan"), 10**400, None],
     "min_p": [-0.1, 1.1, float("nan")],
-    "repetition_penalty": [0, -1, float("inf")],
+    "repetition_penalty": [0, 5e-324, 0.0099, 10.1, -1, float("inf"), float("nan"), 10**400],
     "presence_penalty": [-2.1, 2.1, float("nan")],
     "frequency_penalty": [-2.1, 2.1, "0"],
-    "logit_bias": [{1: 101}, {1: float("nan")}, {-1: 0}, {"x": 0}, {1: True}, [1], None,
+    "logit_bias": [{1: 101}, {1: float("nan")}, {1: 10**400}, {-1: 0}, {"x": 0}, {1: True}, [1], None,
                    dict.fromkeys(range(2000), 1.0)],
     "seed": [1.5, "x", 2**63, True],
     "stop": ["", ["a", ""], ["x"] * 17, [1], None, "x" * 2000, ["a"] * 10_000],
@@ -37,6 +37,13 @@ def test_a_bad_value_is_one_sentence(name: str, value: object) -> None:
         SamplingParams(**{name: value})  # type: ignore[arg-type]
     message = str(caught.value)
     assert message.startswith(f"{name} is ") and "must be" in message and len(message) < 500
+
+
+@pytest.mark.parametrize("name", ["temperature", "max_new_tokens", "seed", "stop_token_ids"])
+def test_a_number_too_long_to_write_down_is_one_sentence_too(name: str) -> None:
+    value = [10**5000] if name == "stop_token_ids" else 10**5000
+    with pytest.raises(InvalidValueError, match=f"^{name} is .* too long to show; it must be"):
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
 
 
 def test_an_unknown_parameter_is_refused() -> None:
@@ -64,4 +71,6 @@ def test_what_a_caller_changes_later_does_not_reach_the_parameters() -> None:
 
 def test_edges_are_allowed() -> None:
     SamplingParams(max_new_tokens=1, temperature=2, top_p=1, min_p=1, presence_penalty=-2, seed=-1)
+    SamplingParams(repetition_penalty=0.01)
+    SamplingParams(repetition_penalty=10)
     SamplingParams(stop=["x"] * 16, top_logprobs=20, logprobs=True)  # type: ignore[arg-type]

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import queue
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, overload
 
+from mini_sglang.api.loading import find_model, load_core
 from mini_sglang.api.streams import AsyncStream, Stream
 from mini_sglang.config import Settings
 from mini_sglang.errors import EngineError, InvalidValueError
 from mini_sglang.types import FinishReason, Output, Prompt, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:
-    from mini_sglang.backend.grammar import GrammarCompiler
-    from mini_sglang.engine.worker import EngineThread
     from mini_sglang.text.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -58,14 +54,18 @@ class Engine:
         notify: Callable[[str], None] | None = None,
         **settings: object,
     ) -> None:
+        from mini_sglang.engine.worker import EngineThread
+
         if model is not None:
             settings = {**settings, "model": model}
         self.settings = Settings.resolve(settings)
-        parts = _load(self.settings, notify or _silent)
-        self.tokenizer: Tokenizer = parts[0]
-        self._thread: EngineThread = parts[1]
-        self.description: dict[str, Any] = parts[2]
-        self._grammars: GrammarCompiler = parts[3]
+        notify = notify or _silent
+        found = find_model(self.settings, notify)
+        self.tokenizer: Tokenizer = found.tokenizer
+        notify(f"Loading {found.files.name} …")
+        core, self._grammars = load_core(found, self.settings, notify)
+        self.description: dict[str, Any] = core.info.description
+        self._thread = EngineThread(core)
         self._ids = itertools.count()
 
     # A str is itself a sequence of str; the first overload is the one that counts for it.
@@ -219,37 +219,6 @@ class Engine:
 
     def _open_async(self, ids: list[int], params: SamplingParams) -> AsyncStream:
         return AsyncStream(self._thread, self.tokenizer, self._next_id(), ids, params)
-
-
-def _load(
-    settings: Settings, notify: Callable[[str], None]
-) -> tuple[Tokenizer, EngineThread, dict[str, Any], GrammarCompiler]:
-    """Find the model, load its tokenizer and weights, start the engine's thread."""
-    from mini_sglang.backend.loading.source import resolve_model
-    from mini_sglang.text.tokenizer import load_tokenizer
-
-    files = resolve_model(settings, notify=notify)
-    tokenizer = load_tokenizer(
-        files.path, cache_dir=settings.cache_path, trust_remote_code=settings.trust_remote_code
-    )
-    # torch takes a second or more to import: only once the model is found and its tokenizer reads.
-    from mini_sglang.backend.grammar import GrammarCompiler
-    from mini_sglang.backend.model_backend import load_backend
-    from mini_sglang.engine.engine import EngineCore
-    from mini_sglang.engine.worker import EngineThread
-
-    notify(f"Loading {files.name} …")
-    backend = load_backend(files.path, settings, notify=notify)
-    eos_ids = frozenset(backend.eos_ids) | tokenizer.eos_ids
-    description = {"model": files.name, "source": files.source, **backend.describe()}
-    logger.info(
-        "set up %s eos_ids=%s",
-        " ".join(f"{name}={value}" for name, value in description.items()),
-        sorted(eos_ids),
-    )
-    grammars = GrammarCompiler(tokenizer.vocabulary, backend.vocab_size, eos_ids)
-    core = EngineCore(backend, settings, eos_ids, grammars=grammars.new)
-    return tokenizer, EngineThread(core), description, grammars
 
 
 def _pair_up(prompts: Any, params: Any) -> tuple[bool, list[tuple[Prompt, SamplingParams]]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mini_sglang.api.loading import FoundModel, Notify, find_model, load_core, read_model
 from mini_sglang.api.service import Service
 from mini_sglang.config import Settings
 from mini_sglang.errors import EngineError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mini_sglang.text.tokenizer import Tokenizer
 
 CHILD = "mini_sglang.api.starting:make_core"
-Notify = Callable[[str], None]
 
 
 async def open_service(settings: Settings, notify: Notify) -> Service:
@@ -55,19 +54,13 @@ class Model:
     """A model on disk with its tokenizer, and how to start engines for it."""
 
     def __init__(self, settings: Settings, notify: Notify) -> None:
-        from mini_sglang.backend.loading.source import resolve_model
-        from mini_sglang.text.tokenizer import load_tokenizer
-
-        files = resolve_model(settings, notify=notify)
-        self.name = files.name
-        self.tokenizer: Tokenizer = load_tokenizer(
-            files.path, cache_dir=settings.cache_path, trust_remote_code=settings.trust_remote_code
-        )
+        self._model = find_model(settings, notify)
+        self.name = self._model.files.name
+        self.tokenizer: Tokenizer = self._model.tokenizer
         self._notify = notify
-        self._description: Mapping[str, str | int] = {"model": files.name, "source": files.source}
         # The engines load what was found here and ask no hub again.
         chosen = settings.chosen | {"model_local_dir"}
-        self._settings = replace(settings, model_local_dir=files.path, chosen=chosen)
+        self._settings = replace(settings, model_local_dir=self._model.files.path, chosen=chosen)
 
     def start_pool(self) -> EnginePool:
         from mini_sglang.engine.pool import EnginePool
@@ -81,75 +74,48 @@ class Model:
         return GrammarCompiler(self.tokenizer.vocabulary, pool.info.vocab_size, pool.info.eos_ids)
 
     def _make_handle(self, index: int) -> EngineHandle:
-        settings, eos_ids = self._settings, tuple(sorted(self.tokenizer.eos_ids))
-        if settings.engine_isolation == "thread":
+        if self._settings.engine_isolation == "thread":
             from mini_sglang.engine.worker import EngineThread
 
-            def load() -> EngineCore:
-                ends = frozenset(eos_ids)
-                return load_core(settings, ends, self._description, self._notify, self.tokenizer)
-
-            return EngineThread(load)
+            return EngineThread(lambda: _load_served(self._model, self._settings, self._notify))
         from mini_sglang.engine.process import ProcessEngine
 
+        files = self._model.files
         return ProcessEngine(
             index,
-            settings,
+            self._settings,
             CHILD,
-            num_engines=max(1, settings.num_engines),
-            eos_ids=eos_ids,
-            description=self._description,
+            num_engines=max(1, self._settings.num_engines),
+            description={"model": files.name, "source": files.source},
             notify=self._notify,
         )
 
 
-def load_core(
-    settings: Settings,
-    eos_ids: frozenset[int],
-    description: Mapping[str, str | int],
-    notify: Notify,
-    tokenizer: Tokenizer,
-) -> EngineCore:
-    """Load the weights of ``settings.model_local_dir`` into an engine.
+def make_core(settings: Settings, setup: Setup, notify: Notify) -> EngineCore:
+    """The core of an engine's own process, of the model at ``settings.model_local_dir``.
 
     Raises:
-        ModelLoadError: they are damaged, incomplete or of a kind that is not supported.
+        ModelLoadError: it is damaged, incomplete or of a kind that is not supported.
     """
-    from mini_sglang.backend.grammar import GrammarCompiler
-    from mini_sglang.backend.model_backend import load_backend
-    from mini_sglang.engine.engine import EngineCore
+    from mini_sglang.backend.loading.source import ModelFiles
 
-    assert settings.model_local_dir is not None
-    sharing = max(1, settings.num_engines)
-    backend = load_backend(settings.model_local_dir, settings, notify=notify, sharing=sharing)
-    all_eos_ids = frozenset(backend.eos_ids) | eos_ids
-    # Unchecked here: the server has tried every grammar before it sends it.
-    grammars = GrammarCompiler(tokenizer.vocabulary, backend.vocab_size, all_eos_ids, check=False)
-    about = {**description, **backend.describe()}
-    return EngineCore(backend, settings, all_eos_ids, about, grammars=grammars.new)
-
-
-def make_core(settings: Settings, setup: Setup, notify: Notify) -> EngineCore:
-    """``load_core`` in an engine's own process."""
-    from mini_sglang.text.tokenizer import load_tokenizer
-
-    folder = settings.model_local_dir
-    assert folder is not None
+    path = settings.model_local_dir
+    assert path is not None
+    name, source = (str(setup.description[key]) for key in ("model", "source"))
+    model = read_model(ModelFiles(path, name, source), settings)
     if settings.num_threads == 0 and setup.num_engines > 1:
+        from mini_sglang.backend.device import choose_threads
+
         # Engines that each took every core would wait for one another at every step.
-        settings = replace(settings, num_threads=max(1, _num_cores() // setup.num_engines))
-    tokenizer = load_tokenizer(
-        folder,
-        cache_dir=settings.cache_path,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    return load_core(settings, frozenset(setup.eos_ids), setup.description, notify, tokenizer)
+        settings = replace(settings, num_threads=max(1, choose_threads(0) // setup.num_engines))
+    return _load_served(model, settings, notify)
 
 
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _load_served(model: FoundModel, settings: Settings, notify: Notify) -> EngineCore:
+    sharing = max(1, settings.num_engines)
+    # Grammars go unchecked here: the server has tried every one before it sends it.
+    core, _ = load_core(model, settings, notify, sharing=sharing, check_grammars=False)
+    return core
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import queue
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -15,13 +16,14 @@ from mini_sglang.text.stream import TextStream
 from mini_sglang.types import Delta, FinishReason, Output, SamplingParams, TokenEvent, TokenLogprob, Usage
 
 if TYPE_CHECKING:
+    from mini_sglang.engine.handle import Sink
     from mini_sglang.engine.worker import EngineThread
     from mini_sglang.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-class _Answer:
+class _Answer(ABC):
     """The caller's end of a request: turns token events into deltas and keeps the whole.
 
     A stop string is found here, above the engine, which is then told to end the request; what it
@@ -37,7 +39,7 @@ class _Answer:
         params: SamplingParams,
     ) -> None:
         # Raises on a prompt that cannot run, before there is anything to close.
-        self._request = thread.core.make_request(request_id, prompt_ids, params)
+        request = thread.core.make_request(request_id, prompt_ids, params)
         self._thread = thread
         self._tokenizer = tokenizer
         self._params = params
@@ -52,6 +54,11 @@ class _Answer:
         self._usage = Usage(0, 0, 0)
         self._finish: FinishReason | None = None
         self._logs = logger.isEnabledFor(logging.INFO)
+        thread.submit(request, self._open_mailbox())
+
+    @abstractmethod
+    def _open_mailbox(self) -> Sink:
+        """Make the queue that the request's events wait in; returns what puts them there."""
 
     def _take(self, event: TokenEvent) -> Delta:
         """Turn one event into a delta; the last one has ``finish_reason``.
@@ -133,17 +140,9 @@ class Stream(_Answer, Iterator[Delta]):
     aborts the request.
     """
 
-    def __init__(
-        self,
-        thread: EngineThread,
-        tokenizer: Tokenizer,
-        request_id: str,
-        prompt_ids: list[int],
-        params: SamplingParams,
-    ) -> None:
-        super().__init__(thread, tokenizer, request_id, prompt_ids, params)
+    def _open_mailbox(self) -> Sink:
         self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
-        thread.submit(self._request, self._events.put)
+        return self._events.put
 
     def __next__(self) -> Delta:
         if self._finish is not None:
@@ -176,15 +175,7 @@ class Stream(_Answer, Iterator[Delta]):
 class AsyncStream(_Answer):
     """``Stream`` for asyncio: ``async for``, ``await output()``, ``await aclose()``."""
 
-    def __init__(
-        self,
-        thread: EngineThread,
-        tokenizer: Tokenizer,
-        request_id: str,
-        prompt_ids: list[int],
-        params: SamplingParams,
-    ) -> None:
-        super().__init__(thread, tokenizer, request_id, prompt_ids, params)
+    def _open_mailbox(self) -> Sink:
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         loop, events = asyncio.get_running_loop(), self._events
 
@@ -192,7 +183,7 @@ class AsyncStream(_Answer):
             # Raises in the engine's thread where the loop was closed; the request is dropped then.
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        thread.submit(self._request, put)
+        return put
 
     def __aiter__(self) -> AsyncStream:
         return self

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from mini_sglang.config import default_text, setting_fields, value_type
 from mini_sglang.errors import InvalidValueError, MiniSglangError, shorten
+from mini_sglang.setting import FALSE, TRUE
 from mini_sglang.types import SamplingParams
 
 CHAT_DEFAULTS: Mapping[str, object] = {"max_new_tokens": 512}
@@ -21,8 +22,6 @@ _PROMPT_HELP = (
     "the prompt; without it, or as -, it is read from standard input. It is sent as one user message in the "
     "model's chat format where the model has one; see --raw"
 )
-_TRUE = {"1", "true", "yes", "on"}
-_FALSE = {"0", "false", "no", "off"}
 
 
 class UsageError(MiniSglangError):
@@ -156,7 +155,7 @@ def parse_param(spec: Field[Any], given: str | bool | Sequence[str]) -> object:
         return _convert(json.loads, given)
     if isinstance(spec.default, bool):
         text = given.lower()
-        return text in _TRUE if text in _TRUE | _FALSE else given
+        return text in TRUE if text in TRUE | FALSE else given
     return _convert(float if isinstance(spec.default, float) else int, given)
 
 

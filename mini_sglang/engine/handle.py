@@ -6,11 +6,14 @@ when it was ready, so that nothing that cannot run crosses to another process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from mini_sglang.types import FinishReason, SamplingParams, TokenEvent
+
+logger = logging.getLogger(__name__)
 
 Sink = Callable[[TokenEvent], None]
 """Receives a request's events in order, in a thread of the engine's; quick, and does not raise."""
@@ -98,3 +101,22 @@ class EngineHandle(Protocol):
 
     def close(self) -> None:
         """Abort what runs, deliver the terminal events, free the engine. Safe to call twice."""
+
+
+def call_sink(sink: Sink, event: TokenEvent) -> bool:
+    """Hand over an event; False where the sink raised, so that its request is to be dropped."""
+    try:
+        sink(event)
+    except Exception:
+        logger.exception("the receiver of request %s failed; the request is dropped", event.request_id)
+        return False
+    return True
+
+
+def call_watchers(watchers: Sequence[Callable[[], None]], who: str) -> None:
+    """Tell those that ``EngineHandle.watch`` was given; one that raises keeps it from no other."""
+    for callback in list(watchers):
+        try:
+            callback()
+        except Exception:
+            logger.exception("a watcher of %s failed", who)

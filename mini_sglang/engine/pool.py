@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mini_sglang.config import Settings
+from mini_sglang.engine.admission import Admission
 from mini_sglang.engine.flights import Flight, PoolStats, Ticket
 from mini_sglang.engine.handle import (
     NOT_STARTED,
@@ -19,6 +20,7 @@ from mini_sglang.engine.handle import (
     EngineInfo,
     Sink,
     Work,
+    call_sink,
 )
 from mini_sglang.engine.routing import CacheAware, Candidate, Router, make_router
 from mini_sglang.engine.slots import EngineSlots
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _ENDING = "the server is ending"
 _CONFIRM_SECONDS = 5.0  # an engine's time to confirm aborts when the server ends
-_RETRY_SECONDS = (1.0, 60.0)  # least and most that Retry-After says
+_RETRY_SECONDS = 1.0  # what Retry-After says while the server ends
 
 
 class EnginePool:
@@ -62,19 +64,16 @@ class EnginePool:
         self._clock = clock
         self._router = router or make_router(settings)
         self._keeps_output = isinstance(self._router, CacheAware)
-        batch = settings.max_batch_size
-        self._per_engine = settings.max_inflight_per_engine or batch + max(2, batch // 4)
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._slots = EngineSlots(make_handle, max(1, settings.num_engines), self._lock, self._wake.set)
+        self._admission = Admission(settings, self._slots)
         self._changed = threading.Condition(self._lock)
         self._flights: dict[str, Flight] = {}
         self._queue: deque[Flight] = deque()
-        self._reserved = 0
         self._info: EngineInfo | None = None
         self._draining = False
         self._closed = False
-        self._service_seconds = 1.0
         self._totals = dict.fromkeys(("accepted", "ended", "refused", "timed_out", "resubmitted"), 0)
         self._thread: threading.Thread | None = None
         if background:
@@ -87,7 +86,7 @@ class EnginePool:
     def info(self) -> EngineInfo:
         """Of the first engine that was ready. Raises ``UnavailableError`` before that."""
         if self._info is None:
-            raise UnavailableError("The model is still being loaded.", retry_after=5.0)
+            raise _still_loading()
         return self._info
 
     @property
@@ -113,7 +112,7 @@ class EnginePool:
                 mode=self._settings.scheduler_mode,
                 state=self.state,
                 engines=engines,
-                reserved=self._reserved,
+                reserved=self._admission.reserved,
                 queued=len(self._queue),
                 inflight=len(self._flights) - len(self._queue),
                 restarts=sum(engine.restarts for engine in engines),
@@ -148,16 +147,14 @@ class EnginePool:
         """
         with self._lock:
             if self._draining:
-                raise UnavailableError("The server is ending.", retry_after=_RETRY_SECONDS[0])
-            room = self._room()
-            if room == 0:
-                raise self._no_engine()
-            limit = room + self._settings.max_queue
-            if len(self._flights) + self._reserved + count > limit:
+                raise UnavailableError("The server is ending.", retry_after=_RETRY_SECONDS)
+            if self._info is None:
+                raise _still_loading()
+            try:
+                self._admission.reserve(count, len(self._flights), len(self._queue), self._clock())
+            except OverloadedError:
                 self._totals["refused"] += count
-                message = f"The server is busy: it takes {limit} requests at a time."
-                raise OverloadedError(message, self._retry_after(room))
-            self._reserved += count
+                raise
         return Ticket(count, self._give_back)
 
     def submit(self, work: Work, sink: Sink, ticket: Ticket) -> None:
@@ -170,13 +167,13 @@ class EnginePool:
         """
         with self._lock:
             if self._closed:
-                raise UnavailableError("The server is ending.", retry_after=_RETRY_SECONDS[0])
+                raise UnavailableError("The server is ending.", retry_after=_RETRY_SECONDS)
             if ticket.remaining < 1:
                 raise EngineError("the ticket has no place left")
             if work.request_id in self._flights:
                 raise InvalidValueError("request_id", work.request_id, "unique among running requests")
             ticket.remaining -= 1
-            self._reserved -= 1
+            self._admission.reserved -= 1
             self._totals["accepted"] += 1
             flight = Flight(work, sink, self._clock())
             self._flights[work.request_id] = flight
@@ -197,7 +194,7 @@ class EnginePool:
                 self._queue.remove(flight)
                 self._forget(flight)
         if queued:
-            self._tell(flight, TokenEvent(request_id, finish=reason))
+            call_sink(flight.sink, TokenEvent(request_id, finish=reason))
         elif handle is not None:
             handle.abort(request_id, reason)
 
@@ -210,7 +207,7 @@ class EnginePool:
         """
         with self._changed:
             self._draining = True
-            done = self._changed.wait_for(lambda: not self._flights and not self._reserved, timeout)
+            done = self._changed.wait_for(lambda: not self._flights and not self._admission.reserved, timeout)
         if not done:
             self._end_all()
             with self._changed:
@@ -233,7 +230,7 @@ class EnginePool:
             closer.join()
         for flight in list(self._flights.values()):
             if self._end(flight):
-                self._tell(flight, flight.error(_ENDING, UNAVAILABLE))
+                call_sink(flight.sink, flight.error(_ENDING, UNAVAILABLE))
 
     def _end_all(self) -> None:
         with self._lock:
@@ -246,27 +243,22 @@ class EnginePool:
             for flight in running:
                 flight.abort, flight.ending = FinishReason.ABORT, True
         for flight in queued:
-            self._tell(flight, flight.error(_ENDING, UNAVAILABLE))
+            call_sink(flight.sink, flight.error(_ENDING, UNAVAILABLE))
         for flight in running:
             if flight.sent and flight.handle is not None:
                 flight.handle.abort(flight.work.request_id)
 
     # Routing.
 
-    def _room(self) -> int:
-        """Requests the engines that are ready may have together."""
-        room = self._per_engine * sum(slot.usable for slot in self._slots)
-        return min(room, self._settings.max_inflight_total or room)
-
     def _choose(self) -> Flight | None:
         """Take the first of the queue and give it an engine; None where it must wait. The lock is held."""
         running = len(self._flights) - len(self._queue)
-        if not self._queue or (self._settings.max_inflight_total or running + 1) <= running:
+        if not self._queue or not self._admission.has_room(running):
             return None
         candidates = [
             Candidate(slot.index, slot.inflight)
             for slot in self._slots
-            if slot.inflight < self._per_engine and slot.usable
+            if slot.inflight < self._admission.per_engine and slot.usable
         ]
         if not candidates:
             return None
@@ -333,7 +325,7 @@ class EnginePool:
             flight.heard = True
             if self._keeps_output:
                 flight.output_ids.extend(event.token_ids)
-            if not self._tell(flight, event):
+            if not call_sink(flight.sink, event):
                 handle = flight.handle
                 self._end(flight)
                 if handle is not None:
@@ -362,7 +354,7 @@ class EnginePool:
 
     def _finish(self, flight: Flight, event: TokenEvent) -> None:
         if self._end(flight):
-            self._tell(flight, event)
+            call_sink(flight.sink, event)
         self._pump()
 
     def _end(self, flight: Flight) -> bool:
@@ -373,7 +365,7 @@ class EnginePool:
             slot, handle = flight.slot, flight.handle
             if slot is not None and slot.handle is handle:
                 self._router.ended(slot.index, flight.work, flight.output_ids)
-            self._service_seconds += 0.1 * (self._clock() - flight.sent_at - self._service_seconds)
+            self._admission.note_service(self._clock() - flight.sent_at)
             self._forget(flight)
             return True
 
@@ -393,19 +385,11 @@ class EnginePool:
         flight.slot = flight.handle = None
         flight.sent = False
 
-    def _tell(self, flight: Flight, event: TokenEvent) -> bool:
-        try:
-            flight.sink(event)
-        except Exception:
-            logger.exception("the receiver of request %s failed; it is dropped", flight.work.request_id)
-            return False
-        return True
-
     def _give_back(self, ticket: Ticket) -> None:
         with self._lock:
-            self._reserved -= ticket.remaining
+            self._admission.reserved -= ticket.remaining
             ticket.remaining = 0
-            if not self._reserved:
+            if not self._admission.reserved:
                 self._changed.notify_all()
 
     # Engines.
@@ -434,7 +418,7 @@ class EnginePool:
             handle.close()
         for flight in expired:
             message = f"no engine was free within {timeout:g} seconds (QUEUE_TIMEOUT)"
-            self._tell(flight, flight.error(message, TIMEOUT))
+            call_sink(flight.sink, flight.error(message, TIMEOUT))
         self._pump()
         with self._lock:
             due = [*self._slots.starts(), *(flight.queued_at + timeout for flight in self._queue)]
@@ -450,16 +434,6 @@ class EnginePool:
                 wait = 1.0
             self._wake.wait(wait)
 
-    def _no_engine(self) -> UnavailableError:
-        """The lock is held."""
-        if self._info is None:
-            return UnavailableError("The model is still being loaded.", retry_after=5.0)
-        low, high = _RETRY_SECONDS
-        wait = min(self._slots.starts(), default=0.0) - self._clock()
-        message = "No engine is running; one is being started."
-        return UnavailableError(message, retry_after=min(high, max(low, wait)))
 
-    def _retry_after(self, room: int) -> float:
-        """Seconds until those that wait now will have been taken, going by recent requests."""
-        low, high = _RETRY_SECONDS
-        return min(high, max(low, self._service_seconds * (len(self._queue) + 1) / room))
+def _still_loading() -> UnavailableError:
+    return UnavailableError("The model is still being loaded.", retry_after=5.0)

@@ -1,39 +1,38 @@
 """An engine in a process of its own, as the server sees it.
 
-Commands go out and events come in over sockets in a private folder (TCP on the loopback where there are no
-Unix sockets), as the typed messages of ``wire``. The other end is ``process_main``.
+Commands go out and events come in over the sockets of ``child``, as the typed messages of ``wire``. The
+other end is ``process_main``.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mini_sglang.config import Settings, setting_fields
-from mini_sglang.engine.handle import ENGINE_DIED, NOT_STARTED, EngineInfo, Sink, Work
+from mini_sglang.engine.child import ChildProcess
+from mini_sglang.engine.handle import (
+    ENGINE_DIED,
+    NOT_STARTED,
+    EngineInfo,
+    Sink,
+    Work,
+    call_sink,
+    call_watchers,
+)
 from mini_sglang.engine.wire import Abort, Close, Codec, Hello, Message, Notice, Ready, Report, Scalar, Setup
 from mini_sglang.errors import EngineError, InvalidValueError
 from mini_sglang.types import FinishReason, TokenEvent
-
-if TYPE_CHECKING:
-    import zmq
 
 logger = logging.getLogger(__name__)
 
 CLOSE_GRACE = 5.0  # seconds a child has to end its requests and itself
 _TICK = 1.0  # seconds between two looks of the watchdog, at most
-_SERIAL_BYTES = 8
-_ENDED = b""  # from the reader of the journal: the child is gone
 
 
 @dataclass(slots=True)
@@ -53,7 +52,6 @@ class ProcessEngine:
         index: names the engine in messages and logs.
         backend: ``module:function`` in the child, a ``process_main.MakeCore``.
         num_engines: how many engines share this machine.
-        eos_ids: ids that end an answer, beside the model's own.
         description: goes before the backend's own in ``info.description``.
         notify: called with the child's lines for the user while it loads, in the engine's thread.
         environment: variables for the child beside this process's own.
@@ -67,7 +65,6 @@ class ProcessEngine:
         backend: str,
         *,
         num_engines: int = 1,
-        eos_ids: Sequence[int] = (),
         description: Mapping[str, str | int] | None = None,
         notify: Callable[[str], None] | None = None,
         environment: Mapping[str, str] | None = None,
@@ -76,13 +73,11 @@ class ProcessEngine:
         self.index = index
         self._backend = backend
         self._step_timeout = settings.step_timeout
-        self._setup = Setup(
-            index, num_engines, plain_settings(settings), tuple(eos_ids), dict(description or {})
-        )
+        self._setup = Setup(index, num_engines, plain_settings(settings), dict(description or {}))
         self._notify = notify
         self._environment = environment or {}
         self._unix_sockets = unix_sockets
-        self._lock = threading.Lock()  # state, entries, serials and the command socket
+        self._lock = threading.Lock()  # state, entries, serials and what is sent
         self._state = "starting"
         self._failure: str | None = None
         self._info: EngineInfo | None = None
@@ -90,11 +85,10 @@ class ProcessEngine:
         self._entries: dict[str, _Entry] = {}
         self._by_serial: dict[int, _Entry] = {}
         self._next_serial = 0
-        self._commands: zmq.Socket[bytes] | None = None
         self._codec = Codec()
         self._kill_at: float | None = None
         self._watchers: list[Callable[[], None]] = []
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: ChildProcess | None = None
         # Linux ends the child when the thread that started it ends: this one outlives the child.
         self._thread = threading.Thread(target=self._run, name=f"mini-sglang-engine-{index}", daemon=True)
         self._thread.start()
@@ -116,7 +110,7 @@ class ProcessEngine:
     @property
     def pid(self) -> int | None:
         """The child's process id, None before it has one."""
-        return self._process.pid if self._process is not None else None
+        return self._child.pid if self._child is not None else None
 
     def watch(self, callback: Callable[[], None]) -> None:
         self._watchers.append(callback)
@@ -153,124 +147,65 @@ class ProcessEngine:
                 self._kill_at = time.monotonic() + CLOSE_GRACE
             elif self._state == "starting":
                 self._kill_at = time.monotonic()
-                if self._process is not None:
-                    self._process.kill()
+                if self._child is not None:
+                    self._child.kill()
             if self._state in ("ready", "starting"):
                 self._state = "closed"
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _send(self, data: bytes) -> None:
-        """Never waits: the socket has no high-water mark. The lock is held."""
-        import zmq
-
-        assert self._commands is not None
-        self._commands.send(data, zmq.NOBLOCK)
+        """The lock is held."""
+        assert self._child is not None
+        self._child.send(data)
 
     def _run(self) -> None:
-        import zmq
-
-        context = zmq.Context()
-        folder = _private_folder()
-        commands, messages = context.socket(zmq.PAIR), context.socket(zmq.PULL)
-        reader: threading.Thread | None = None
         reason = "the server could not start it"
         try:
-            for socket in (commands, messages):
-                socket.set_hwm(0)
-                socket.linger = 0
-            self._commands = commands
-            messages.bind(f"ipc://{folder}/m" if self._unix_sockets else "tcp://127.0.0.1:*")
-            address = messages.getsockopt_string(zmq.LAST_ENDPOINT)
-            messages.bind("inproc://ended")
-            process = self._spawn(f"ipc://{folder}/c" if self._unix_sockets else "tcp://127.0.0.1:*", address)
-            reader = threading.Thread(
-                target=self._read_journal,
-                args=(process, context),
-                name=f"{self._thread.name}-journal",
-                daemon=True,
-            )
-            reader.start()
-            self._receive(messages, folder)
-            reason = _how_it_ended(process)
+            child = ChildProcess(f"{self._thread.name}-journal", unix_sockets=self._unix_sockets)
+            with self._lock:
+                self._child = child
+                if self._state != "starting":
+                    raise EngineError("closed while it was being started")
+                child.start(self._backend, self._environment, self._mark_started)
+            logger.info("engine %d is process %d", self.index, child.pid)
+            self._receive(child)
+            reason = child.how_it_ended()
         except Exception as error:
             logger.exception("engine %d is given up", self.index)
             reason = f"{type(error).__name__}: {error}"
         finally:
-            if self._process is not None:
-                self._process.kill()
-                self._process.wait()
-                assert self._process.stdin is not None
-                self._process.stdin.close()
-            if reader is not None:
-                reader.join(timeout=CLOSE_GRACE)
+            if self._child is not None:
+                self._child.end()
             with self._lock:
                 if self._state != "closed":
                     self._state = "dead"
                     self._failure = self._failure or f"engine {self.index} died ({reason})"
-                self._commands = None
-            shutil.rmtree(folder, ignore_errors=True)
             self._end_all()
-            commands.close()
-            messages.close()
-            if reader is None or not reader.is_alive():
-                context.term()
-            self._tell_watchers()
+            if self._child is not None:
+                self._child.close()
+            call_watchers(self._watchers, f"engine {self.index}")
 
-    def _spawn(self, commands: str, messages: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, **self._environment}
-        # The child finds its modules where this process does, and nowhere else (-P).
-        environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    def _mark_started(self, serials: Sequence[int]) -> None:
         with self._lock:
-            if self._state != "starting":
-                raise EngineError("closed while it was being started")
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "mini_sglang.engine.process_main"),
-                    *("--backend", self._backend, "--commands", commands, "--messages", messages),
-                ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                start_new_session=True,
-            )
-        logger.info("engine %d is process %d", self.index, self._process.pid)
-        return self._process
+            for serial in serials:
+                entry = self._by_serial.get(serial)
+                if entry is not None:
+                    entry.started = True
 
-    def _read_journal(
-        self, process: subprocess.Popen[bytes], context: zmq.Context[zmq.Socket[bytes]]
-    ) -> None:
-        """Note the serials of what the child starts, until the child is gone."""
-        import zmq
-
-        assert process.stdout is not None
-        with context.socket(zmq.PUSH) as socket, process.stdout as journal:
-            socket.connect("inproc://ended")
-            rest = b""
-            while data := os.read(journal.fileno(), 1 << 16):
-                rest += data
-                whole = len(rest) - len(rest) % _SERIAL_BYTES
-                with self._lock:
-                    for at in range(0, whole, _SERIAL_BYTES):
-                        entry = self._by_serial.get(int.from_bytes(rest[at : at + _SERIAL_BYTES], "little"))
-                        if entry is not None:
-                            entry.started = True
-                rest = rest[whole:]
-            process.wait()
-            socket.send(_ENDED)
-
-    def _receive(self, messages: zmq.Socket[bytes], folder: Path) -> None:
+    def _receive(self, child: ChildProcess) -> None:
         """Take the child's messages until it is gone."""
         timeout = self._step_timeout
         tick = min(_TICK, timeout / 8) if timeout else _TICK
         codec, silence = Codec(), 0.0
         while True:
-            if messages.poll(max(1, int(tick * 1000))):
+            try:
+                data = child.receive(tick)
+            except EOFError:
+                break
+            if data is not None:
                 silence = 0.0
-                data = messages.recv()
-                if data == _ENDED:
-                    break
-                self._take(codec.message(data), folder)
+                self._take(codec.message(data), child)
             else:
                 # Counted in looks, not by the clock: this process may have been stopped itself.
                 silence += tick
@@ -279,15 +214,12 @@ class ProcessEngine:
                         f"engine {self.index} gave no sign of life for {timeout:g} s (STEP_TIMEOUT)"
                     )
             if self._kill_at is not None and time.monotonic() >= self._kill_at:
-                assert self._process is not None
-                self._process.kill()
+                child.kill()
         # What the child had sent before it went.
-        while messages.poll(20):
-            data = messages.recv()
-            if data != _ENDED:
-                self._take(codec.message(data), folder)
+        while (data := child.receive(0.02)) is not None:
+            self._take(codec.message(data), child)
 
-    def _take(self, message: Message, folder: Path) -> None:
+    def _take(self, message: Message, child: ChildProcess) -> None:
         if isinstance(message, Report):
             if message.stats is not None:
                 self._stats = message.stats
@@ -295,21 +227,20 @@ class ProcessEngine:
                 self._deliver(event)
         elif isinstance(message, Hello):
             with self._lock:
-                if self._commands is not None:
-                    self._commands.connect(message.address)
-                    self._send(self._codec.encode(self._setup))
+                child.connect(message.address)
+                child.send(self._codec.encode(self._setup))
         elif isinstance(message, Notice):
             if self._notify is not None:
                 self._notify(message.line)
         elif isinstance(message, Ready):
             # Both sockets are connected: nothing is left on disk to clean up later.
-            shutil.rmtree(folder, ignore_errors=True)
+            child.forget_folder()
             with self._lock:
                 self._info = message.info
                 if self._state == "starting":
                     self._state = "ready"
             logger.info("engine %d is ready", self.index)
-            self._tell_watchers()
+            call_watchers(self._watchers, f"engine {self.index}")
         else:
             self._give_up(message.message, CLOSE_GRACE)
 
@@ -324,20 +255,11 @@ class ProcessEngine:
             entry = self._entries.get(event.request_id)
             if entry is not None and event.finish is not None:
                 del self._entries[event.request_id], self._by_serial[entry.serial]
-        if entry is not None and not self._call_sink(entry.sink, event) and event.finish is None:
+        if entry is not None and not call_sink(entry.sink, event) and event.finish is None:
             self.abort(event.request_id)
             with self._lock:
                 if self._entries.pop(event.request_id, None) is not None:
                     del self._by_serial[entry.serial]
-
-    @staticmethod
-    def _call_sink(sink: Sink, event: TokenEvent) -> bool:
-        try:
-            sink(event)
-        except Exception:
-            logger.exception("the receiver of request %s failed; the request is dropped", event.request_id)
-            return False
-        return True
 
     def _end_all(self) -> None:
         """One terminal event for each request the child left without."""
@@ -350,14 +272,7 @@ class ProcessEngine:
             else:
                 kind = ENGINE_DIED if entry.started else NOT_STARTED
                 event = TokenEvent(request_id, finish=FinishReason.ERROR, error=failure, error_kind=kind)
-            self._call_sink(entry.sink, event)
-
-    def _tell_watchers(self) -> None:
-        for callback in list(self._watchers):
-            try:
-                callback()
-            except Exception:
-                logger.exception("a watcher of engine %d failed", self.index)
+            call_sink(entry.sink, event)
 
 
 def plain_settings(settings: Settings) -> dict[str, Scalar]:
@@ -369,17 +284,3 @@ def plain_settings(settings: Settings) -> dict[str, Scalar]:
         if value is not None and not secret and (spec.name in settings.chosen or value != spec.default):
             plain[spec.name] = str(value) if isinstance(value, Path) else value
     return plain
-
-
-def _private_folder() -> Path:
-    """A new folder only this user can enter, with a name short enough for a socket's address."""
-    folder = Path(tempfile.mkdtemp(prefix="mini-sglang-"))
-    if len(os.fsencode(folder)) > 90:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="mini-sglang-", dir="/tmp"))
-    return folder
-
-
-def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
-    status = process.wait()
-    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"

@@ -21,7 +21,6 @@ class Setup(msgspec.Struct, array_like=True, tag="setup"):
 
     Attributes:
         settings: by field name; the child takes nothing from its environment.
-        eos_ids: ids that end an answer beside the model's own (the tokenizer's).
         description: goes into ``EngineInfo.description``, before the backend's own.
         num_engines: how many share this machine.
     """
@@ -29,7 +28,6 @@ class Setup(msgspec.Struct, array_like=True, tag="setup"):
     index: int
     num_engines: int
     settings: dict[str, Scalar]
-    eos_ids: tuple[int, ...]
     description: dict[str, str | int]
 
 

@@ -10,7 +10,15 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from mini_sglang.engine.engine import EngineCore
-from mini_sglang.engine.handle import ENGINE_DIED, NOT_STARTED, EngineInfo, Sink, Work
+from mini_sglang.engine.handle import (
+    ENGINE_DIED,
+    NOT_STARTED,
+    EngineInfo,
+    Sink,
+    Work,
+    call_sink,
+    call_watchers,
+)
 from mini_sglang.engine.request import Request
 from mini_sglang.errors import EngineError, MiniSglangError
 from mini_sglang.types import FinishReason, TokenEvent
@@ -84,7 +92,7 @@ class EngineThread:
             except Exception as error:
                 # Refused (its id is taken): the sink of the running request of that id stays.
                 event = TokenEvent(work.request_id, finish=FinishReason.ERROR, error=str(error))
-                self._call_sink(sink, event)
+                call_sink(sink, event)
             else:
                 self._sinks[work.request_id] = sink
 
@@ -159,13 +167,13 @@ class EngineThread:
                 with self._lock:
                     if self._state == "starting":
                         self._open(core)
-                self._tell_watchers()
+                call_watchers(self._watchers, "the engine")
             if hasattr(self, "core"):
                 self._loop()
         except BaseException as error:
             self._die(error)
         finally:
-            self._tell_watchers()
+            call_watchers(self._watchers, "the engine")
 
     def _loop(self) -> None:
         while self._obey():
@@ -184,13 +192,6 @@ class EngineThread:
         if started:
             self._end_all(FinishReason.ERROR, self._closed)
 
-    def _tell_watchers(self) -> None:
-        for callback in list(self._watchers):
-            try:
-                callback()
-            except Exception:
-                logger.exception("a watcher of the engine failed")
-
     def _obey(self) -> bool:
         """Carry out what is queued, waiting for it when there is nothing to run; False to end."""
         while True:
@@ -207,19 +208,10 @@ class EngineThread:
         if event.finish is not None:
             self._sinks.pop(event.request_id, None)
             self._started.discard(event.request_id)
-        if sink is not None and not self._call_sink(sink, event):
+        if sink is not None and not call_sink(sink, event):
             self._sinks.pop(event.request_id, None)
             self._started.discard(event.request_id)
             self.core.abort(event.request_id)
-
-    @staticmethod
-    def _call_sink(sink: Sink, event: TokenEvent) -> bool:
-        try:
-            sink(event)
-        except Exception:
-            logger.exception("the receiver of request %s failed; the request is dropped", event.request_id)
-            return False
-        return True
 
     def _end_all(self, reason: FinishReason, error: str | None) -> None:
         # Commands that raced with the end: an add still gets its terminal event, a call its result.
@@ -243,4 +235,4 @@ class EngineThread:
                 if error is not None:
                     kind = ENGINE_DIED if request_id in self._started else NOT_STARTED
                 event = TokenEvent(request_id, finish=reason, error=error, error_kind=kind)
-            self._call_sink(sink, event)
+            call_sink(sink, event)

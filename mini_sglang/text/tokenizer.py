@@ -219,11 +219,10 @@ def load_tokenizer(path: Path, *, cache_dir: Path, trust_remote_code: bool = Fal
 
 
 def _load_gguf(path: Path, cache_dir: Path) -> Tokenizer:
-    from mini_sglang.backend.loading.gguf import read_gguf
     from mini_sglang.text.gguf_tokenizer import load_gguf_tokenizer
 
-    with read_gguf(path) as file:
-        loaded = load_gguf_tokenizer(path, file.metadata, cache_dir)
+    # Without the file's metadata, which takes longer to read than a cached tokenizer.
+    loaded = load_gguf_tokenizer(path, None, cache_dir)
     named = {"bos_token": loaded.bos_token, "eos_token": loaded.eos_token}
     template = None
     if loaded.chat_template:

@@ -186,10 +186,11 @@ def test_a_row_that_its_own_request_leaves_without_a_token_is_an_error() -> None
         spec(banned=(0, 1, 2, 3), logprobs=True),
         spec(banned=(0, 1, 3), temperature=1.0),
         spec(logit_bias={4: 1.0}),
-        spec(output=[1], repetition_penalty=1e-45, temperature=1.0),
+        spec(output=[1], repetition_penalty=0.01, temperature=1.0),
         spec(logit_bias={3: 100.0}),
         spec(temperature=1.0, top_k=1),
     ]
+    logits[3, 1] = 3e38
     logits[5, 2] = 3.0
     results = Sampler(4).sample(logits, specs)
     sentences = [result.error for result in results]

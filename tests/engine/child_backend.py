@@ -39,7 +39,7 @@ def make_core(settings: Settings, setup: Setup, notify: Callable[[str], None]) -
     notify(f"Loading engine {setup.index} …")
     print("a library that prints")  # must not reach the journal
     backend = HarmfulBackend(256, 4, delay=float(os.environ.get("FAKE_DELAY", "0")))
-    return EngineCore(backend, settings, EOS_IDS | set(setup.eos_ids), {**setup.description, "made": "fake"})
+    return EngineCore(backend, settings, EOS_IDS, {**setup.description, "made": "fake"})
 
 
 def broken(settings: Settings, setup: Setup, notify: Callable[[str], None]) -> EngineCore:

@@ -53,7 +53,6 @@ def running(
         7,
         resolve(**settings),
         BACKEND + function,
-        eos_ids=(0,),
         description={"model": "fake"},
         environment={"FAKE_DELAY": str(delay)},
         unix_sockets=unix_sockets,

@@ -116,7 +116,6 @@ COMMANDS: list[Command] = [
         1,
         2,
         {"dtype": "fp32", "num_threads": 1, "queue_timeout": 0.5, "prefix_cache": True},
-        (1, 2),
         {"a": 1},
     ),
     Abort("r", FinishReason.STOP),

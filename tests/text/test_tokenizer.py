@@ -307,3 +307,25 @@ def test_the_starter_model_s_gguf_file(starter_gguf: Path, tmp_path: Path) -> No
     detokenizer = tokenizer.detokenizer()
     pieces = [detokenizer.push([token_id]) for token_id in typed]
     assert "".join(pieces) + detokenizer.finish() == tokenizer.decode(typed)
+
+
+def test_a_gguf_file_is_read_only_where_the_cache_does_not_have_its_tokenizer(
+    starter_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_tokenizer(starter_gguf, cache_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.delattr("mini_sglang.backend.loading.gguf.read_gguf")
+        again = load_tokenizer(starter_gguf, cache_dir=tmp_path)
+    assert again.encode("Hi 😀<|im_end|>") == first.encode("Hi 😀<|im_end|>")
+    assert (again.bos_id, again.eos_id, again.eos_ids) == (first.bos_id, first.eos_id, first.eos_ids)
+    chat = [{"role": "user", "content": "Hi"}]
+    assert again.encode_chat(chat) == first.encode_chat(chat)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"PK\x03\x04" + b"\0" * 4096])
+def test_a_foreign_or_damaged_gguf_file_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(ModelLoadError, match=r"x\.gguf.*\.$"):
+            load_tokenizer(path, cache_dir=tmp_path / "cache")
