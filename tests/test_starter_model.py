@@ -97,3 +97,24 @@ def test_a_chat_answer_is_right(engine: Engine) -> None:
     assert "Paris" in output.text and output.finish_reason == "stop"
     again = engine.generate(question, SamplingParams(max_new_tokens=32))
     assert again.token_ids == output.token_ids and again.usage.cached_tokens > 0
+
+
+def test_the_default_answers_alike_in_any_company(starter_gguf: Path) -> None:
+    """On a GGUF's own blocks, whose 8-bit activations would make a thousandfold of one differing bit."""
+    params = SamplingParams(max_new_tokens=32, ignore_eos=True)
+    prompts = PROMPTS[:10]
+    with Engine(str(starter_gguf), dtype="fp32", prefix_cache=False, kv_token_budget=2048) as engine:
+        alone = [engine.generate(prompt, params).token_ids for prompt in prompts]
+        assert [output.token_ids for output in engine.generate(prompts, params)] == alone
+    tight = {"kv_token_budget": 256, "page_size_tokens": 1, "chunked_prefill": True, "prefill_chunk_size": 5}
+    with Engine(str(starter_gguf), dtype="fp32", **tight) as engine:
+        assert [output.token_ids for output in engine.generate(prompts, params)] == alone
+        assert engine.stats()["retractions"] > 0
+        ids = [
+            engine.encode(prompt) + list(answer[:16]) for prompt, answer in zip(prompts, alone, strict=True)
+        ]
+        rest = SamplingParams(max_new_tokens=16, ignore_eos=True)
+        for prompt, answer in zip(ids, alone, strict=True):
+            engine.generate(prompt, rest)
+            again = engine.generate(prompt, rest)
+            assert again.token_ids == answer[16:] and again.usage.cached_tokens > 0

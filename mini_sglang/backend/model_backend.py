@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.attention.base import Attention
+from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.device import choose_device, choose_dtype, choose_threads, free_memory
@@ -195,7 +196,7 @@ def load_backend(
     backend = ModelBackend(
         decoder,
         kv,
-        PagedAttention(),
+        _attention(config, dtype, kernels),
         Sampler(config.vocab_size),
         context_length,
         num_parameters,
@@ -203,6 +204,13 @@ def load_backend(
     )
     logger.info("Loaded %s", backend.describe())
     return backend
+
+
+def _attention(config: ModelConfig, dtype: torch.dtype, kernels: NativeKernels | None) -> Attention:
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    if kernels and kernels.fast and kernels.has_attention(heads, kv_heads, config.head_dim, dtype):
+        return NativeAttention(kernels)
+    return PagedAttention()
 
 
 def _context_length(settings: Settings, config: ModelConfig) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.attention import paged
+from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.kv.pool import KVPool
@@ -87,50 +88,45 @@ class Scene:
             self.kv.open_pages(batch.opened_pages)
         self.kv.write(1, batch.slot_mapping, torch.cat([rows[i] for i in batch.order]).flatten(1))
 
-    def check(self, window: int | None) -> None:
+    def attend(self, window: int | None, attention: Attention) -> list[Tensor]:
+        """What each sequence gets, ``[t, heads * head_dim]``, in the order they were given."""
         batch = self.batch()
         new = [self.rows[i][self.steps[i].start :] for i in batch.order]
         key, value = torch.cat(new).unbind(1)
         query = torch.cat([self.queries[i] for i in batch.order])
-        out = PagedAttention().begin(batch, self.kv)(1, window, query, key, value)
-        expected = [
-            twin(self.queries[i], *self.rows[i].unbind(1), self.steps[i].start, window) for i in batch.order
-        ]
-        torch.testing.assert_close(out, torch.cat(expected).float(), rtol=1e-5, atol=1e-5)
+        out = attention.begin(batch, self.kv)(1, window, query, key, value)
+        parts = dict(zip(batch.order, out.split([len(rows) for rows in new]), strict=True))
+        return [parts[i] for i in range(len(parts))]
+
+    def check(self, window: int | None, attention: Attention) -> None:
+        for i, out in enumerate(self.attend(window, attention)):
+            expected = twin(self.queries[i], *self.rows[i].unbind(1), self.steps[i].start, window)
+            torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+SCENES = {
+    "decodes": DECODES,
+    "one decode": DECODES[1:2],
+    "even decodes": DECODES[3:],
+    "chunks": CHUNKS,
+    "one fresh chunk": CHUNKS[:1],
+    "one extending chunk": CHUNKS[2:3],
+    "mixed": [*CHUNKS[:2], *DECODES, *CHUNKS[2:]],
+}
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 100])
 @pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize(
-    "sequences",
-    [
-        DECODES,
-        DECODES[1:2],
-        DECODES[3:],
-        CHUNKS,
-        CHUNKS[:1],
-        CHUNKS[2:3],
-        [*CHUNKS[:2], *DECODES, *CHUNKS[2:]],
-    ],
-    ids=[
-        "decodes",
-        "one decode",
-        "even decodes",
-        "chunks",
-        "one fresh chunk",
-        "one extending chunk",
-        "mixed",
-    ],
-)
+@pytest.mark.parametrize("sequences", SCENES.values(), ids=SCENES)
 def test_equals_the_twin(sequences: list[tuple[int, int]], page_size: int, window: int | None) -> None:
     for shuffle in (False, True):
-        Scene(sequences, page_size, shuffle).check(window)
+        Scene(sequences, page_size, shuffle).check(window, PagedAttention())
 
 
 @pytest.mark.parametrize("window", [None, 7])
 def test_a_chunk_longer_than_a_block_of_queries(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
     monkeypatch.setattr(paged, "_QUERY_BLOCK", 8)
-    Scene([(8, 3), (33, 7), (30, 0), (1, 9)], 4, True).check(window)
+    Scene([(8, 3), (33, 7), (30, 0), (1, 9)], 4, True).check(window, PagedAttention())
 
 
 def test_a_sequence_of_nan_leaves_its_neighbours_alone() -> None:

@@ -1,4 +1,4 @@
-// The C interface that linear.py calls: the choice of the variant, the threads, packing.
+// The C interface that linear.py calls: the choice of the variant, the threads, packing, attention tasks.
 
 #include "linear.h"
 #include "pack.h"
@@ -43,6 +43,7 @@ struct Kernels {
     Pool pool;
     std::mutex busy;
     std::vector<Activations> scratch;
+    std::vector<AttentionTask> tasks;
 
     Kernels(const Variant* variant, int threads) : variant(variant), pool(threads) {}
 
@@ -115,6 +116,44 @@ void kernels_quantized(void* handle, int format, const uint8_t* packed, const fl
                                                      bias, y, n);
                       });
     }
+}
+
+// Attention of one step for one layer. Sequence s has the rows starts[s] to starts[s + 1] and lengths[s]
+// positions after them; its pages are row s of pages, [sequences, stride]. out is [rows, heads, head_dim].
+void kernels_attention(void* handle, const AttentionShape* shape, const float* kv, const int64_t* pages,
+                       int64_t stride, const int64_t* starts, const int64_t* lengths, int64_t sequences,
+                       const float* query, float* out) {
+    Kernels& kernels = *static_cast<Kernels*>(handle);
+    std::lock_guard<std::mutex> lock(kernels.busy);
+    const int64_t group = shape->heads / shape->kv_heads;
+    std::vector<AttentionTask>& tasks = kernels.tasks;
+    tasks.clear();
+    int64_t scores = 0;
+    for (int64_t s = 0; s < sequences; s++) {
+        const int64_t count = starts[s + 1] - starts[s];
+        scores += count * lengths[s] * shape->heads;
+        // All heads of a decode together read its KV in one stream, where there are decodes enough for the
+        // threads; a chunk has more from many rows of one head.
+        const bool stream = count == 1 && sequences >= 2 * kernels.pool.threads();
+        const int64_t heads = stream ? std::min(shape->kv_heads, MAX_PARTIALS / group) : 1;
+        const int64_t rows = MAX_PARTIALS / (heads * group);
+        // The last rows of a chunk see the most: they are begun first.
+        for (int64_t last = count; last > 0; last -= rows)
+            for (int64_t head = 0; head < shape->kv_heads; head += heads)
+                tasks.push_back({s, std::max<int64_t>(0, last - rows), last, head,
+                                 std::min(shape->kv_heads, head + heads)});
+    }
+    auto run = [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) {
+            const int64_t s = tasks[i].sequence, row = starts[s];
+            kernels.variant->attend(*shape, tasks[i], kv, pages + s * stride,
+                                    lengths[s] - (starts[s + 1] - row), query + row * shape->query_stride,
+                                    out + row * shape->heads * shape->head_dim);
+        }
+    };
+    // Less than this is done before another thread would have begun.
+    if (scores < 2048) run(0, static_cast<int64_t>(tasks.size()));
+    else kernels.share(static_cast<int64_t>(tasks.size()), 64 << 10, run);
 }
 
 // Bytes of the packed form of a matrix [n, k]; 0 for a format without a kernel.

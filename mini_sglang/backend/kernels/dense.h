@@ -19,8 +19,6 @@ struct BFloat16 {
     static Floats load8(const uint16_t* p) { return bfloats(p); }
 };
 
-inline float sum_of(Floats v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
-
 // WIDE rows of W by ROWS rows of x: lane i of a sum has the columns i, i + 8, i + 16 and so on, in order.
 template <class N, int WIDE, int ROWS>
 void tile_times(const typename N::Type* w, int64_t k, const float* x, const float* bias, float* y,

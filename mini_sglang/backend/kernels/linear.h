@@ -49,6 +49,22 @@ struct Activations {
     int32_t unused;
 };
 
+// Attention of one step. Keys are taken KEYS at a time; MAX_PARTIALS heads of rows are worked on together.
+enum { KEYS = 32, MAX_HEAD_DIM = 256, MAX_PARTIALS = 32 };
+
+struct AttentionShape {
+    int64_t heads, kv_heads, head_dim;  // head_dim is a multiple of 8
+    int64_t page_size;
+    int64_t window;        // positions a row sees, itself included; 0 is all
+    int64_t query_stride;  // numbers from one row of queries to the next
+    float scale;
+};
+
+// Some new rows of a sequence, counted from its first, and some KV heads; at most MAX_PARTIALS heads of rows.
+struct AttentionTask {
+    int64_t sequence, first_row, last_row, first_head, last_head;
+};
+
 // One instruction set's functions. Every product is summed over the columns in one fixed order, whatever
 // the number of rows of x.
 struct Variant {
@@ -60,6 +76,10 @@ struct Variant {
     // Rows first to last of a row-major matrix [n, k] of Number.
     void (*dense)(int number, const void* weight, int64_t first, int64_t last, int64_t k, const float* x,
                   int64_t rows, const float* bias, float* y, int64_t n);
+    // One task. The sequence's new tokens begin at position start; kv is the layer's pool, [slots, 2, kv_heads,
+    // head_dim]; query and out begin at the sequence's first row.
+    void (*attend)(const AttentionShape& shape, const AttentionTask& task, const float* kv,
+                   const int64_t* pages, int64_t start, const float* query, float* out);
 };
 
 extern const Variant generic_variant;

@@ -1,4 +1,7 @@
-"""The compiled matrix products, called through ctypes. Their torch twins are in ``backend/weights.py``."""
+"""The compiled kernels, called through ctypes.
+
+Their torch twins: the matrix products in ``backend/weights.py``, attention in ``attention/paged.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mini_sglang.backend.batch import IntArray
 from mini_sglang.backend.device import cpu_has_bf16
 from mini_sglang.backend.kernels.build import BuildError, build_library
 from mini_sglang.backend.loading.ggml_types import GGMLType
@@ -21,9 +25,21 @@ logger = logging.getLogger(__name__)
 
 # The enums of linear.h.
 _FORMATS: Mapping[str, int] = MappingProxyType({"Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14})
+_MAX_HEAD_DIM, _MAX_GROUP = 256, 32
 _NUMBERS: Mapping[torch.dtype, int] = MappingProxyType(
     {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 )
+
+
+class AttentionShape(ctypes.Structure):
+    """``AttentionShape`` of linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "page_size")),
+        ("window", ctypes.c_int64),
+        ("query_stride", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    )
 
 
 class NativeKernels:
@@ -61,6 +77,7 @@ class NativeKernels:
             "variant": (ctypes.c_char_p, [pointer]),
             "dense": (None, product),
             "quantized": (None, product),
+            "attention": (None, [*[pointer] * 4, size, *[pointer] * 2, size, *[pointer] * 2]),
             "packed_bytes": (size, [number, size, size]),
             "pack": (None, [pointer, number, pointer, pointer, size, size]),
             "unpack": (ctypes.c_bool, [number, *[pointer] * 3, *[size] * 3]),
@@ -70,6 +87,7 @@ class NativeKernels:
             function.restype, function.argtypes = result, arguments
         self._lib = lib
         self._dense, self._quantized = lib.kernels_dense, lib.kernels_quantized
+        self._attention = lib.kernels_attention
         self._handle: int | None = lib.kernels_open(threads, variant.encode())
         if self._handle is None:
             raise BuildError(f"this CPU has no {variant}" if variant else "threads cannot be started")
@@ -108,6 +126,62 @@ class NativeKernels:
         products are exact integers within a block, added up over the blocks in float32.
         """
         return self._product(self._quantized, _FORMATS[type.name], packed, shape, x, bias)
+
+    @staticmethod
+    def has_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+        """Whether ``attention`` takes such a model."""
+        return (
+            dtype == torch.float32
+            and head_dim % 8 == 0
+            and head_dim <= _MAX_HEAD_DIM
+            and heads // kv_heads <= _MAX_GROUP
+        )
+
+    def attention(
+        self,
+        kv: Tensor,
+        pages: IntArray,
+        starts: IntArray,
+        lengths: IntArray,
+        query: Tensor,
+        kv_heads: int,
+        page_size: int,
+        window: int | None,
+    ) -> Tensor:
+        """Causal attention of one step over one layer's pages, which the step's own rows are in.
+
+        Keys are added up in blocks that begin at fixed positions, so that a row's result depends on its
+        position and its sequence's KV alone, bit for bit.
+
+        Args:
+            kv: ``[slots, 2 * kv_heads * head_dim]`` float32, contiguous.
+            pages: ``[S, P]`` int64, contiguous.
+            starts: ``[S + 1]`` int64, the sequences' rows.
+            lengths: ``[S]`` int64, their positions, these rows included.
+            query: ``[T, heads, head_dim]`` float32; rows may lie apart, heads lie side by side.
+            window: how many positions a row sees, itself included; ``None`` is all.
+
+        Returns:
+            ``[T, heads * head_dim]``.
+        """
+        rows, heads, head_dim = query.shape
+        out = query.new_empty((rows, heads * head_dim))
+        shape = AttentionShape(
+            heads, kv_heads, head_dim, page_size, window or 0, query.stride(0), head_dim**-0.5
+        )
+        self._attention(
+            self._handle,
+            ctypes.addressof(shape),
+            kv.data_ptr(),
+            pages.ctypes.data,
+            pages.shape[1],
+            starts.ctypes.data,
+            lengths.ctypes.data,
+            len(lengths),
+            query.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
 
     def pack(self, blocks: Tensor, type: GGMLType) -> Tensor:
         """Interleave the blocks ``[N, bytes_per_row]`` of a matrix, uint8, for ``quantized``."""

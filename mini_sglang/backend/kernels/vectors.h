@@ -83,6 +83,7 @@ inline Floats fused(Floats a, Floats b, Floats c) { return a * b + c; }
 #endif
 
 inline Floats all(float value) { return value - Floats{}; }
+inline float sum_of(Floats v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 // ---- integer dot products: eight rows by 4 columns a vector
 

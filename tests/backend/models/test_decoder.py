@@ -94,12 +94,16 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 all_cases = pytest.mark.parametrize("case", CASES, indirect=True)
+both_kernels = pytest.mark.parametrize("kernels", ["auto", "reference"])
 
 
+@both_kernels
 @all_cases
-def test_ragged_prompts_give_transformers_logits_whole_in_chunks_and_from_shared_pages(case: Case) -> None:
+def test_ragged_prompts_give_transformers_logits_whole_in_chunks_and_from_shared_pages(
+    case: Case, kernels: str
+) -> None:
     for page_size in (1, 16):
-        backend = load(case.folder, page_size_tokens=page_size)
+        backend = load(case.folder, page_size_tokens=page_size, kernels=kernels)
         tables = page_ranges(backend, [len(prompt) for prompt in PROMPTS])
         whole = step_logits(backend, [step(p, 0, t) for p, t in zip(PROMPTS, tables, strict=True)])
         assert_close(whole, case.logits)
@@ -124,10 +128,11 @@ def _in_chunks(backend: ModelBackend, size: int) -> list[Tensor]:
     return [torch.cat(part) for part in parts]
 
 
+@both_kernels
 @all_cases
-def test_64_greedy_tokens_are_those_of_transformers(case: Case) -> None:
+def test_64_greedy_tokens_are_those_of_transformers(case: Case, kernels: str) -> None:
     for page_size in (1, 16):
-        backend = load(case.folder, page_size_tokens=page_size)
+        backend = load(case.folder, page_size_tokens=page_size, kernels=kernels)
         for prompt, answer in zip(PROMPTS[1:], greedy(backend, PROMPTS[1:], 64), strict=True):
             # One pass over prompt and answer shows transformers' own choice after each token of it.
             choices = oracle_logits(case.oracle, prompt + answer).argmax(-1).tolist()
