@@ -46,7 +46,7 @@ struct Activations {
     float scale;
     int32_t first_sum;  // of q[0..15]
     int32_t sum;        // of all q
-    int32_t unused;
+    float float_sum;    // the same
 };
 
 // Attention of one step. Keys are taken KEYS at a time; MAX_PARTIALS heads of rows are worked on together.

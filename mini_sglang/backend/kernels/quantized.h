@@ -9,6 +9,7 @@ namespace {
 // ---- one tile of each format: load() once, then the product with a block of each row of x
 
 struct Nibbles {
+    static constexpr bool PAIRED = true;
     Codes w[8];
     void load_codes(const uint8_t* p) {
         UNROLL for (int v = 0; v < 4; v++) {
@@ -26,7 +27,8 @@ struct TileQ4_0 : Nibbles {
         d = halves(header);
         load_codes(tile);
     }
-    Floats times(const Activations& x) const { return d * to_floats(dot<8, 15>(w, x.q) - 8 * x.sum); }
+    Floats scaled(Ints dot, const Activations& x) const { return d * to_floats(dot - 8 * x.sum); }
+    Floats times(const Activations& x) const { return scaled(dot<8, 15>(w, x.q), x); }
 };
 
 struct TileQ4_1 : Nibbles {
@@ -37,11 +39,13 @@ struct TileQ4_1 : Nibbles {
         m = halves(header + 16);
         load_codes(tile);
     }
-    Floats times(const Activations& x) const { return d * to_floats(dot<8, 15>(w, x.q)) + m * (float)x.sum; }
+    Floats scaled(Ints dot, const Activations& x) const { return d * to_floats(dot) + m * x.float_sum; }
+    Floats times(const Activations& x) const { return scaled(dot<8, 15>(w, x.q), x); }
 };
 
 struct TileQ8_0 {
     static constexpr int FORMAT = Q8_0;
+    static constexpr bool PAIRED = false;
     Floats d;
     const uint8_t* w;
     void load(const uint8_t* header, const uint8_t* tile) {
@@ -59,11 +63,13 @@ struct TileQ4_K : Nibbles {
         m = halves(header + 16) * bytes(tile + 8);
         load_codes(tile + 16);
     }
-    Floats times(const Activations& x) const { return d * to_floats(dot<8, 15>(w, x.q)) - m * (float)x.sum; }
+    Floats scaled(Ints dot, const Activations& x) const { return d * to_floats(dot) - m * x.float_sum; }
+    Floats times(const Activations& x) const { return scaled(dot<8, 15>(w, x.q), x); }
 };
 
 struct TileQ6_K : Nibbles {
     static constexpr int FORMAT = Q6_K;
+    static constexpr bool PAIRED = false;
     Floats d[2];
     void load(const uint8_t* header, const uint8_t* tile) {
         UNROLL for (int h = 0; h < 2; h++) d[h] = halves(header) * bytes((const int8_t*)tile + 8 * h);
@@ -114,6 +120,90 @@ void group_times(const uint8_t* w, int64_t blocks, const Activations* x, const f
         for (int i = 0; i < valid; i++) y[r * n + i] = bias ? sums[r][i] + bias[i] : sums[r][i];
 }
 
+// The rows first to last by one group.
+template <class Tile>
+void group_rows(const uint8_t* packed, int64_t blocks, const Activations* x, int64_t first, int64_t last,
+                const float* bias, float* y, int64_t n, int64_t group) {
+    const int64_t column = group * GROUP;
+    const int valid = n - column < GROUP ? (int)(n - column) : GROUP;
+    auto part = [&](auto times, int count) {
+        for (; first + count <= last; first += count)
+            times(packed, blocks, x + first * blocks, bias ? bias + column : nullptr, y + first * n + column,
+                  n, valid);
+    };
+    part(group_times<Tile, 8>, 8);
+    part(group_times<Tile, 4>, 4);
+    part(group_times<Tile, 2>, 2);
+    part(group_times<Tile, 1>, 1);
+}
+
+#if defined(__AVX2__)
+
+// Two groups by ROWS rows of x, four at a time: what is broadcast of x, and the loads it takes, serve both.
+template <class Tile, int ROWS>
+void pair_times(const uint8_t* const* pair, int64_t blocks, const Activations* x, const float* bias, float* y,
+                int64_t n, int valid) {
+    const Layout layout = layout_of(Tile::FORMAT);
+    Floats sums[ROWS][2] = {};
+    const uint8_t* headers[2] = {};
+    int64_t at = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+        if (b % layout.source_blocks == 0) {
+            UNROLL for (int g = 0; g < 2; g++) headers[g] = pair[g] + at;
+            at += layout.header_bytes;
+        }
+        Tile tiles[2];
+        UNROLL for (int g = 0; g < 2; g++) {
+            for (int line = 0; line < layout.tile_bytes; line += 64)
+                _mm_prefetch((const char*)pair[g] + at + line + 1024, _MM_HINT_T0);
+            tiles[g].load(headers[g], pair[g] + at);
+        }
+        at += layout.tile_bytes;
+        for (int r = 0; r < ROWS; r += 4) {
+            const Activations* rows[4];
+            UNROLL for (int i = 0; i < 4; i++) rows[i] = x + (r + i) * blocks + b;
+            Codes dots[4][2] = {};
+            // Not unrolled, and all sums held in registers: gcc would put some of them on the stack.
+            _Pragma("GCC unroll 1") for (int v = 0; v < 8; v++) {
+                UNROLL for (int i = 0; i < 4; i++) {
+                    const Codes q = four(rows[i]->q + 4 * v);
+                    UNROLL for (int g = 0; g < 2; g++) dots[i][g] = add_dot(dots[i][g], tiles[g].w[v], q);
+                }
+                asm("" : "+x"(dots[0][0]), "+x"(dots[0][1]), "+x"(dots[1][0]), "+x"(dots[1][1]));
+                asm("" : "+x"(dots[2][0]), "+x"(dots[2][1]), "+x"(dots[3][0]), "+x"(dots[3][1]));
+            }
+            UNROLL for (int i = 0; i < 4; i++)
+                UNROLL for (int g = 0; g < 2; g++)
+                    sums[r + i][g] += tiles[g].scaled(whole_dot(dots[i][g]), *rows[i]) * rows[i]->scale;
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < valid; i++) {
+            const float sum = sums[r][i / GROUP][i % GROUP];
+            y[r * n + i] = bias ? sum + bias[i] : sum;
+        }
+}
+
+// As many of the rows first to last as go in fours, by group and the next; gives the first row left over.
+template <class Tile>
+int64_t pair_rows(const uint8_t* packed, int64_t bytes, int64_t blocks, const Activations* x, int64_t first,
+                  int64_t last, const float* bias, float* y, int64_t n, int64_t group) {
+    const uint8_t* const pair[] = {packed, packed + bytes};
+    const int64_t column = group * GROUP;
+    const int valid = n - column < 2 * GROUP ? (int)(n - column) : 2 * GROUP;
+    auto part = [&](auto times, int count) {
+        for (; first + count <= last; first += count)
+            times(pair, blocks, x + first * blocks, bias ? bias + column : nullptr, y + first * n + column, n,
+                  valid);
+    };
+    part(pair_times<Tile, 16>, 16);
+    part(pair_times<Tile, 8>, 8);
+    part(pair_times<Tile, 4>, 4);
+    return first;
+}
+
+#endif
+
 template <class Tile>
 void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t blocks, const Activations* x,
                   int64_t rows, const float* bias, float* y, int64_t n) {
@@ -122,20 +212,18 @@ void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t bl
     stride = stride < 8 ? 8 : stride;
     for (int64_t start = 0; start < rows; start += stride) {
         const int64_t stop = start + stride < rows ? start + stride : rows;
-        for (int64_t g = first; g < last; g++) {
-            const uint8_t* w = packed + g * bytes;
-            const int64_t column = g * GROUP;
-            const int valid = n - column < GROUP ? (int)(n - column) : GROUP;
-            const float* b = bias ? bias + column : nullptr;
-            int64_t r = start;
-            auto part = [&](auto times, int count) {
-                for (; r + count <= stop; r += count)
-                    times(w, blocks, x + r * blocks, b, y + r * n + column, n, valid);
-            };
-            part(group_times<Tile, 8>, 8);
-            part(group_times<Tile, 4>, 4);
-            part(group_times<Tile, 2>, 2);
-            part(group_times<Tile, 1>, 1);
+        for (int64_t g = first, count; g < last; g += count) {
+            int64_t row = start;
+            count = 1;
+#if defined(__AVX2__)
+            if constexpr (Tile::PAIRED)
+                if (g + 1 < last) {
+                    row = pair_rows<Tile>(packed + g * bytes, bytes, blocks, x, start, stop, bias, y, n, g);
+                    count = 2;
+                }
+#endif
+            for (int64_t h = g; h < g + count; h++)
+                group_rows<Tile>(packed + h * bytes, blocks, x, row, stop, bias, y, n, h);
         }
     }
 }
@@ -178,6 +266,7 @@ void quantize(const float* x, int64_t blocks, Activations* out) {
         out->scale = magnitude / 127.0f;
         out->first_sum = sums[0];
         out->sum = sums[0] + sums[1];
+        out->float_sum = (float)out->sum;
     }
 }
 

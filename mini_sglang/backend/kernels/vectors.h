@@ -102,7 +102,11 @@ inline Codes with_high_bits(Codes low, Codes high) {
     return _mm256_or_si256(low, _mm256_slli_epi16(bits, 4));
 }
 
+// A dot product that grows by four columns at a time, 8 times at most with codes up to 15.
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+
+inline Codes add_dot(Codes sum, Codes w, Codes q) { return _mm256_dpbusd_epi32(sum, w, q); }
+inline Ints whole_dot(Codes sum) { return (Ints)sum; }
 
 template <int COUNT, int LARGEST>
 inline Ints dot(const Codes* w, const int8_t* q) {
@@ -121,6 +125,11 @@ inline Ints signed_dot(const uint8_t* w, const int8_t* q) {
 }
 
 #else
+
+inline Codes add_dot(Codes sum, Codes w, Codes q) {
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, q));
+}
+inline Ints whole_dot(Codes sum) { return (Ints)_mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 
 // Products of neighbours are added in 16 bits: so many vectors may be added there before they overflow.
 template <int COUNT, int LARGEST>
