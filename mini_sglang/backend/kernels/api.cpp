@@ -62,6 +62,14 @@ struct Kernels {
             },
             &job, (count + job.size - 1) / job.size);
     }
+
+    // Rows of something without weights, 8 numbers at a time: by one thread where it would be done before
+    // another had begun.
+    template <class Job>
+    void rows(const Job& job, int64_t width, void (*work)(const Job&, int64_t, int64_t)) {
+        if (job.rows * width < 32 << 10) return work(job, 0, job.rows);
+        share(job.rows, 4 * width, [&](int64_t first, int64_t last) { work(job, first, last); });
+    }
 };
 
 }  // namespace
@@ -154,6 +162,24 @@ void kernels_attention(void* handle, const AttentionShape* shape, const float* k
     // Less than this is done before another thread would have begun.
     if (scores < 2048) run(0, static_cast<int64_t>(tasks.size()));
     else kernels.share(static_cast<int64_t>(tasks.size()), 64 << 10, run);
+}
+
+void kernels_norm(void* handle, const Norm* job) {
+    Kernels& kernels = *static_cast<Kernels*>(handle);
+    std::lock_guard<std::mutex> lock(kernels.busy);
+    kernels.rows(*job, job->width, kernels.variant->norm);
+}
+
+void kernels_rotate(void* handle, const Rotate* job) {
+    Kernels& kernels = *static_cast<Kernels*>(handle);
+    std::lock_guard<std::mutex> lock(kernels.busy);
+    kernels.rows(*job, (job->heads + 2 * job->kv_heads) * job->head_dim, kernels.variant->rotate);
+}
+
+void kernels_silu_times(void* handle, const SiluTimes* job) {
+    Kernels& kernels = *static_cast<Kernels*>(handle);
+    std::lock_guard<std::mutex> lock(kernels.busy);
+    kernels.rows(*job, 2 * job->width, kernels.variant->silu_times);
 }
 
 // Bytes of the packed form of a matrix [n, k]; 0 for a format without a kernel.

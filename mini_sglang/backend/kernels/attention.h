@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "vectors.h"
+#include "elementwise.h"
 
 namespace {
 
@@ -25,22 +25,6 @@ inline Floats sums_of(const Floats* v) {
 }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-
-// e^x for x <= 0 to about one unit in the last place; 0 below -87. NaN stays NaN.
-inline Floats exp_of(Floats x) {
-    const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-    const Floats shifted = fused(x, all(1.44269504f), shift);
-    const Floats n = shifted - shift;
-    const Floats r = fused(n, all(-1.42860677e-6f), fused(n, all(-0.693145752f), x));
-    Floats p = all(1.0f / 5040);
-    UNROLL for (int i = 0; i < 7; i++) {
-        const float factors[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-        p = fused(p, r, all(factors[i]));
-    }
-    const Ints exponent = ((Ints)shifted - (Ints)shift + 127) << 23;
-    const Floats result = p * (Floats)exponent;
-    return x < all(-87.0f) ? Floats{} : result;
-}
 
 // One head of one row so far: the largest score, and the sums of its weights and of weighted values.
 struct Partial {
@@ -89,15 +73,14 @@ inline void attend_block(const float* query, const float* const* rows, int64_t k
     for (int g = 0; g < KEYS / 8; g++) {
         const Floats weight = exp_of(scores[g] - all(largest));
         sum += weight;
-        memcpy(weights + 8 * g, &weight, sizeof weight);
+        store(weights + 8 * g, weight);
     }
     const float old = exp_of(all(partial->largest - largest))[0];
     partial->total = partial->total * old + sum_of(sum);
     partial->largest = largest;
     if (old != 1.0f)
         for (int64_t i = 0; i < head_dim; i += 8) {
-            const Floats scaled = load<Floats>(partial->values + i) * old;
-            memcpy(partial->values + i, &scaled, sizeof scaled);
+            store(partial->values + i, load<Floats>(partial->values + i) * old);
         }
     int64_t i = 0;
     auto part = [&](auto add, int wide) {
@@ -171,8 +154,7 @@ void attend(const AttentionShape& shape, const AttentionTask& task, const float*
     for (int64_t row = task.first_row; row < task.last_row; row++)
         for (int64_t h = task.first_head * group; h < task.last_head * group; h++, done++)
             for (int64_t i = 0; i < dim; i += 8) {
-                const Floats result = load<Floats>(done->values + i) / done->total;
-                memcpy(out + (row * shape.heads + h) * dim + i, &result, sizeof result);
+                store(out + (row * shape.heads + h) * dim + i, load<Floats>(done->values + i) / done->total);
             }
 }
 

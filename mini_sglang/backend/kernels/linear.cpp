@@ -13,4 +13,5 @@
 #define TEXT_(a) #a
 #define TEXT(a) TEXT_(a)
 
-extern const Variant JOIN(VARIANT, _variant) = {TEXT(VARIANT), quantize, quantized, dense, attend};
+extern const Variant JOIN(VARIANT, _variant) = {TEXT(VARIANT), quantize, quantized, dense,
+                                                  attend,        norm,     rotate,    silu_times};

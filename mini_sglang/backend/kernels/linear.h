@@ -65,6 +65,34 @@ struct AttentionTask {
     int64_t sequence, first_row, last_row, first_head, last_head;
 };
 
+// RMSNorm of rows of x [rows, width], width a multiple of 8, after delta, which may be null, was added to them.
+struct Norm {
+    float* x;
+    const float* delta;
+    const float* weight;
+    float* out;
+    int64_t rows, width;
+    float eps;
+};
+
+// Rotates the heads of q and k in qkv [rows, heads + 2 kv_heads, head_dim], unless cos is null, and writes k
+// and v to their slots; head_dim is a multiple of 16. cos and sin are [rows, head_dim].
+struct Rotate {
+    float* qkv;
+    const float* cos;
+    const float* sin;
+    const int64_t* slots;
+    float* kv;
+    int64_t rows, heads, kv_heads, head_dim;
+};
+
+// SiLU(gate) * up for gate_up [rows, 2, width], width a multiple of 8.
+struct SiluTimes {
+    const float* gate_up;
+    float* out;
+    int64_t rows, width;
+};
+
 // One instruction set's functions. Every product is summed over the columns in one fixed order, whatever
 // the number of rows of x.
 struct Variant {
@@ -80,6 +108,10 @@ struct Variant {
     // head_dim]; query and out begin at the sequence's first row.
     void (*attend)(const AttentionShape& shape, const AttentionTask& task, const float* kv,
                    const int64_t* pages, int64_t start, const float* query, float* out);
+    // Rows first to last.
+    void (*norm)(const Norm&, int64_t first, int64_t last);
+    void (*rotate)(const Rotate&, int64_t first, int64_t last);
+    void (*silu_times)(const SiluTimes&, int64_t first, int64_t last);
 };
 
 extern const Variant generic_variant;

@@ -78,6 +78,7 @@ class NativeKernels:
             "dense": (None, product),
             "quantized": (None, product),
             "attention": (None, [*[pointer] * 4, size, *[pointer] * 2, size, *[pointer] * 2]),
+            **{name: (None, [pointer, pointer]) for name in ("norm", "rotate", "silu_times")},
             "packed_bytes": (size, [number, size, size]),
             "pack": (None, [pointer, number, pointer, pointer, size, size]),
             "unpack": (ctypes.c_bool, [number, *[pointer] * 3, *[size] * 3]),
@@ -88,6 +89,7 @@ class NativeKernels:
         self._lib = lib
         self._dense, self._quantized = lib.kernels_dense, lib.kernels_quantized
         self._attention = lib.kernels_attention
+        self._jobs = {name: getattr(lib, f"kernels_{name}") for name in ("norm", "rotate", "silu_times")}
         self._handle: int | None = lib.kernels_open(threads, variant.encode())
         if self._handle is None:
             raise BuildError(f"this CPU has no {variant}" if variant else "threads cannot be started")
@@ -182,6 +184,10 @@ class NativeKernels:
             out.data_ptr(),
         )
         return out
+
+    def call(self, name: str, job: ctypes.Structure) -> None:
+        """Run a kernel of ``operations.py`` that takes one struct."""
+        self._jobs[name](self._handle, ctypes.addressof(job))
 
     def pack(self, blocks: Tensor, type: GGMLType) -> Tensor:
         """Interleave the blocks ``[N, bytes_per_row]`` of a matrix, uint8, for ``quantized``."""

@@ -1,7 +1,6 @@
 """The one decoder: Llama, Mistral, Qwen2, Qwen3 and SmolLM3 as flags of ``ModelConfig``.
 
-Pure: the batch, the KV pool and the attention are arguments. Norms are computed in float32 and every
-other operation rounds where transformers rounds, so that half precision agrees with it closely.
+Pure: the batch, the KV pool and the attention are arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.batch import Batch
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.models.config import ModelConfig
-from mini_sglang.backend.models.rope import inverse_frequencies, rotate_, rotation
+from mini_sglang.backend.models.operations import Operations
+from mini_sglang.backend.models.rope import inverse_frequencies, rotation
 from mini_sglang.backend.weights import Weight
 
 
@@ -50,12 +50,14 @@ class Decoder:
         layers: list[LayerWeights],
         final_norm: Tensor,
         lm_head: Weight,
+        operations: Operations,
     ) -> None:
         self.config = config
         self.embedding = embedding
         self.layers = layers
         self.final_norm = final_norm
         self.lm_head = lm_head
+        self.operations = operations
         self.dtype = final_norm.dtype
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(final_norm.device)
 
@@ -74,44 +76,34 @@ class Decoder:
         Returns:
             ``[R, hidden_size]``: the normed hidden state of ``batch.output_rows``, or of all T rows.
         """
-        config = self.config
+        config, ops = self.config, self.operations
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        queries, sizes = heads * head_dim, (heads, kv_heads, kv_heads)
-        eps = config.norm_eps
         last = config.num_layers - 1
         if batch.opened_pages is not None:
             kv.open_pages(batch.opened_pages)
         attend = attention.begin(batch, kv)
-        cos, sin = rotation(batch.positions, self._frequencies, config.rope.attention_factor, self.dtype)
+        turns = rotation(batch.positions, self._frequencies, config.rope.attention_factor, self.dtype)
         hidden = self.embedding.rows(batch.token_ids)
+        delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            qkv = layer.qkv.linear(rms_norm(hidden, layer.input_norm, eps), layer.qkv_bias)
-            qkv_heads = qkv.view(len(qkv), -1, head_dim)
-            turning = qkv_heads[:, : heads + kv_heads]
+            qkv = layer.qkv.linear(ops.norm(hidden, delta, layer.input_norm), layer.qkv_bias)
+            qkv = qkv.view(len(qkv), heads + 2 * kv_heads, head_dim)
             if layer.qk_norm is not None:
-                turning.copy_(F.rms_norm(turning, (head_dim,), None, eps).mul_(layer.qk_norm))
-            if config.rope_layers[index]:
-                rotate_(turning, cos, sin)
-            kv.write(index, batch.slot_mapping, qkv[:, queries:])
-            query, key, value = torch.split_with_sizes(qkv_heads, sizes, 1)
+                turning = qkv[:, : heads + kv_heads]
+                turning.copy_(F.rms_norm(turning, (head_dim,), None, config.norm_eps).mul_(layer.qk_norm))
+            ops.rotate_and_store(
+                qkv, turns if config.rope_layers[index] else None, kv, index, batch.slot_mapping
+            )
+            query, key, value = torch.split_with_sizes(qkv, (heads, kv_heads, kv_heads), 1)
             attended = attend(index, config.windows[index], query, key, value)
             if index == last and batch.output_rows is not None:
                 attended = attended.index_select(0, batch.output_rows)
                 hidden = hidden.index_select(0, batch.output_rows)
-            hidden.add_(layer.o.linear(attended, layer.o_bias))
-            gate_up = layer.gate_up.linear(rms_norm(hidden, layer.post_norm, eps), layer.gate_up_bias)
-            gate, up = gate_up.chunk(2, -1)
-            hidden.add_(layer.down.linear(F.silu(gate).mul_(up), layer.down_bias))
-        return rms_norm(hidden, self.final_norm, eps)
+            normed = ops.norm(hidden, layer.o.linear(attended, layer.o_bias), layer.post_norm)
+            gate_up = layer.gate_up.linear(normed, layer.gate_up_bias)
+            delta = layer.down.linear(ops.silu_times(gate_up), layer.down_bias)
+        return ops.norm(hidden, delta, self.final_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[R, hidden_size]`` to float32 ``[R, vocab_size]``."""
         return self.lm_head.linear(hidden).float()
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm (Zhang and Sennrich 2019) over the last dimension, computed in float32."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    # The fused weight would be applied before the rounding to half precision, transformers' after it.
-    return F.rms_norm(x, weight.shape, None, eps).mul_(weight)

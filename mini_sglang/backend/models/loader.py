@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.kernels.linear import NativeKernels
+from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.loading.checkpoint import Checkpoint
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder, LayerWeights
+from mini_sglang.backend.models.operations import Operations, TorchOperations
 from mini_sglang.backend.weights import Weight, accelerate, stack_rows
 from mini_sglang.errors import ModelLoadError
 
@@ -142,4 +144,15 @@ def load_decoder(
         )
     final_norm = vector(_FINAL_NORM)
     lm_head = embedding if config.tied_embeddings else placed(matrix(_LM_HEAD))
-    return Decoder(config, embedding, layers, final_norm, lm_head)
+    return Decoder(config, embedding, layers, final_norm, lm_head, _operations(config, dtype, kernels))
+
+
+def _operations(config: ModelConfig, dtype: torch.dtype, kernels: NativeKernels | None) -> Operations:
+    sizes = config.num_heads, config.num_kv_heads, config.norm_eps
+    if (
+        kernels
+        and kernels.fast
+        and NativeOperations.fit(config.hidden_size, config.intermediate_size, config.head_dim, dtype)
+    ):
+        return NativeOperations(kernels, *sizes)
+    return TorchOperations(*sizes)

@@ -8,7 +8,9 @@ import gguf
 import pytest
 import torch
 
+from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.model_backend import ModelBackend
+from mini_sglang.backend.models.operations import TorchOperations
 from mini_sglang.backend.weights import DenseWeight, PackedWeight, QuantizedWeight
 from tests.backend.harness import load, page_ranges, step, step_logits
 from tests.backend.kernels.twins import VARIANTS, exact_product
@@ -44,6 +46,8 @@ def test_settings_choose_the_weights(path: Path, settings: dict[str, object], ki
     assert {type(weight) for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)} == {kind}
     assert type(backend.decoder.embedding) is kind and backend.decoder.lm_head is backend.decoder.embedding
     assert backend.describe()["kernels"] == used
+    native = FAST and settings.get("kernels") != "reference"
+    assert isinstance(backend.decoder.operations, NativeOperations if native else TorchOperations)
 
 
 def test_dense_logits_are_near_the_reference(path: Path) -> None:

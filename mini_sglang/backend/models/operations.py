@@ -1,0 +1,69 @@
+"""What a layer does between its matrix products and attention, with torch's operators.
+
+Every operation rounds where transformers rounds, so that half precision agrees with it closely.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mini_sglang.backend.kv.pool import KVPool
+from mini_sglang.backend.models.rope import rotate_
+
+
+class Operations(Protocol):
+    """The operations of one model. Each row's result depends on that row alone, to the bit."""
+
+    def norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+        """Add ``delta`` to ``hidden`` in place; the sum's RMSNorm (Zhang and Sennrich 2019), in float32.
+
+        Args:
+            hidden: ``[T, hidden_size]``; ``delta`` alike, ``None`` adds nothing.
+            weight: ``[hidden_size]``.
+        """
+
+    def rotate_and_store(
+        self, qkv: Tensor, rotation: tuple[Tensor, Tensor] | None, kv: KVPool, layer: int, slots: Tensor
+    ) -> None:
+        """Rotate the heads of q and k in place, then write k and v to the pool.
+
+        Args:
+            qkv: ``[T, heads + 2 * kv_heads, head_dim]``, contiguous.
+            rotation: as ``rope.rotation`` gives it; ``None`` rotates nothing.
+            slots: ``[T]`` int64.
+        """
+
+    def silu_times(self, gate_up: Tensor) -> Tensor:
+        """``SiLU(gate) * up``: ``[T, 2 * F]`` to ``[T, F]``. May overwrite ``gate_up``."""
+
+
+class TorchOperations:
+    """``Operations`` for every device and dtype."""
+
+    def __init__(self, heads: int, kv_heads: int, eps: float) -> None:
+        self._heads = heads
+        self._turning = heads + kv_heads
+        self._eps = eps
+
+    def norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+        if delta is not None:
+            hidden.add_(delta)
+        if hidden.dtype == torch.float32:
+            return F.rms_norm(hidden, weight.shape, weight, self._eps)
+        # The fused weight would be applied before the rounding to half precision, transformers' after it.
+        return F.rms_norm(hidden, weight.shape, None, self._eps).mul_(weight)
+
+    def rotate_and_store(
+        self, qkv: Tensor, rotation: tuple[Tensor, Tensor] | None, kv: KVPool, layer: int, slots: Tensor
+    ) -> None:
+        if rotation is not None:
+            rotate_(qkv[:, : self._turning], *rotation)
+        kv.write(layer, slots, qkv.flatten(1)[:, self._heads * qkv.shape[2] :])
+
+    def silu_times(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
