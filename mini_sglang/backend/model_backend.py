@@ -17,6 +17,8 @@ from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.device import choose_device, choose_dtype, choose_threads, free_memory
 from mini_sglang.backend.kernels.linear import NativeKernels, open_kernels
+from mini_sglang.backend.kernels.operations import NativeOperations
+from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
 from mini_sglang.backend.loading.progress import progress_bar
@@ -51,6 +53,7 @@ class ModelBackend:
         context_length: int,
         num_parameters: int,
         kernels: str,
+        program: StepProgram | None = None,
     ) -> None:
         self.decoder = decoder
         self.kv = kv
@@ -58,6 +61,7 @@ class ModelBackend:
         self._sampler = sampler
         self._num_parameters = num_parameters
         self._kernels = kernels
+        self._program = program
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
     @property
@@ -92,7 +96,10 @@ class ModelBackend:
         with torch.inference_mode():
             device = self.kv.data.device
             batch = Batch.build(steps, self._limits, device)
-            hidden = self.decoder.forward(batch, self.kv, self._attention)
+            if self._program is not None and self._program.takes(batch):
+                hidden = self._program.forward(batch)
+            else:
+                hidden = self.decoder.forward(batch, self.kv, self._attention)
             results = [SequenceResult() for _ in steps]
             if batch.samples:
                 places = [place for place, _ in batch.samples]
@@ -193,14 +200,23 @@ def load_backend(
         dtype=dtype,
         device=device,
     )
+    attention = _attention(config, dtype, kernels)
+    program = None
+    if (
+        kernels
+        and isinstance(attention, NativeAttention)
+        and isinstance(decoder.operations, NativeOperations)
+    ):
+        program = StepProgram.build(kernels, decoder, kv, settings.max_batch_size)
     backend = ModelBackend(
         decoder,
         kv,
-        _attention(config, dtype, kernels),
+        attention,
         Sampler(config.vocab_size),
         context_length,
         num_parameters,
         kernels_used,
+        program,
     )
     logger.info("Loaded %s", backend.describe())
     return backend

@@ -19,6 +19,7 @@ from mini_sglang.backend.quant import dequantize
 from mini_sglang.errors import ModelLoadError
 
 if TYPE_CHECKING:
+    from mini_sglang.backend.kernels.jobs import Product
     from mini_sglang.backend.kernels.linear import NativeKernels
 
 # Rows of a quantised matrix are made dense this many weights at a time, 4 MiB in float32.
@@ -44,6 +45,13 @@ class Weight(ABC):
     @abstractmethod
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ W.T + bias``: ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
+
+    def products(self) -> list[Product] | None:
+        """What ``linear`` has the compiled kernels do in float32, from the first rows to the last.
+
+        ``None`` where it is not theirs alone. ``n`` of each is its share of ``out_features``.
+        """
+        return None
 
     @abstractmethod
     def rows(self, ids: Tensor) -> Tensor:
@@ -80,6 +88,11 @@ class DenseWeight(Weight):
         if self._kernels is None:
             return F.linear(x, self.tensor, bias)
         return self._kernels.dense(self.tensor, x, bias)
+
+    def products(self) -> list[Product] | None:
+        if self._kernels is None or self.dtype != torch.float32:
+            return None
+        return [self._kernels.dense_product(self.tensor)]
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.tensor)
@@ -154,6 +167,11 @@ class PackedWeight(Weight):
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._kernels.quantized(self.packed, self.type, self.shape, x, bias)
 
+    def products(self) -> list[Product] | None:
+        if self.dtype != torch.float32:
+            return None
+        return [self._kernels.packed_product(self.packed, self.type, self.shape)]
+
     def rows(self, ids: Tensor) -> Tensor:
         picked = self._kernels.unpack(self.packed, self.type, self.shape, ids.reshape(-1))
         return dequantize(picked, self.type, self.dtype).view(*ids.shape, self.shape[1])
@@ -188,6 +206,15 @@ class StackedWeight(Weight):
         return torch.cat(
             [part.linear(x, part_bias) for part, part_bias in zip(self.parts, biases, strict=True)], -1
         )
+
+    def products(self) -> list[Product] | None:
+        products: list[Product] = []
+        for part in self.parts:
+            found = part.products()
+            if found is None:
+                return None
+            products += found
+        return products
 
     def rows(self, ids: Tensor) -> Tensor:
         out = torch.empty(*ids.shape, self.shape[1], dtype=self.dtype, device=ids.device)

@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from mini_sglang.backend.batch import Batch
+from mini_sglang.backend.kernels.jobs import SequenceTable
 from mini_sglang.backend.kernels.linear import NativeKernels
 from mini_sglang.backend.kv.pool import KVPool
 
@@ -26,12 +27,11 @@ class NativeStep:
     def __init__(self, kernels: NativeKernels, batch: Batch, kv: KVPool) -> None:
         self._kernels = kernels
         self._kv = kv
-        self._pages = np.ascontiguousarray(batch.page_table, dtype=np.int64)
-        self._starts = np.array(batch.query_starts, dtype=np.int64)
-        self._lengths = np.array(batch.seq_lens, dtype=np.int64)
+        self._sequences = SequenceTable()
+        self._sequences.set(batch.page_table, np.array(batch.query_starts), np.array(batch.seq_lens))
 
     def __call__(self, layer: int, window: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         kv = self._kv
         return self._kernels.attention(
-            kv.data[layer], self._pages, self._starts, self._lengths, query, kv.kv_heads, kv.page_size, window
+            kv.data[layer], self._sequences, query, kv.kv_heads, kv.page_size, window
         )

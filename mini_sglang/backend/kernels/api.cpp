@@ -1,4 +1,4 @@
-// The C interface that linear.py calls: the choice of the variant, the threads, packing, attention tasks.
+// The C interface that linear.py calls: the choice of the variant, the threads, who does what part of a job.
 
 #include "linear.h"
 #include "pack.h"
@@ -51,24 +51,91 @@ struct Kernels {
     template <class Work>
     void share(int64_t count, int64_t bytes_each, Work work) {
         int64_t size = std::min(count / (8 * pool.threads()), (64 << 10) / std::max<int64_t>(bytes_each, 1));
-        struct Job {
+        struct Chunks {
             Work& work;
             int64_t count, size;
-        } job = {work, count, std::max<int64_t>(size, 1)};
+        } chunks = {work, count, std::max<int64_t>(size, 1)};
         pool.run(
             [](void* context, int64_t chunk) {
-                Job& job = *static_cast<Job*>(context);
-                job.work(chunk * job.size, std::min(job.count, (chunk + 1) * job.size));
+                Chunks& chunks = *static_cast<Chunks*>(context);
+                chunks.work(chunk * chunks.size, std::min(chunks.count, (chunk + 1) * chunks.size));
             },
-            &job, (count + job.size - 1) / job.size);
+            &chunks, (count + chunks.size - 1) / chunks.size);
     }
 
-    // Rows of something without weights, 8 numbers at a time: by one thread where it would be done before
-    // another had begun.
-    template <class Job>
-    void rows(const Job& job, int64_t width, void (*work)(const Job&, int64_t, int64_t)) {
-        if (job.rows * width < 32 << 10) return work(job, 0, job.rows);
-        share(job.rows, 4 * width, [&](int64_t first, int64_t last) { work(job, first, last); });
+    void run(const Product& job, int64_t rows) { job.packed ? quantized(job, rows) : dense(job, rows); }
+    void run(const Norm& job, int64_t rows) { each_row(job, rows, job.width, variant->norm); }
+    void run(const Rotate& job, int64_t rows) {
+        each_row(job, rows, (job.heads + 2 * job.kv_heads) * job.head_dim, variant->rotate);
+    }
+    void run(const SiluTimes& job, int64_t rows) { each_row(job, rows, 2 * job.width, variant->silu_times); }
+
+    void run(const Attention& job) {
+        const Sequences& sequences = *job.sequences;
+        const int64_t group = job.heads / job.kv_heads;
+        tasks.clear();
+        int64_t scores = 0;
+        for (int64_t s = 0; s < sequences.count; s++) {
+            const int64_t rows = sequences.starts[s + 1] - sequences.starts[s];
+            scores += rows * sequences.lengths[s] * job.heads;
+            // All heads of a decode together read its KV in one stream, where there are decodes enough for
+            // the threads; a chunk has more from many rows of one head.
+            const bool stream = rows == 1 && sequences.count >= 2 * pool.threads();
+            const int64_t heads = stream ? std::min(job.kv_heads, MAX_PARTIALS / group) : 1;
+            const int64_t size = MAX_PARTIALS / (heads * group);
+            // The last rows of a chunk see the most: they are begun first.
+            for (int64_t last = rows; last > 0; last -= size)
+                for (int64_t head = 0; head < job.kv_heads; head += heads)
+                    tasks.push_back({s, std::max<int64_t>(0, last - size), last, head,
+                                     std::min(job.kv_heads, head + heads)});
+        }
+        auto attend = [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; i++) variant->attend(job, tasks[i]);
+        };
+        // Less than this is done before another thread would have begun.
+        if (scores < 2048) attend(0, static_cast<int64_t>(tasks.size()));
+        else share(static_cast<int64_t>(tasks.size()), 64 << 10, attend);
+    }
+
+private:
+    void dense(const Product& job, int64_t rows) {
+        const int number = static_cast<int>(job.format);
+        // Four rows of W are multiplied at a time.
+        share((job.n + 3) / 4, 4 * job.k * (number == F32 ? 4 : 2), [&](int64_t first, int64_t last) {
+            variant->dense(number, job.weight, 4 * first, std::min(job.n, 4 * last), job.k, job.x, rows,
+                           job.bias, job.y, job.stride);
+        });
+    }
+
+    void quantized(const Product& job, int64_t rows) {
+        const int format = static_cast<int>(job.format);
+        const int64_t blocks = job.k / BLOCK;
+        const size_t needed = std::min(rows, SLAB) * blocks;
+        if (scratch.size() < needed) scratch.resize(needed);
+        Activations* slab = scratch.data();
+        for (int64_t start = 0; start < rows; start += SLAB) {
+            const int64_t count = std::min(SLAB, rows - start);
+            const float* x = job.x + start * job.k;
+            auto quantize = [&](int64_t first, int64_t last) {
+                variant->quantize(x + first * job.k, (last - first) * blocks, slab + first * blocks);
+            };
+            if (count < 16) quantize(0, count);
+            else share(count, 4 * job.k, quantize);
+            share((job.n + GROUP - 1) / GROUP, group_bytes(layout_of(format), blocks),
+                  [&](int64_t first, int64_t last) {
+                      variant->quantized(format, static_cast<const uint8_t*>(job.weight), first, last, blocks,
+                                         slab, count, job.bias, job.y + start * job.stride, job.n,
+                                         job.stride);
+                  });
+        }
+    }
+
+    // Rows without weights: by one thread where it would be done before another had begun.
+    template <class Fields>
+    void each_row(const Fields& job, int64_t rows, int64_t width,
+                  void (*work)(const Fields&, int64_t, int64_t)) {
+        if (rows * width < 32 << 10) return work(job, 0, rows);
+        share(rows, 4 * width, [&](int64_t first, int64_t last) { work(job, first, last); });
     }
 };
 
@@ -93,93 +160,19 @@ void kernels_close(void* handle) {
 
 const char* kernels_variant(void* handle) { return static_cast<Kernels*>(handle)->variant->name; }
 
-void kernels_dense(void* handle, int number, const void* weight, const float* x, const float* bias,
-                   float* y, int64_t rows, int64_t n, int64_t k) {
+// Does the jobs one after another. x and y of each have so many rows.
+void kernels_run(void* handle, const Job* jobs, int64_t count, int64_t rows) {
     Kernels& kernels = *static_cast<Kernels*>(handle);
     std::lock_guard<std::mutex> lock(kernels.busy);
-    // Four rows of W are multiplied at a time.
-    kernels.share((n + 3) / 4, 4 * k * (number == F32 ? 4 : 2), [&](int64_t first, int64_t last) {
-        kernels.variant->dense(number, weight, 4 * first, std::min(n, 4 * last), k, x, rows, bias, y, n);
-    });
-}
-
-void kernels_quantized(void* handle, int format, const uint8_t* packed, const float* x, const float* bias,
-                       float* y, int64_t rows, int64_t n, int64_t k) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.busy);
-    const int64_t blocks = k / BLOCK;
-    const size_t needed = std::min(rows, SLAB) * blocks;
-    if (kernels.scratch.size() < needed) kernels.scratch.resize(needed);
-    Activations* quantized = kernels.scratch.data();
-    for (int64_t start = 0; start < rows; start += SLAB, x += SLAB * k, y += SLAB * n) {
-        const int64_t count = std::min(SLAB, rows - start);
-        auto quantize = [&](int64_t first, int64_t last) {
-            kernels.variant->quantize(x + first * k, (last - first) * blocks, quantized + first * blocks);
-        };
-        if (count < 16) quantize(0, count);
-        else kernels.share(count, 4 * k, quantize);
-        kernels.share((n + GROUP - 1) / GROUP, group_bytes(layout_of(format), blocks),
-                      [&](int64_t first, int64_t last) {
-                          kernels.variant->quantized(format, packed, first, last, blocks, quantized, count,
-                                                     bias, y, n);
-                      });
-    }
-}
-
-// Attention of one step for one layer. Sequence s has the rows starts[s] to starts[s + 1] and lengths[s]
-// positions after them; its pages are row s of pages, [sequences, stride]. out is [rows, heads, head_dim].
-void kernels_attention(void* handle, const AttentionShape* shape, const float* kv, const int64_t* pages,
-                       int64_t stride, const int64_t* starts, const int64_t* lengths, int64_t sequences,
-                       const float* query, float* out) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.busy);
-    const int64_t group = shape->heads / shape->kv_heads;
-    std::vector<AttentionTask>& tasks = kernels.tasks;
-    tasks.clear();
-    int64_t scores = 0;
-    for (int64_t s = 0; s < sequences; s++) {
-        const int64_t count = starts[s + 1] - starts[s];
-        scores += count * lengths[s] * shape->heads;
-        // All heads of a decode together read its KV in one stream, where there are decodes enough for the
-        // threads; a chunk has more from many rows of one head.
-        const bool stream = count == 1 && sequences >= 2 * kernels.pool.threads();
-        const int64_t heads = stream ? std::min(shape->kv_heads, MAX_PARTIALS / group) : 1;
-        const int64_t rows = MAX_PARTIALS / (heads * group);
-        // The last rows of a chunk see the most: they are begun first.
-        for (int64_t last = count; last > 0; last -= rows)
-            for (int64_t head = 0; head < shape->kv_heads; head += heads)
-                tasks.push_back({s, std::max<int64_t>(0, last - rows), last, head,
-                                 std::min(shape->kv_heads, head + heads)});
-    }
-    auto run = [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) {
-            const int64_t s = tasks[i].sequence, row = starts[s];
-            kernels.variant->attend(*shape, tasks[i], kv, pages + s * stride,
-                                    lengths[s] - (starts[s + 1] - row), query + row * shape->query_stride,
-                                    out + row * shape->heads * shape->head_dim);
+    for (const Job* job = jobs; job < jobs + count; job++) {
+        switch (job->kind) {
+            case PRODUCT: kernels.run(*static_cast<const Product*>(job->fields), rows); break;
+            case ATTENTION: kernels.run(*static_cast<const Attention*>(job->fields)); break;
+            case NORM: kernels.run(*static_cast<const Norm*>(job->fields), rows); break;
+            case ROTATE: kernels.run(*static_cast<const Rotate*>(job->fields), rows); break;
+            case SILU_TIMES: kernels.run(*static_cast<const SiluTimes*>(job->fields), rows); break;
         }
-    };
-    // Less than this is done before another thread would have begun.
-    if (scores < 2048) run(0, static_cast<int64_t>(tasks.size()));
-    else kernels.share(static_cast<int64_t>(tasks.size()), 64 << 10, run);
-}
-
-void kernels_norm(void* handle, const Norm* job) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.busy);
-    kernels.rows(*job, job->width, kernels.variant->norm);
-}
-
-void kernels_rotate(void* handle, const Rotate* job) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.busy);
-    kernels.rows(*job, (job->heads + 2 * job->kv_heads) * job->head_dim, kernels.variant->rotate);
-}
-
-void kernels_silu_times(void* handle, const SiluTimes* job) {
-    Kernels& kernels = *static_cast<Kernels*>(handle);
-    std::lock_guard<std::mutex> lock(kernels.busy);
-    kernels.rows(*job, 2 * job->width, kernels.variant->silu_times);
+    }
 }
 
 // Bytes of the packed form of a matrix [n, k]; 0 for a format without a kernel.

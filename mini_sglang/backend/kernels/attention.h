@@ -94,13 +94,13 @@ inline void attend_block(const float* query, const float* const* rows, int64_t k
 }
 
 // Where the positions from block on lie, in whole rows of the pool.
-inline void locate(const AttentionShape& shape, const float* kv, const int64_t* pages, int64_t block,
-                   int64_t low, int64_t end, const float** rows) {
+inline void locate(const Attention& shape, const int64_t* pages, int64_t block, int64_t low, int64_t end,
+                   const float** rows) {
     const int64_t width = 2 * shape.kv_heads * shape.head_dim;
     int64_t position = block < low ? low : block;
     int64_t page = position / shape.page_size, offset = position % shape.page_size;
     for (int64_t j = 0; j < KEYS; j++) {
-        rows[j] = kv + (pages[page] * shape.page_size + offset) * width;
+        rows[j] = shape.kv + (pages[page] * shape.page_size + offset) * width;
         // Positions that nobody here may see are not read: a neighbour stands in their place.
         if (block + j < low || position + 1 == end) continue;
         position++;
@@ -108,8 +108,13 @@ inline void locate(const AttentionShape& shape, const float* kv, const int64_t* 
     }
 }
 
-void attend(const AttentionShape& shape, const AttentionTask& task, const float* kv, const int64_t* pages,
-            int64_t start, const float* query, float* out) {
+void attend(const Attention& shape, const AttentionTask& task) {
+    const Sequences& sequences = *shape.sequences;
+    const int64_t begins = sequences.starts[task.sequence], ends = sequences.starts[task.sequence + 1];
+    const int64_t start = sequences.lengths[task.sequence] - (ends - begins);  // position of the first row
+    const int64_t* pages = sequences.pages + task.sequence * sequences.stride;
+    const float* query = shape.query + begins * shape.query_stride;
+    float* out = shape.out + begins * shape.heads * shape.head_dim;
     const int64_t group = shape.heads / shape.kv_heads, dim = shape.head_dim;
     const int64_t heads = (task.last_head - task.first_head) * group;
     Partial partials[MAX_PARTIALS];
@@ -127,10 +132,10 @@ void attend(const AttentionShape& shape, const AttentionTask& task, const float*
     const int64_t parts = (task.last_row - task.first_row) * heads, values = shape.kv_heads * dim;
     const float* rows[2][KEYS];
     int current = 0;
-    locate(shape, kv, pages, begin, low, end, rows[current]);
+    locate(shape, pages, begin, low, end, rows[current]);
     for (int64_t block = begin; block < end; block += KEYS, current ^= 1) {
         const bool more = block + KEYS < end;
-        if (more) locate(shape, kv, pages, block + KEYS, low, end, rows[current ^ 1]);
+        if (more) locate(shape, pages, block + KEYS, low, end, rows[current ^ 1]);
         Partial* partial = partials;
         for (int64_t row = task.first_row; row < task.last_row; row++) {
             int64_t from = lowest(row) - block, to = start + row + 1 - block;

@@ -22,7 +22,7 @@ struct BFloat16 {
 // WIDE rows of W by ROWS rows of x: lane i of a sum has the columns i, i + 8, i + 16 and so on, in order.
 template <class N, int WIDE, int ROWS>
 void tile_times(const typename N::Type* w, int64_t k, const float* x, const float* bias, float* y,
-                int64_t n) {
+                int64_t stride) {
     Floats sums[WIDE][ROWS] = {};
     const int64_t whole = k / 8 * 8;
     for (int64_t i = 0; i < whole; i += 8) {
@@ -46,21 +46,21 @@ void tile_times(const typename N::Type* w, int64_t k, const float* x, const floa
         }
     }
     UNROLL for (int r = 0; r < ROWS; r++)
-        UNROLL for (int c = 0; c < WIDE; c++) y[r * n + c] = sum_of(sums[c][r]) + (bias ? bias[c] : 0.0f);
+        UNROLL for (int c = 0; c < WIDE; c++) y[r * stride + c] = sum_of(sums[c][r]) + (bias ? bias[c] : 0.0f);
 }
 
 template <class N, int WIDE>
 void rows_times(const typename N::Type* w, int64_t k, const float* x, int64_t start, int64_t stop,
-                const float* bias, float* y, int64_t n) {
+                const float* bias, float* y, int64_t stride) {
     int64_t r = start;
-    for (; r + 3 <= stop; r += 3) tile_times<N, WIDE, 3>(w, k, x + r * k, bias, y + r * n, n);
-    if (stop - r == 2) tile_times<N, WIDE, 2>(w, k, x + r * k, bias, y + r * n, n);
-    if (stop - r == 1) tile_times<N, WIDE, 1>(w, k, x + r * k, bias, y + r * n, n);
+    for (; r + 3 <= stop; r += 3) tile_times<N, WIDE, 3>(w, k, x + r * k, bias, y + r * stride, stride);
+    if (stop - r == 2) tile_times<N, WIDE, 2>(w, k, x + r * k, bias, y + r * stride, stride);
+    if (stop - r == 1) tile_times<N, WIDE, 1>(w, k, x + r * k, bias, y + r * stride, stride);
 }
 
 template <class N>
 void dense_times(const void* weight, int64_t first, int64_t last, int64_t k, const float* x, int64_t rows,
-                 const float* bias, float* y, int64_t n) {
+                 const float* bias, float* y, int64_t y_stride) {
     const typename N::Type* w = (const typename N::Type*)weight;
     int64_t stride = CACHED_BYTES / (k * 4) / 3 * 3;
     stride = stride < 3 ? 3 : stride;
@@ -69,7 +69,7 @@ void dense_times(const void* weight, int64_t first, int64_t last, int64_t k, con
         int64_t c = first;
         auto part = [&](auto times, int wide) {
             for (; c + wide <= last; c += wide)
-                times(w + c * k, k, x, start, stop, bias ? bias + c : nullptr, y + c, n);
+                times(w + c * k, k, x, start, stop, bias ? bias + c : nullptr, y + c, y_stride);
         };
         part(rows_times<N, 4>, 4);
         part(rows_times<N, 1>, 1);
@@ -77,11 +77,11 @@ void dense_times(const void* weight, int64_t first, int64_t last, int64_t k, con
 }
 
 void dense(int number, const void* weight, int64_t first, int64_t last, int64_t k, const float* x,
-           int64_t rows, const float* bias, float* y, int64_t n) {
+           int64_t rows, const float* bias, float* y, int64_t stride) {
     switch (number) {
-        case F32: return dense_times<Float32>(weight, first, last, k, x, rows, bias, y, n);
-        case F16: return dense_times<Float16>(weight, first, last, k, x, rows, bias, y, n);
-        case BF16: return dense_times<BFloat16>(weight, first, last, k, x, rows, bias, y, n);
+        case F32: return dense_times<Float32>(weight, first, last, k, x, rows, bias, y, stride);
+        case F16: return dense_times<Float16>(weight, first, last, k, x, rows, bias, y, stride);
+        case BF16: return dense_times<BFloat16>(weight, first, last, k, x, rows, bias, y, stride);
     }
 }
 

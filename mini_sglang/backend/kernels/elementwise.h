@@ -24,24 +24,27 @@ inline Floats exp_of(Floats x) {
 
 inline void store(float* to, Floats v) { memcpy(to, &v, sizeof v); }
 
-void norm(const Norm& norm, int64_t first, int64_t last) {
-    const int64_t width = norm.width;
+// x * weight / root mean square of x, over width numbers.
+inline void normed(const float* x, const float* weight, float* out, int64_t width, float eps) {
+    Floats squares[2] = {};
+    for (int64_t i = 0; i < width; i += 8) {
+        const Floats v = load<Floats>(x + i);
+        squares[i / 8 % 2] = fused(v, v, squares[i / 8 % 2]);
+    }
+    const float mean = sum_of(squares[0] + squares[1]) / (float)width;
+    const Floats scale = all(1.0f / __builtin_sqrtf(mean + eps));
+    for (int64_t i = 0; i < width; i += 8)
+        store(out + i, load<Floats>(x + i) * scale * load<Floats>(weight + i));
+}
+
+void norm(const Norm& job, int64_t first, int64_t last) {
+    const int64_t width = job.width;
     for (int64_t row = first; row < last; row++) {
-        float* x = norm.x + row * width;
-        float* out = norm.out + row * width;
-        Floats squares[2] = {};
-        for (int64_t i = 0; i < width; i += 8) {
-            Floats v = load<Floats>(x + i);
-            if (norm.delta) {
-                v += load<Floats>(norm.delta + row * width + i);
-                store(x + i, v);
-            }
-            squares[i / 8 % 2] = fused(v, v, squares[i / 8 % 2]);
-        }
-        const float mean = sum_of(squares[0] + squares[1]) / (float)width;
-        const Floats scale = all(1.0f / __builtin_sqrtf(mean + norm.eps));
-        for (int64_t i = 0; i < width; i += 8)
-            store(out + i, load<Floats>(x + i) * scale * load<Floats>(norm.weight + i));
+        float* x = job.x + row * width;
+        if (job.delta)
+            for (int64_t i = 0; i < width; i += 8)
+                store(x + i, load<Floats>(x + i) + load<Floats>(job.delta + row * width + i));
+        normed(x, job.weight, job.out + row * width, width, job.eps);
     }
 }
 
@@ -50,6 +53,8 @@ void rotate(const Rotate& job, int64_t first, int64_t last) {
     const int64_t width = (turning + job.kv_heads) * dim, kept = 2 * job.kv_heads * dim;
     for (int64_t row = first; row < last; row++) {
         float* qkv = job.qkv + row * width;
+        for (int64_t h = 0; job.head_norm && h < turning; h++)
+            normed(qkv + h * dim, job.head_norm + h * dim, qkv + h * dim, dim, job.eps);
         if (job.cos) {
             // The first half of the sine is negated.
             const float* cos = job.cos + row * dim;

@@ -49,10 +49,44 @@ struct Activations {
     float float_sum;    // the same
 };
 
-// Attention of one step. Keys are taken KEYS at a time; MAX_PARTIALS heads of rows are worked on together.
+// What one call does, each with its struct, to the first rows of x: jobs.py has the same. A program is a list
+// of these whose addresses stay the same from step to step.
+enum Kind { PRODUCT, ATTENTION, NORM, ROTATE, SILU_TIMES };
+
+struct Job {
+    int64_t kind;
+    const void* fields;
+};
+
+// y = x W^T + bias for W [n, k], of the numbers or, packed, of the blocks that format names; bias may be null.
+// x is [rows, k], a row of y lies stride numbers after the one before.
+struct Product {
+    const void* weight;
+    const float* x;
+    const float* bias;
+    float* y;
+    int64_t n, k, stride;
+    int64_t packed, format;
+};
+
+// Keys are taken KEYS at a time; MAX_PARTIALS heads of rows are worked on together.
 enum { KEYS = 32, MAX_HEAD_DIM = 256, MAX_PARTIALS = 32 };
 
-struct AttentionShape {
+// What the attention of every layer of a step is told: sequence s has the rows starts[s] to starts[s + 1] and
+// lengths[s] positions after them; its pages are row s of pages, [sequences, stride].
+struct Sequences {
+    const int64_t* pages;
+    const int64_t* starts;
+    const int64_t* lengths;
+    int64_t count, stride;
+};
+
+// kv is the layer's pool, [slots, 2, kv_heads, head_dim], out [rows, heads, head_dim].
+struct Attention {
+    const Sequences* sequences;
+    const float* kv;
+    const float* query;
+    float* out;
     int64_t heads, kv_heads, head_dim;  // head_dim is a multiple of 8
     int64_t page_size;
     int64_t window;        // positions a row sees, itself included; 0 is all
@@ -71,26 +105,29 @@ struct Norm {
     const float* delta;
     const float* weight;
     float* out;
-    int64_t rows, width;
+    int64_t width;
     float eps;
 };
 
-// Rotates the heads of q and k in qkv [rows, heads + 2 kv_heads, head_dim], unless cos is null, and writes k
-// and v to their slots; head_dim is a multiple of 16. cos and sin are [rows, head_dim].
+// Norms the heads of q and k in qkv [rows, heads + 2 kv_heads, head_dim] with head_norm [heads + kv_heads,
+// head_dim], rotates them, and writes k and v to their slots. head_norm or cos may be null; head_dim is a
+// multiple of 16; cos and sin are [rows, head_dim].
 struct Rotate {
     float* qkv;
+    const float* head_norm;
     const float* cos;
     const float* sin;
     const int64_t* slots;
     float* kv;
-    int64_t rows, heads, kv_heads, head_dim;
+    int64_t heads, kv_heads, head_dim;
+    float eps;
 };
 
 // SiLU(gate) * up for gate_up [rows, 2, width], width a multiple of 8.
 struct SiluTimes {
     const float* gate_up;
     float* out;
-    int64_t rows, width;
+    int64_t width;
 };
 
 // One instruction set's functions. Every product is summed over the columns in one fixed order, whatever
@@ -98,16 +135,13 @@ struct SiluTimes {
 struct Variant {
     const char* name;
     void (*quantize)(const float* x, int64_t blocks, Activations* out);
-    // Groups first to last of a packed matrix; y is [rows, n], bias may be null.
+    // Groups first to last of a packed matrix with n rows.
     void (*quantized)(int format, const uint8_t* packed, int64_t first, int64_t last, int64_t blocks,
-                      const Activations* x, int64_t rows, const float* bias, float* y, int64_t n);
+                      const Activations* x, int64_t rows, const float* bias, float* y, int64_t n, int64_t stride);
     // Rows first to last of a row-major matrix [n, k] of Number.
     void (*dense)(int number, const void* weight, int64_t first, int64_t last, int64_t k, const float* x,
-                  int64_t rows, const float* bias, float* y, int64_t n);
-    // One task. The sequence's new tokens begin at position start; kv is the layer's pool, [slots, 2, kv_heads,
-    // head_dim]; query and out begin at the sequence's first row.
-    void (*attend)(const AttentionShape& shape, const AttentionTask& task, const float* kv,
-                   const int64_t* pages, int64_t start, const float* query, float* out);
+                  int64_t rows, const float* bias, float* y, int64_t stride);
+    void (*attend)(const Attention& job, const AttentionTask& task);
     // Rows first to last.
     void (*norm)(const Norm&, int64_t first, int64_t last);
     void (*rotate)(const Rotate&, int64_t first, int64_t last);

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mini_sglang.backend.batch import IntArray
 from mini_sglang.backend.device import cpu_has_bf16
 from mini_sglang.backend.kernels.build import BuildError, build_library
+from mini_sglang.backend.kernels.jobs import Attention, Job, Listed, Product, SequenceTable
 from mini_sglang.backend.loading.ggml_types import GGMLType
 
 logger = logging.getLogger(__name__)
@@ -29,17 +29,6 @@ _MAX_HEAD_DIM, _MAX_GROUP = 256, 32
 _NUMBERS: Mapping[torch.dtype, int] = MappingProxyType(
     {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 )
-
-
-class AttentionShape(ctypes.Structure):
-    """``AttentionShape`` of linear.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "page_size")),
-        ("window", ctypes.c_int64),
-        ("query_stride", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-    )
 
 
 class NativeKernels:
@@ -70,15 +59,11 @@ class NativeKernels:
         except OSError as error:
             raise BuildError(f"cannot load {library}: {error}") from None
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        product = [pointer, number, *[pointer] * 4, *[size] * 3]
         signatures: dict[str, tuple[Any, list[Any]]] = {
             "open": (pointer, [number, ctypes.c_char_p]),
             "close": (None, [pointer]),
             "variant": (ctypes.c_char_p, [pointer]),
-            "dense": (None, product),
-            "quantized": (None, product),
-            "attention": (None, [*[pointer] * 4, size, *[pointer] * 2, size, *[pointer] * 2]),
-            **{name: (None, [pointer, pointer]) for name in ("norm", "rotate", "silu_times")},
+            "run": (None, [pointer, pointer, size, size]),
             "packed_bytes": (size, [number, size, size]),
             "pack": (None, [pointer, number, pointer, pointer, size, size]),
             "unpack": (ctypes.c_bool, [number, *[pointer] * 3, *[size] * 3]),
@@ -87,9 +72,7 @@ class NativeKernels:
             function = getattr(lib, f"kernels_{name}")
             function.restype, function.argtypes = result, arguments
         self._lib = lib
-        self._dense, self._quantized = lib.kernels_dense, lib.kernels_quantized
-        self._attention = lib.kernels_attention
-        self._jobs = {name: getattr(lib, f"kernels_{name}") for name in ("norm", "rotate", "silu_times")}
+        self._run = lib.kernels_run
         self._handle: int | None = lib.kernels_open(threads, variant.encode())
         if self._handle is None:
             raise BuildError(f"this CPU has no {variant}" if variant else "threads cannot be started")
@@ -109,6 +92,27 @@ class NativeKernels:
         """Whether ``pack`` takes matrices of this block format."""
         return type.name in _FORMATS
 
+    def run(self, job: Job, rows: int) -> None:
+        """Do one job, for ``rows`` rows."""
+        listed = Listed(job.KIND, ctypes.addressof(job))
+        self._run(self._handle, ctypes.addressof(listed), 1, rows)
+
+    def run_all(self, jobs: ctypes.Array[Listed], rows: int) -> None:
+        """Do ``jobs`` one after another, without Python between them."""
+        self._run(self._handle, ctypes.addressof(jobs), len(jobs), rows)
+
+    def dense_product(self, weight: Tensor) -> Product:
+        """A job that multiplies by ``weight`` ``[N, K]``, contiguous; without ``x``, ``bias`` and ``y``."""
+        n, k = weight.shape
+        number = _NUMBERS[weight.dtype]
+        return Product(weight=weight.data_ptr(), n=n, k=k, stride=n, packed=0, format=number)
+
+    def packed_product(self, packed: Tensor, type: GGMLType, shape: tuple[int, int]) -> Product:
+        """The same for a matrix of ``shape`` that ``pack`` gave."""
+        n, k = shape
+        number = _FORMATS[type.name]
+        return Product(weight=packed.data_ptr(), n=n, k=k, stride=n, packed=1, format=number)
+
     def dense(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias`` in float32, rounded once to the dtype of ``x``.
 
@@ -117,7 +121,7 @@ class NativeKernels:
             x: ``[..., K]``.
             bias: ``[N]``.
         """
-        return self._product(self._dense, _NUMBERS[weight.dtype], weight, weight.shape, x, bias)
+        return self._multiply(self.dense_product(weight), x, bias)
 
     def quantized(
         self, packed: Tensor, type: GGMLType, shape: tuple[int, int], x: Tensor, bias: Tensor | None
@@ -127,7 +131,7 @@ class NativeKernels:
         Each 32 numbers of a row of ``x`` are rounded to 8 bits with a scale of their own (as ggml does);
         products are exact integers within a block, added up over the blocks in float32.
         """
-        return self._product(self._quantized, _FORMATS[type.name], packed, shape, x, bias)
+        return self._multiply(self.packed_product(packed, type, shape), x, bias)
 
     @staticmethod
     def has_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
@@ -142,9 +146,7 @@ class NativeKernels:
     def attention(
         self,
         kv: Tensor,
-        pages: IntArray,
-        starts: IntArray,
-        lengths: IntArray,
+        sequences: SequenceTable,
         query: Tensor,
         kv_heads: int,
         page_size: int,
@@ -157,9 +159,6 @@ class NativeKernels:
 
         Args:
             kv: ``[slots, 2 * kv_heads * head_dim]`` float32, contiguous.
-            pages: ``[S, P]`` int64, contiguous.
-            starts: ``[S + 1]`` int64, the sequences' rows.
-            lengths: ``[S]`` int64, their positions, these rows included.
             query: ``[T, heads, head_dim]`` float32; rows may lie apart, heads lie side by side.
             window: how many positions a row sees, itself included; ``None`` is all.
 
@@ -168,26 +167,21 @@ class NativeKernels:
         """
         rows, heads, head_dim = query.shape
         out = query.new_empty((rows, heads * head_dim))
-        shape = AttentionShape(
-            heads, kv_heads, head_dim, page_size, window or 0, query.stride(0), head_dim**-0.5
+        job = Attention(
+            sequences=sequences.address,
+            kv=kv.data_ptr(),
+            query=query.data_ptr(),
+            out=out.data_ptr(),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+            window=window or 0,
+            query_stride=query.stride(0),
+            scale=head_dim**-0.5,
         )
-        self._attention(
-            self._handle,
-            ctypes.addressof(shape),
-            kv.data_ptr(),
-            pages.ctypes.data,
-            pages.shape[1],
-            starts.ctypes.data,
-            lengths.ctypes.data,
-            len(lengths),
-            query.data_ptr(),
-            out.data_ptr(),
-        )
+        self.run(job, rows)
         return out
-
-    def call(self, name: str, job: ctypes.Structure) -> None:
-        """Run a kernel of ``operations.py`` that takes one struct."""
-        self._jobs[name](self._handle, ctypes.addressof(job))
 
     def pack(self, blocks: Tensor, type: GGMLType) -> Tensor:
         """Interleave the blocks ``[N, bytes_per_row]`` of a matrix, uint8, for ``quantized``."""
@@ -213,37 +207,21 @@ class NativeKernels:
             raise IndexError(f"Row ids must be from 0 to {out_features - 1}.")
         return blocks
 
-    def _product(
-        self,
-        function: Callable[..., None],
-        number: int,
-        weight: Tensor,
-        shape: Sequence[int],
-        x: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def _multiply(self, job: Product, x: Tensor, bias: Tensor | None) -> Tensor:
         dtype = x.dtype
-        out_features, in_features = shape
-        if x.shape[-1] != in_features or (bias is not None and bias.shape[0] != out_features):
-            raise ValueError(f"A matrix of {list(shape)} does not fit x of {list(x.shape)} or its bias.")
+        if x.shape[-1] != job.k or (bias is not None and bias.shape[0] != job.n):
+            shapes = f"x of {list(x.shape)} or its bias"
+            raise ValueError(f"A matrix of {[job.n, job.k]} does not fit {shapes}.")
         if dtype != torch.float32:
             x = x.float()
         if not x.is_contiguous():
             x = x.contiguous()
-        if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+        if bias is not None:
             bias = bias.float().contiguous()
-        out = x.new_empty((*x.shape[:-1], out_features))
-        function(
-            self._handle,
-            number,
-            weight.data_ptr(),
-            x.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            x.numel() // in_features,
-            out_features,
-            in_features,
-        )
+            job.bias = bias.data_ptr()
+        out = x.new_empty((*x.shape[:-1], job.n))
+        job.x, job.y = x.data_ptr(), out.data_ptr()
+        self.run(job, x.numel() // job.k)
         return out if dtype == torch.float32 else out.to(dtype)
 
 

@@ -2,43 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
+from mini_sglang.backend.kernels.jobs import Norm, Rotate, SiluTimes
 from mini_sglang.backend.kernels.linear import NativeKernels
 from mini_sglang.backend.kv.pool import KVPool
-
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
-
-
-class _Norm(ctypes.Structure):
-    """``Norm`` of linear.h."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("x", "delta", "weight", "out")),
-        *((name, _SIZE) for name in ("rows", "width")),
-        ("eps", ctypes.c_float),
-    )
-
-
-class _Rotate(ctypes.Structure):
-    """``Rotate`` of linear.h."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("qkv", "cos", "sin", "slots", "kv")),
-        *((name, _SIZE) for name in ("rows", "heads", "kv_heads", "head_dim")),
-    )
-
-
-class _SiluTimes(ctypes.Structure):
-    """``SiluTimes`` of linear.h."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("gate_up", "out")),
-        *((name, _SIZE) for name in ("rows", "width")),
-    )
 
 
 class NativeOperations:
@@ -63,39 +32,45 @@ class NativeOperations:
         assert hidden.is_contiguous() and (delta is None or delta.is_contiguous())
         rows, width = hidden.shape
         out = torch.empty_like(hidden)
-        job = _Norm(
-            hidden.data_ptr(),
-            None if delta is None else delta.data_ptr(),
-            weight.data_ptr(),
-            out.data_ptr(),
-            rows,
-            width,
-            self._eps,
+        job = Norm(
+            x=hidden.data_ptr(),
+            delta=None if delta is None else delta.data_ptr(),
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
+            width=width,
+            eps=self._eps,
         )
-        self._kernels.call("norm", job)
+        self._kernels.run(job, rows)
         return out
 
     def rotate_and_store(
-        self, qkv: Tensor, rotation: tuple[Tensor, Tensor] | None, kv: KVPool, layer: int, slots: Tensor
+        self,
+        qkv: Tensor,
+        head_norm: Tensor | None,
+        rotation: Tensor | None,
+        kv: KVPool,
+        layer: int,
+        slots: Tensor,
     ) -> None:
         assert qkv.is_contiguous()
         cos, sin = (None, None) if rotation is None else (turn.data_ptr() for turn in rotation)
-        job = _Rotate(
-            qkv.data_ptr(),
-            cos,
-            sin,
-            slots.data_ptr(),
-            kv.data[layer].data_ptr(),
-            len(qkv),
-            self._heads,
-            self._kv_heads,
-            qkv.shape[2],
+        job = Rotate(
+            qkv=qkv.data_ptr(),
+            head_norm=None if head_norm is None else head_norm.data_ptr(),
+            cos=cos,
+            sin=sin,
+            slots=slots.data_ptr(),
+            kv=kv.data[layer].data_ptr(),
+            heads=self._heads,
+            kv_heads=self._kv_heads,
+            head_dim=qkv.shape[2],
+            eps=self._eps,
         )
-        self._kernels.call("rotate", job)
+        self._kernels.run(job, len(qkv))
 
     def silu_times(self, gate_up: Tensor) -> Tensor:
         assert gate_up.is_contiguous()
         rows, width = gate_up.shape
         out = gate_up.new_empty((rows, width // 2))
-        self._kernels.call("silu_times", _SiluTimes(gate_up.data_ptr(), out.data_ptr(), rows, width // 2))
+        self._kernels.run(SiluTimes(gate_up.data_ptr(), out.data_ptr(), width // 2), rows)
         return out

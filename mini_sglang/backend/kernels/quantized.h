@@ -95,7 +95,7 @@ struct TileQ6_K : Nibbles {
 // One group by ROWS rows of x.
 template <class Tile, int ROWS>
 void group_times(const uint8_t* w, int64_t blocks, const Activations* x, const float* bias, float* y,
-                 int64_t n, int valid) {
+                 int64_t stride, int valid) {
     const Layout layout = layout_of(Tile::FORMAT);
     Floats sums[ROWS] = {};
     const uint8_t* header = w;
@@ -117,19 +117,19 @@ void group_times(const uint8_t* w, int64_t blocks, const Activations* x, const f
         }
     }
     UNROLL for (int r = 0; r < ROWS; r++)
-        for (int i = 0; i < valid; i++) y[r * n + i] = bias ? sums[r][i] + bias[i] : sums[r][i];
+        for (int i = 0; i < valid; i++) y[r * stride + i] = bias ? sums[r][i] + bias[i] : sums[r][i];
 }
 
 // The rows first to last by one group.
 template <class Tile>
 void group_rows(const uint8_t* packed, int64_t blocks, const Activations* x, int64_t first, int64_t last,
-                const float* bias, float* y, int64_t n, int64_t group) {
+                const float* bias, float* y, int64_t n, int64_t stride, int64_t group) {
     const int64_t column = group * GROUP;
     const int valid = n - column < GROUP ? (int)(n - column) : GROUP;
     auto part = [&](auto times, int count) {
         for (; first + count <= last; first += count)
-            times(packed, blocks, x + first * blocks, bias ? bias + column : nullptr, y + first * n + column,
-                  n, valid);
+            times(packed, blocks, x + first * blocks, bias ? bias + column : nullptr,
+                  y + first * stride + column, stride, valid);
     };
     part(group_times<Tile, 8>, 8);
     part(group_times<Tile, 4>, 4);
@@ -142,7 +142,7 @@ void group_rows(const uint8_t* packed, int64_t blocks, const Activations* x, int
 // Two groups by ROWS rows of x, four at a time: what is broadcast of x, and the loads it takes, serve both.
 template <class Tile, int ROWS>
 void pair_times(const uint8_t* const* pair, int64_t blocks, const Activations* x, const float* bias, float* y,
-                int64_t n, int valid) {
+                int64_t stride, int valid) {
     const Layout layout = layout_of(Tile::FORMAT);
     Floats sums[ROWS][2] = {};
     const uint8_t* headers[2] = {};
@@ -180,21 +180,21 @@ void pair_times(const uint8_t* const* pair, int64_t blocks, const Activations* x
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < valid; i++) {
             const float sum = sums[r][i / GROUP][i % GROUP];
-            y[r * n + i] = bias ? sum + bias[i] : sum;
+            y[r * stride + i] = bias ? sum + bias[i] : sum;
         }
 }
 
 // As many of the rows first to last as go in fours, by group and the next; gives the first row left over.
 template <class Tile>
 int64_t pair_rows(const uint8_t* packed, int64_t bytes, int64_t blocks, const Activations* x, int64_t first,
-                  int64_t last, const float* bias, float* y, int64_t n, int64_t group) {
+                  int64_t last, const float* bias, float* y, int64_t n, int64_t stride, int64_t group) {
     const uint8_t* const pair[] = {packed, packed + bytes};
     const int64_t column = group * GROUP;
     const int valid = n - column < 2 * GROUP ? (int)(n - column) : 2 * GROUP;
     auto part = [&](auto times, int count) {
         for (; first + count <= last; first += count)
-            times(pair, blocks, x + first * blocks, bias ? bias + column : nullptr, y + first * n + column, n,
-                  valid);
+            times(pair, blocks, x + first * blocks, bias ? bias + column : nullptr,
+                  y + first * stride + column, stride, valid);
     };
     part(pair_times<Tile, 16>, 16);
     part(pair_times<Tile, 8>, 8);
@@ -206,7 +206,7 @@ int64_t pair_rows(const uint8_t* packed, int64_t bytes, int64_t blocks, const Ac
 
 template <class Tile>
 void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t blocks, const Activations* x,
-                  int64_t rows, const float* bias, float* y, int64_t n) {
+                  int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride) {
     const int64_t bytes = group_bytes(layout_of(Tile::FORMAT), blocks);
     int64_t stride = CACHED_BYTES / (blocks * (int64_t)sizeof(Activations)) / 8 * 8;
     stride = stride < 8 ? 8 : stride;
@@ -218,24 +218,26 @@ void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t bl
 #if defined(__AVX2__)
             if constexpr (Tile::PAIRED)
                 if (g + 1 < last) {
-                    row = pair_rows<Tile>(packed + g * bytes, bytes, blocks, x, start, stop, bias, y, n, g);
+                    row = pair_rows<Tile>(packed + g * bytes, bytes, blocks, x, start, stop, bias, y, n,
+                                          y_stride, g);
                     count = 2;
                 }
 #endif
             for (int64_t h = g; h < g + count; h++)
-                group_rows<Tile>(packed + h * bytes, blocks, x, row, stop, bias, y, n, h);
+                group_rows<Tile>(packed + h * bytes, blocks, x, row, stop, bias, y, n, y_stride, h);
         }
     }
 }
 
 void quantized(int format, const uint8_t* packed, int64_t first, int64_t last, int64_t blocks,
-               const Activations* x, int64_t rows, const float* bias, float* y, int64_t n) {
+               const Activations* x, int64_t rows, const float* bias, float* y, int64_t n, int64_t stride) {
+    auto times = [&](auto groups) { groups(packed, first, last, blocks, x, rows, bias, y, n, stride); };
     switch (format) {
-        case Q4_0: return groups_times<TileQ4_0>(packed, first, last, blocks, x, rows, bias, y, n);
-        case Q4_1: return groups_times<TileQ4_1>(packed, first, last, blocks, x, rows, bias, y, n);
-        case Q8_0: return groups_times<TileQ8_0>(packed, first, last, blocks, x, rows, bias, y, n);
-        case Q4_K: return groups_times<TileQ4_K>(packed, first, last, blocks, x, rows, bias, y, n);
-        case Q6_K: return groups_times<TileQ6_K>(packed, first, last, blocks, x, rows, bias, y, n);
+        case Q4_0: return times(groups_times<TileQ4_0>);
+        case Q4_1: return times(groups_times<TileQ4_1>);
+        case Q8_0: return times(groups_times<TileQ8_0>);
+        case Q4_K: return times(groups_times<TileQ4_K>);
+        case Q6_K: return times(groups_times<TileQ6_K>);
     }
 }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mini_sglang.backend.attention.base import Attention
@@ -16,7 +15,7 @@ from mini_sglang.backend.batch import Batch
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.operations import Operations
-from mini_sglang.backend.models.rope import inverse_frequencies, rotation
+from mini_sglang.backend.models.rope import Rotations, inverse_frequencies
 from mini_sglang.backend.weights import Weight
 
 
@@ -59,7 +58,8 @@ class Decoder:
         self.lm_head = lm_head
         self.operations = operations
         self.dtype = final_norm.dtype
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(final_norm.device)
+        frequencies = inverse_frequencies(config.rope, config.head_dim).to(final_norm.device)
+        self.rotations = Rotations(frequencies, config.rope.attention_factor, self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -82,18 +82,14 @@ class Decoder:
         if batch.opened_pages is not None:
             kv.open_pages(batch.opened_pages)
         attend = attention.begin(batch, kv)
-        turns = rotation(batch.positions, self._frequencies, config.rope.attention_factor, self.dtype)
+        turns = self.rotations.at(batch.positions, max(batch.seq_lens))
         hidden = self.embedding.rows(batch.token_ids)
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv.linear(ops.norm(hidden, delta, layer.input_norm), layer.qkv_bias)
             qkv = qkv.view(len(qkv), heads + 2 * kv_heads, head_dim)
-            if layer.qk_norm is not None:
-                turning = qkv[:, : heads + kv_heads]
-                turning.copy_(F.rms_norm(turning, (head_dim,), None, config.norm_eps).mul_(layer.qk_norm))
-            ops.rotate_and_store(
-                qkv, turns if config.rope_layers[index] else None, kv, index, batch.slot_mapping
-            )
+            turning = turns if config.rope_layers[index] else None
+            ops.rotate_and_store(qkv, layer.qk_norm, turning, kv, index, batch.slot_mapping)
             query, key, value = torch.split_with_sizes(qkv, (heads, kv_heads, kv_heads), 1)
             attended = attend(index, config.windows[index], query, key, value)
             if index == last and batch.output_rows is not None:

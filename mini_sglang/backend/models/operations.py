@@ -27,13 +27,20 @@ class Operations(Protocol):
         """
 
     def rotate_and_store(
-        self, qkv: Tensor, rotation: tuple[Tensor, Tensor] | None, kv: KVPool, layer: int, slots: Tensor
+        self,
+        qkv: Tensor,
+        head_norm: Tensor | None,
+        rotation: Tensor | None,
+        kv: KVPool,
+        layer: int,
+        slots: Tensor,
     ) -> None:
-        """Rotate the heads of q and k in place, then write k and v to the pool.
+        """Norm and rotate the heads of q and k in place, then write k and v to the pool.
 
         Args:
             qkv: ``[T, heads + 2 * kv_heads, head_dim]``, contiguous.
-            rotation: as ``rope.rotation`` gives it; ``None`` rotates nothing.
+            head_norm: RMSNorm weights ``[heads + kv_heads, head_dim]``; ``None`` norms nothing.
+            rotation: ``[2, T, head_dim]`` as ``Rotations.at`` gives it; ``None`` rotates nothing.
             slots: ``[T]`` int64.
         """
 
@@ -58,10 +65,19 @@ class TorchOperations:
         return F.rms_norm(hidden, weight.shape, None, self._eps).mul_(weight)
 
     def rotate_and_store(
-        self, qkv: Tensor, rotation: tuple[Tensor, Tensor] | None, kv: KVPool, layer: int, slots: Tensor
+        self,
+        qkv: Tensor,
+        head_norm: Tensor | None,
+        rotation: Tensor | None,
+        kv: KVPool,
+        layer: int,
+        slots: Tensor,
     ) -> None:
+        turning = qkv[:, : self._turning]
+        if head_norm is not None:
+            turning.copy_(F.rms_norm(turning, turning.shape[-1:], None, self._eps).mul_(head_norm))
         if rotation is not None:
-            rotate_(qkv[:, : self._turning], *rotation)
+            rotate_(turning, *rotation)
         kv.write(layer, slots, qkv.flatten(1)[:, self._heads * qkv.shape[2] :])
 
     def silu_times(self, gate_up: Tensor) -> Tensor:

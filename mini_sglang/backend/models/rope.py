@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mini_sglang.backend.models.rope_config import RopeConfig
 
+_FIRST_POSITIONS = 1024
+
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """Radians per position of each pair of dimensions, ``[head_dim / 2]`` float32."""
@@ -32,34 +34,48 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     return plain
 
 
-def rotation(
-    positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine rows for ``rotate_``.
+class Rotations:
+    """Cosines and signed sines for ``rotate_``, computed once for each position that has come up so far.
 
     Args:
-        positions: ``[T]`` integers.
-        frequencies: ``[head_dim / 2]`` float32, on the same device.
+        frequencies: ``[head_dim / 2]`` float32.
         scale: the attention factor.
-
-    Returns:
-        two tensors ``[T, 1, head_dim]`` of ``dtype``; the first half of the sine is negated.
+        dtype: of the result.
     """
-    angles = positions[:, None, None].float() * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    if scale != 1.0:
-        cos, sin = cos * scale, sin * scale
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+    def __init__(self, frequencies: Tensor, scale: float, dtype: torch.dtype) -> None:
+        self._frequencies = frequencies
+        self._scale = scale
+        self._dtype = dtype
+        self._table = self._compute(_FIRST_POSITIONS)
+
+    def at(self, positions: Tensor, stop: int) -> Tensor:
+        """The rows of ``positions`` ``[T]`` int64, all below ``stop``.
+
+        Returns:
+            ``[2, T, head_dim]``: cosines, then sines, of which the first half is negated.
+        """
+        if stop > self._table.shape[1]:
+            self._table = self._compute(max(stop, 2 * self._table.shape[1]))
+        return self._table.index_select(1, positions)
+
+    def _compute(self, count: int) -> Tensor:
+        positions = torch.arange(count, dtype=torch.float32, device=self._frequencies.device)
+        angles = positions[:, None] * self._frequencies
+        cos, sin = angles.cos(), angles.sin()
+        if self._scale != 1.0:
+            cos, sin = cos * self._scale, sin * self._scale
+        return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).to(self._dtype)
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate ``heads`` ``[T, heads, head_dim]`` in place.
+    """Rotate ``heads`` ``[T, heads, head_dim]`` in place by ``cos`` and ``sin`` ``[T, head_dim]``.
 
     Three roundings (two products, one sum), so that half precision gives what transformers gives.
     """
     tokens, count, head_dim = heads.shape
     swapped = heads.view(tokens, count, 2, head_dim // 2).flip(2).view(heads.shape)
-    heads.mul_(cos).add_(swapped.mul_(sin))
+    heads.mul_(cos.unsqueeze(1)).add_(swapped.mul_(sin.unsqueeze(1)))
 
 
 def _llama3(rope: RopeConfig, plain: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.attention.native import NativeAttention
+from mini_sglang.backend.kernels.jobs import SequenceTable
 from mini_sglang.backend.kernels.linear import NativeKernels
 from tests.backend.test_attention import DECODES, SCENES, Scene
 
@@ -61,11 +62,12 @@ def attend(
         slots = (row[:count, None] * page_size + np.arange(page_size)).ravel()[:last]
         pool[torch.from_numpy(slots)] = sequence.kv[:last]
     rows = [last - first for _, first, last in parts]
+    table = SequenceTable()
+    starts, lengths = np.concatenate(([0], np.cumsum(rows))), np.array([last for _, _, last in parts])
+    table.set(pages, starts, lengths)
     out = kernels.attention(
         pool,
-        pages,
-        np.concatenate(([0], np.cumsum(rows))).astype(np.int64),
-        np.array([last for _, _, last in parts], dtype=np.int64),
+        table,
         torch.cat([sequence.query[first:last] for sequence, first, last in parts]),
         parts[0][0].kv_heads,
         page_size,

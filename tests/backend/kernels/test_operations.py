@@ -12,7 +12,7 @@ from mini_sglang.backend.kernels.linear import NativeKernels
 from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.models.operations import Operations, TorchOperations
-from mini_sglang.backend.models.rope import rotation
+from mini_sglang.backend.models.rope import Rotations
 
 EPS = 1e-5
 # Rows enough for one thread, and for the threads to share.
@@ -54,9 +54,11 @@ def test_norm_of_small_large_and_broken_rows(kernels: NativeKernels) -> None:
 @pytest.mark.parametrize("head_dim", [16, 48, 128])
 def test_rotate_and_store(kernels: NativeKernels, count: int, head_dim: int) -> None:
     heads, kv_heads, layers = 6, 2, 2
-    turns = rotation(torch.arange(count) * 7, torch.linspace(1, 0.01, head_dim // 2), 1.3, torch.float32)
+    rotations = Rotations(torch.linspace(1, 0.01, head_dim // 2), 1.3, torch.float32)
+    turns = rotations.at(torch.arange(count) * 7, count * 7)
     slots = torch.randperm(count + 9, generator=torch.Generator().manual_seed(3))[:count]
-    for turning in (turns, None):
+    norm = rows(heads + kv_heads, head_dim, 6)
+    for turning, head_norm in ((turns, None), (None, None), (turns, norm), (None, norm)):
         qkvs, pools = [], []
         for operations in both(kernels, heads, kv_heads):
             kv = KVPool(
@@ -70,7 +72,7 @@ def test_rotate_and_store(kernels: NativeKernels, count: int, head_dim: int) -> 
             )
             kv.data.fill_(-1)
             qkv = rows(count, (heads + 2 * kv_heads) * head_dim, 4).view(count, -1, head_dim)
-            operations.rotate_and_store(qkv, turning, kv, 1, slots)
+            operations.rotate_and_store(qkv, head_norm, turning, kv, 1, slots)
             qkvs.append(qkv)
             pools.append(kv.data)
         near(*qkvs)

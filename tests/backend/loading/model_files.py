@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -91,8 +92,12 @@ def write_gguf(
     architecture: str,
     kind: gguf.GGMLQuantizationType = F32,
     extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    others: Mapping[str, gguf.GGMLQuantizationType] = MappingProxyType({}),
 ) -> Path:
-    """Write a transformers model as llama.cpp's converter would; matrices in ``kind``, vectors in F32."""
+    """Write a transformers model as llama.cpp's converter would: matrices in ``kind``, vectors in F32.
+
+    ``others`` are the kinds of those matrices whose names contain its keys.
+    """
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -122,7 +127,8 @@ def write_gguf(
         values = parameter.numpy()
         if architecture in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
             values = interleave(values, heads if "q_proj" in name else kv_heads)
-        stored = kind if values.ndim == 2 else F32
+        special = next((other for part, other in others.items() if part in name), kind)
+        stored = special if values.ndim == 2 else F32
         writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.models.decoder import Decoder
-from mini_sglang.backend.models.rope import inverse_frequencies
+from mini_sglang.backend.models.rope import Rotations, inverse_frequencies
 from mini_sglang.backend.models.rope_config import RopeConfig
 from tests.backend.harness import greedy, load, page_ranges, step, step_logits
 from tests.backend.tiny_models import VOCAB_SIZE, tiny_model
@@ -158,12 +158,13 @@ def _without_tensor(*names: str) -> Callable[[Decoder], None]:
 
 def _plain_rope(decoder: Decoder) -> None:
     config = decoder.config
-    decoder._frequencies = inverse_frequencies(RopeConfig(theta=config.rope.theta), config.head_dim)
+    frequencies = inverse_frequencies(RopeConfig(theta=config.rope.theta), config.head_dim)
+    decoder.rotations = Rotations(frequencies, config.rope.attention_factor, decoder.dtype)
 
 
 def _no_attention_factor(decoder: Decoder) -> None:
-    rope = dataclasses.replace(decoder.config.rope, attention_factor=1.0)
-    decoder.config = dataclasses.replace(decoder.config, rope=rope)
+    frequencies = inverse_frequencies(decoder.config.rope, decoder.config.head_dim)
+    decoder.rotations = Rotations(frequencies, 1.0, decoder.dtype)
 
 
 def _tie(decoder: Decoder) -> None:

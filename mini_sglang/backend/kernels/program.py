@@ -1,0 +1,164 @@
+"""A decode step written down once and replayed: the CPU's counterpart of a CUDA graph.
+
+``Decoder.forward`` is the same step in Python; both do the same jobs in the same order, so that their
+results are equal to the bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mini_sglang.backend.batch import Batch
+from mini_sglang.backend.kernels.jobs import (
+    Attention,
+    Job,
+    Listed,
+    Norm,
+    Product,
+    Rotate,
+    SequenceTable,
+    SiluTimes,
+)
+from mini_sglang.backend.kernels.linear import NativeKernels
+from mini_sglang.backend.kv.pool import KVPool
+from mini_sglang.backend.models.decoder import Decoder
+from mini_sglang.backend.weights import Weight
+
+
+class StepProgram:
+    """The layers of a decoder as one list of jobs over buffers that stay where they are.
+
+    Build one with ``build``. One thread uses it.
+    """
+
+    def __init__(self, kernels: NativeKernels, decoder: Decoder, kv: KVPool, max_rows: int) -> None:
+        config = decoder.config
+        self._kernels = kernels
+        self._decoder = decoder
+        self._kv = kv
+        self._max_rows = max_rows
+        self._sequences = SequenceTable()
+        self._slots = torch.zeros(max_rows, dtype=torch.int64)
+        self._turns = torch.empty(2, max_rows, config.head_dim)
+        self._hidden, self._normed, self._delta = torch.empty(3, max_rows, config.hidden_size)
+        self._qkv = torch.empty(max_rows, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+        self._attended = torch.empty(max_rows, config.num_heads * config.head_dim)
+        self._gate_up = torch.empty(max_rows, 2 * config.intermediate_size)
+        self._inner = torch.empty(max_rows, config.intermediate_size)
+        self._jobs: list[Job] = []
+        self._biases: list[Tensor] = []
+        delta: Tensor | None = None
+        for index, layer in enumerate(decoder.layers):
+            self._norm(delta, layer.input_norm)
+            self._multiply(layer.qkv, layer.qkv_bias, self._normed, self._qkv)
+            self._attend(index, layer.qk_norm)
+            self._multiply(layer.o, layer.o_bias, self._attended, self._delta)
+            self._norm(self._delta, layer.post_norm)
+            self._multiply(layer.gate_up, layer.gate_up_bias, self._normed, self._gate_up)
+            self._jobs.append(
+                SiluTimes(self._gate_up.data_ptr(), self._inner.data_ptr(), config.intermediate_size)
+            )
+            self._multiply(layer.down, layer.down_bias, self._inner, self._delta)
+            delta = self._delta
+        self._norm(delta, decoder.final_norm)
+        listed = [Listed(job.KIND, ctypes.addressof(job)) for job in self._jobs]
+        self._program = (Listed * len(listed))(*listed)
+
+    @classmethod
+    def build(cls, kernels: NativeKernels, decoder: Decoder, kv: KVPool, max_rows: int) -> StepProgram | None:
+        """The program of a float32 model whose operations and attention are ``kernels``' already.
+
+        ``None`` where one of its weights is not multiplied by the kernels alone.
+        """
+        layers = decoder.layers
+        weights = [weight for x in layers for weight in (x.qkv, x.o, x.gate_up, x.down)]
+        if any(weight.products() is None for weight in weights):
+            return None
+        return cls(kernels, decoder, kv, max_rows)
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether ``forward`` can run this step: few enough rows, all of them wanted."""
+        return len(batch.token_ids) <= self._max_rows and batch.output_rows is None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """``Decoder.forward`` for a batch that ``takes`` accepts.
+
+        Returns:
+            ``[T, hidden_size]``, overwritten by the next call.
+        """
+        rows = len(batch.token_ids)
+        decoder = self._decoder
+        if batch.opened_pages is not None:
+            self._kv.open_pages(batch.opened_pages)
+        self._sequences.set(batch.page_table, np.array(batch.query_starts), np.array(batch.seq_lens))
+        self._slots[:rows] = batch.slot_mapping
+        self._hidden[:rows] = decoder.embedding.rows(batch.token_ids)
+        self._turns[:, :rows] = decoder.rotations.at(batch.positions, max(batch.seq_lens))
+        self._kernels.run_all(self._program, rows)
+        hidden: Tensor = self._normed[:rows]
+        return hidden
+
+    def _norm(self, delta: Tensor | None, weight: Tensor) -> None:
+        self._jobs.append(
+            Norm(
+                x=self._hidden.data_ptr(),
+                delta=None if delta is None else delta.data_ptr(),
+                weight=weight.data_ptr(),
+                out=self._normed.data_ptr(),
+                width=len(weight),
+                eps=self._decoder.config.norm_eps,
+            )
+        )
+
+    def _multiply(self, weight: Weight, bias: Tensor | None, x: Tensor, out: Tensor) -> None:
+        if bias is not None:
+            bias = bias.contiguous()
+            self._biases.append(bias)
+        products: list[Product] = weight.products() or []
+        first = 0
+        for product in products:
+            product.x = x.data_ptr()
+            product.bias = None if bias is None else bias[first:].data_ptr()
+            product.y = out[:, first:].data_ptr()
+            product.stride = out.shape[1]
+            first += product.n
+        self._jobs += products
+
+    def _attend(self, index: int, head_norm: Tensor | None) -> None:
+        config, kv = self._decoder.config, self._kv
+        cos, sin = (turn.data_ptr() for turn in self._turns)
+        turning = config.rope_layers[index]
+        layer = kv.data[index].data_ptr()
+        self._jobs.append(
+            Rotate(
+                qkv=self._qkv.data_ptr(),
+                head_norm=None if head_norm is None else head_norm.data_ptr(),
+                cos=cos if turning else None,
+                sin=sin if turning else None,
+                slots=self._slots.data_ptr(),
+                kv=layer,
+                heads=config.num_heads,
+                kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                eps=config.norm_eps,
+            )
+        )
+        self._jobs.append(
+            Attention(
+                sequences=self._sequences.address,
+                kv=layer,
+                query=self._qkv.data_ptr(),
+                out=self._attended.data_ptr(),
+                heads=config.num_heads,
+                kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                page_size=kv.page_size,
+                window=config.windows[index] or 0,
+                query_stride=self._qkv.shape[1],
+                scale=config.head_dim**-0.5,
+            )
+        )

@@ -1,0 +1,105 @@
+"""The recorded step against the decoder's own: the same bits, in the hidden states and in the KV pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from torch import Tensor
+
+from mini_sglang.backend.batch import Batch, Limits
+from mini_sglang.backend.model_backend import ModelBackend
+from mini_sglang.backend.step import SequenceStep
+from mini_sglang.backend.weights import StackedWeight
+from tests.backend.harness import load, page_ranges, step
+from tests.backend.kernels.twins import VARIANTS
+from tests.backend.loading.model_files import tiny_model, write_gguf
+from tests.backend.tiny_models import save_tiny_model
+
+Q4_0, Q4_1, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q8_0"))
+FAST = VARIANTS[-1] != "generic"
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": 9}),
+    "qwen3": ("qwen3", {"head_dim": 32, "attention_bias": True}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+}
+PROMPTS = [[3 + (7 * i + 5 * j) % 90 for j in range(n)] for i, n in enumerate((1, 40, 16, 33))]
+
+
+def batch_of(backend: ModelBackend, steps: list[SequenceStep]) -> Batch:
+    limits = Limits(backend.page_size, backend.num_pages, backend.vocab_size, backend.context_length)
+    return Batch.build(steps, limits, torch.device("cpu"))
+
+
+@torch.inference_mode()
+def assert_equal_steps(backend: ModelBackend) -> None:
+    """Decodes of several sizes, and a short prefill of which every row is wanted."""
+    program, decoder, kv = backend._program, backend.decoder, backend.kv
+    assert program is not None
+    tables = page_ranges(backend, [64] * len(PROMPTS))
+    for prompt, table in zip(PROMPTS, tables, strict=True):
+        decoder.forward(batch_of(backend, [step(prompt, 0, table, sample=True)]), kv, backend._attention)
+    before = kv.data.clone()
+
+    def run(forward: Any) -> tuple[list[Tensor], Tensor]:
+        kv.data.copy_(before)
+        hidden = []
+        lengths = [len(prompt) for prompt in PROMPTS]
+        for turn in range(9):
+            chosen = range(len(PROMPTS)) if turn % 2 else (1, 3)
+            steps = [step([9 + turn], lengths[i], tables[i], sample=True) for i in chosen]
+            hidden.append(forward(batch_of(backend, steps)).clone())
+            for i in chosen:
+                lengths[i] += 1
+        short = step([5, 6, 7], lengths[0], tables[0], sample=False)
+        wanted = SequenceStep(short.token_ids, short.start, short.pages, prompt_targets=[0] * 3)
+        hidden.append(forward(batch_of(backend, [wanted])).clone())
+        return hidden, kv.data.clone()
+
+    ours, our_kv = run(program.forward)
+    plain, plain_kv = run(lambda batch: decoder.forward(batch, kv, backend._attention))
+    for one, other in zip(ours, plain, strict=True):
+        assert bool(one.isfinite().all()) and torch.equal(one, other)
+    assert torch.equal(our_kv.nan_to_num(1e9), plain_kv.nan_to_num(1e9))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_dense_model(case: str, tmp_path: Path) -> None:
+    family, overrides = CASES[case]
+    backend = load(save_tiny_model(tmp_path, family, **overrides))
+    assert (backend._program is not None) == FAST
+    if FAST:
+        assert_equal_steps(backend)
+
+
+@pytest.mark.parametrize("others", [{}, {"v_proj": Q8_0, "gate_proj": Q4_0}])
+def test_a_model_in_blocks(others: dict[str, gguf.GGMLQuantizationType], tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama-tied"), "llama", Q4_1, others=others)
+    backend = load(path, gguf_dequantize=0)
+    assert isinstance(backend.decoder.layers[0].qkv, StackedWeight) == bool(others)
+    assert (backend._program is not None) == FAST
+    if FAST:
+        assert_equal_steps(backend)
+
+
+def test_what_it_takes(tmp_path: Path) -> None:
+    backend = load(save_tiny_model(tmp_path), max_batch_size=2)
+    program = backend._program
+    assert (program is not None) == FAST
+    if program is None:
+        return
+    tables = page_ranges(backend, [8, 8, 8])
+    decodes = [step([5], 0, table, sample=True) for table in tables]
+    assert program.takes(batch_of(backend, decodes[:2]))
+    assert not program.takes(batch_of(backend, decodes))
+    assert not program.takes(batch_of(backend, [step([5, 6], 0, tables[0], sample=True)]))
+
+
+@pytest.mark.parametrize("settings", [{"kernels": "reference"}, {"dtype": "bf16"}])
+def test_other_models_have_none(tmp_path: Path, settings: dict[str, str]) -> None:
+    assert load(save_tiny_model(tmp_path), **settings)._program is None
