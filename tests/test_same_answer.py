@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 
 from mini_sglang.backend.model_backend import load_backend
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.types import FinishReason, SamplingParams
+from tests.backend.loading.model_files import tiny_model, write_gguf
 from tests.tiny_folders import tiny_folder
 
 EOS = frozenset({2})
@@ -26,12 +30,12 @@ def core(folder: Path, **settings: object) -> EngineCore:
     return EngineCore(load_backend(folder, resolved), resolved, EOS)
 
 
-def workload(seed: int) -> list[tuple[list[int], SamplingParams]]:
-    """40 requests: a third share a long prefix, a third repeat an earlier prompt, all kinds of sampling."""
+def workload(seed: int, count: int = 40) -> list[tuple[list[int], SamplingParams]]:
+    """Requests: a third share a long prefix, a third repeat an earlier prompt, all kinds of sampling."""
     draw = random.Random(seed)
     shared = [draw.randrange(3, 250) for _ in range(70)]
     requests: list[tuple[list[int], SamplingParams]] = []
-    for index in range(40):
+    for index in range(count):
         tail = [draw.randrange(3, 250) for _ in range(draw.randrange(1, 60))]
         prompt = shared + tail if index % 3 == 0 else tail
         if requests and index % 3 == 1:
@@ -118,3 +122,52 @@ def test_forty_requests_together_answer_as_alone(
         assert ids == expected[index][: len(ids)]
         assert index not in finished or ids == expected[index]
     assert engine.cache.num_private == 0
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("blocks") / "tiny.gguf"
+    return write_gguf(path, tiny_model("llama-tied"), "llama", gguf.GGMLQuantizationType.Q4_1)
+
+
+@pytest.fixture(scope="module", params=["float32", "blocks"])
+def model(request: pytest.FixtureRequest, folder: Path, blocks: Path) -> tuple[Path, list[Any], list[Any]]:
+    """A model, 64 requests, and what each of them gets alone."""
+    path = folder if request.param == "float32" else blocks
+    requests = [
+        ([id % 90 + 3 for id in prompt], replace(params, max_new_tokens=min(params.max_new_tokens, 20)))
+        for prompt, params in workload(3, 64)
+    ]
+    return path, requests, alone(path, requests)
+
+
+@pytest.mark.parametrize(("page_size", "chunked"), [(1, True), (16, False), (16, True)])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_cold_warm_and_retracted_in_batches_of_every_size(
+    model: tuple[Path, list[Any], list[Any]], batch: int, page_size: int, chunked: bool
+) -> None:
+    path, requests, expected = model
+    few = batch == 1
+    chosen = list(range(0, 64, 8 if few else 1))
+    for budget in (8192, 176):
+        engine = core(
+            path,
+            page_size_tokens=page_size,
+            chunked_prefill=chunked,
+            prefill_chunk_size=32,
+            kv_token_budget=budget,
+            max_batch_size=batch,
+            gguf_dequantize=0,
+        )
+        for warm in (False, True):
+            hits = engine.counters.prefix_hit_tokens
+            answers: dict[str, list[int]] = {str(index): [] for index in chosen}
+            for index in chosen:
+                engine.add(engine.make_request(str(index), *requests[index]))
+            while engine.has_work:
+                for event in engine.step():
+                    answers[event.request_id].extend(event.token_ids)
+            assert [answers[str(index)] for index in chosen] == [expected[index] for index in chosen]
+            assert not warm or engine.counters.prefix_hit_tokens > hits
+        engine.check()
+        assert few or budget > 176 or engine.scheduler.num_retractions > 0
