@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.device import cpu_has_bf16
+from mini_sglang.backend.huge_pages import advise_huge_pages
 from mini_sglang.backend.kernels.build import BuildError, build_library
 from mini_sglang.backend.kernels.jobs import Attention, Job, Listed, Product, SequenceTable
 from mini_sglang.backend.loading.ggml_types import GGMLType
@@ -190,6 +191,7 @@ class NativeKernels:
         number = _FORMATS[type.name]
         blocks = blocks.contiguous()
         packed = torch.empty(self._lib.kernels_packed_bytes(number, rows, columns), dtype=torch.uint8)
+        advise_huge_pages(packed)
         self._lib.kernels_pack(self._handle, number, blocks.data_ptr(), packed.data_ptr(), rows, columns)
         return packed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mini_sglang.backend.huge_pages import advise_huge_pages
 from mini_sglang.errors import InvalidValueError
 
 _FREE_MEMORY_SHARE = 0.4
@@ -53,6 +54,7 @@ class KVPool:
             raise InvalidValueError(
                 "KV_TOKEN_BUDGET", tokens, f"smaller: the device cannot give {gib:.1f} GiB for the KV pool"
             ) from None
+        advise_huge_pages(self.data)
         self._layers: tuple[Tensor, ...] = tuple(self.data)
         self._paged = tuple(self.data.view(num_layers, num_pages, page_size * width))
 
