@@ -144,10 +144,9 @@ void attend(const Attention& shape, const AttentionTask& task) {
             for (int64_t h = task.first_head * group; h < task.last_head * group; h++, partial++) {
                 const int64_t part = partial - partials;
                 for (int64_t j = KEYS * part / parts; more && j < KEYS * (part + 1) / parts; j++)
-                    for (int64_t i = task.first_head * dim; i < task.last_head * dim; i += 16) {
-                        __builtin_prefetch(rows[current ^ 1][j] + i, 0, 2);
-                        __builtin_prefetch(rows[current ^ 1][j] + values + i, 0, 2);
-                    }
+                    for (int64_t at = 0; at <= values; at += values)
+                        for (int64_t i = task.first_head * dim; i < task.last_head * dim; i += 16)
+                            __builtin_prefetch(rows[current ^ 1][j] + at + i, 0, 2);
                 if (from < to)
                     attend_block(query + row * shape.query_stride + h * dim, rows[current], h / group * dim,
                                  (shape.kv_heads + h / group) * dim, (int)from, (int)to, dim, shape.scale,
