@@ -77,8 +77,17 @@ class Ending:
         # Also where all requests are served: their readers may be behind.
         await self._until_written(max(deadline, self._loop.time() + _GRACE_SECONDS))
         self._connections.cut_all()
-        await self._service.close()
+        await self._close()
         self._stop_server()
+
+    async def _close(self) -> None:
+        close = asyncio.ensure_future(self._service.close())
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait((close, hurry), return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not close.done():
+            await self._service.close(at_once=True)
+        await close
 
     async def _until_written(self, deadline: float) -> None:
         while len(self._connections) and self._loop.time() < deadline and not self._hurry.is_set():

@@ -52,6 +52,14 @@ def read_model(files: ModelFiles, settings: Settings) -> FoundModel:
     return FoundModel(files, tokenizer)
 
 
+def prepare_quietly(grammars: GrammarCompiler) -> None:
+    """Prepare for the first grammar; what is wrong then is for the request that has one to tell."""
+    try:
+        grammars.prepare()
+    except Exception as error:
+        logger.info("no grammar can be followed: %s", error)
+
+
 def load_core(
     model: FoundModel,
     settings: Settings,

@@ -21,7 +21,7 @@ PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TOTALS = {
     "steps": "batches run",
     "prefill_tokens": "prompt tokens computed",
-    "decode_tokens": "tokens generated",
+    "decode_tokens": "tokens made by decode, which are all but each answer's first",
     "prefix_hit_tokens": "prompt tokens taken from the prefix cache",
     "prefix_miss_tokens": "prompt tokens that the prefix cache did not have",
     "prefill_cache_hit_tokens": "prompt tokens taken from the exact-prompt cache",

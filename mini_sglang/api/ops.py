@@ -38,7 +38,7 @@ def routes(service: Service, document: Mapping[str, Any]) -> list[Route]:
         return _json(body, 200 if alive else 503)
 
     async def ready(request: Request) -> Response:
-        """200 where a request sent now would be served: an engine is ready and has made a token before."""
+        """200 where a request sent now would be served: an engine is ready, and made a token at its start."""
         return _json({"ready": service.ready}, 200 if service.ready else 503)
 
     async def metrics(request: Request) -> Response:

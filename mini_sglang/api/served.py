@@ -56,7 +56,6 @@ class ServedStream:
         max_new_tokens: what the context left of the number asked for.
         prompt_tokens: length of the prompt.
         matched_stop, prompt_logprobs: as in ``Output``; known at the end, and with the first delta.
-        counted: whether the metrics and the log hear of it.
     """
 
     def __init__(self, service: Service, work: Work, started: float) -> None:
@@ -66,17 +65,12 @@ class ServedStream:
         self.prompt_tokens = len(work.prompt_ids)
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self.matched_stop: str | int | None = None
-        self.counted = True
         self._text = TextStream(service.tokenizer, work.params)
         # What came and was not taken yet.
         self._texts: list[str] = []
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._fresh = False
-        # What was taken.
-        self._whole_text: list[str] = []
-        self._whole_ids: list[int] = []
-        self._whole_logprobs: list[TokenLogprob] = []
         self._num_tokens = 0
         self._finish: FinishReason | None = None
         self._error: Exception | None = None
@@ -163,16 +157,22 @@ class ServedStream:
         return self._take()
 
     async def output(self) -> Output:
-        """Wait for the end; the whole answer, deltas taken before included. Raises as iterating does."""
-        async for _ in self:
-            pass
+        """Wait for the end; all that was not taken before as one. Raises as iterating does."""
+        # Kept here and not by ``_take``: a stream's reader has what it took, and logprobs are large.
+        texts: list[str] = []
+        ids: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        async for delta in self:
+            texts.append(delta.text)
+            ids.extend(delta.token_ids)
+            logprobs.extend(delta.logprobs)
         assert self._finish is not None and self._usage is not None
         return Output(
-            text="".join(self._whole_text),
-            token_ids=tuple(self._whole_ids),
+            text="".join(texts),
+            token_ids=tuple(ids),
             finish_reason=self._finish,
             usage=self._usage,
-            logprobs=tuple(self._whole_logprobs),
+            logprobs=tuple(logprobs),
             prompt_logprobs=self.prompt_logprobs,
             matched_stop=self.matched_stop,
         )
@@ -193,9 +193,6 @@ class ServedStream:
             self._over = True
             raise error
         text, ids, logprobs = "".join(self._texts), tuple(self._ids), tuple(self._logprobs)
-        self._whole_text.append(text)
-        self._whole_ids.extend(ids)
-        self._whole_logprobs.extend(logprobs)
         self._texts, self._ids, self._logprobs = [], [], []
         # With an error to come there is still something to take.
         self._fresh = error is not None
@@ -222,8 +219,7 @@ class ServedStream:
         self._usage = Usage(self.prompt_tokens, self._num_tokens, cached)
         if self._timer is not None:
             self._timer.cancel()
-        if self.counted:
-            self._report()
+        self._report()
         self._wake()
 
     def _wake(self) -> None:
@@ -232,8 +228,6 @@ class ServedStream:
 
     def _note_time(self, tokens: int) -> None:
         now = time.perf_counter()
-        if not self.counted:
-            return
         if self._first_at is None:
             self._first_at = now
             self._service.metrics.ttft.observe(now - self.started)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mini_sglang.api.jsonbody import parse_json
+from mini_sglang.api.loading import prepare_quietly
 from mini_sglang.api.metrics import Metrics
 from mini_sglang.api.schemas import Form
 from mini_sglang.api.served import Mailbox, ServedStream
@@ -50,7 +51,6 @@ class Service:
 
     Attributes:
         draining: whether the server is on its way out and takes nothing new.
-        can_generate: whether the canary, one token made at the start, came.
     """
 
     def __init__(
@@ -68,7 +68,6 @@ class Service:
         self.metrics = Metrics()
         self.started_at = time.time()
         self.draining = False
-        self.can_generate = False
         self.mailbox = Mailbox(asyncio.get_running_loop())
         self._grammars = grammars
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="mini-sglang-text")
@@ -91,7 +90,8 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return self.can_generate and not self.draining and self.pool.ready
+        """Whether a request sent now would be served: an engine is there that has made a token."""
+        return not self.draining and self.pool.ready
 
     def reserve(self, count: int = 1) -> Ticket:
         """Take ``count`` places before any work is done for them; ``release`` gives back what is left.
@@ -203,6 +203,11 @@ class Service:
         allowed = "a non-empty text, a non-empty list of token ids, or a non-empty list of chat messages"
         raise InvalidValueError("prompt", prompt, allowed)
 
+    def prepare_grammars(self) -> None:
+        """Get ready for the first grammar in the background, so that its request need not wait for that."""
+        if self._grammars is not None:
+            self._compilers.submit(prepare_quietly, self._grammars)
+
     async def read(self, form: Form, body: bytes) -> dict[str, Any]:
         """A request body's checked fields; a large one is read in a thread. Raises as ``Form.read``."""
         return await self._run(lambda: form.read(parse_json(body)), small=len(body) <= _INLINE_BYTES)
@@ -222,19 +227,6 @@ class Service:
     def _note_idle(self) -> None:
         if not self._streams and not self._opening:
             self._idle.set()
-
-    async def try_canary(self) -> bool:
-        """Make one token; ``ready`` says from then on whether that worked."""
-        stream = None
-        try:
-            ids = await self.encode("Hello")
-            stream = await self.open(ids, SamplingParams(max_new_tokens=1), request_id="canary")
-            stream.counted = False
-            self.can_generate = bool((await stream.output()).token_ids)
-        finally:
-            if stream is not None:
-                await stream.aclose()
-        return self.can_generate
 
     async def drain(self, timeout: float) -> bool:
         """Take nothing new and wait for what runs; past ``timeout`` seconds it is ended with an error.
@@ -256,10 +248,10 @@ class Service:
         for stream in list(self._streams):
             stream.fail(UnavailableError(message, retry_after=5.0))
 
-    async def close(self) -> None:
-        """End what runs and close the engines."""
+    async def close(self, *, at_once: bool = False) -> None:
+        """End what runs and close the engines, ``at_once`` even in the midst of a step."""
         self.end_all()
-        await asyncio.to_thread(self.pool.close)
+        await asyncio.to_thread(self.pool.kill if at_once else self.pool.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._compilers.shutdown(wait=False, cancel_futures=True)
         if self._grammars is not None:

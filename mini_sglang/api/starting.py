@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mini_sglang.api.loading import FoundModel, Notify, find_model, load_core, read_model
+from mini_sglang.api.loading import FoundModel, Notify, find_model, load_core, prepare_quietly, read_model
 from mini_sglang.api.service import Service
 from mini_sglang.config import Settings
-from mini_sglang.errors import EngineError
 
 if TYPE_CHECKING:
     from mini_sglang.backend.grammar import GrammarCompiler
@@ -27,13 +26,13 @@ CHILD = "mini_sglang.api.starting:make_core"
 
 
 async def open_service(settings: Settings, notify: Notify) -> Service:
-    """A service that has made its first token.
+    """A service of which an engine has made its first token.
 
     The model is looked for on the event loop, on which nothing else runs yet, so that Ctrl-C and SIGTERM
     end a download at once.
 
     Raises:
-        MiniSglangError: the model cannot be had, or no engine started.
+        MiniSglangError: the model cannot be had, no engine started, or none could make a token.
     """
     with _plain_signals():
         model = Model(settings, notify)
@@ -42,8 +41,7 @@ async def open_service(settings: Settings, notify: Notify) -> Service:
         with _closing_on_signals(pool):
             await asyncio.to_thread(pool.wait_ready)
         service = Service(settings, model.tokenizer, pool, model.name, model.grammar_checker(pool))
-        if not await service.try_canary():
-            raise EngineError("The engine is ready, but a first token did not come.")
+        service.prepare_grammars()
     except BaseException:
         await asyncio.to_thread(pool.close)
         raise
@@ -63,9 +61,14 @@ class Model:
         self._settings = replace(settings, model_local_dir=self._model.files.path, chosen=chosen)
 
     def start_pool(self) -> EnginePool:
+        """Start the engines; each takes requests once it has made a token, after a restart too."""
+        from mini_sglang.engine.canary import CanaryEngine
         from mini_sglang.engine.pool import EnginePool
 
-        return EnginePool(self._make_handle, self._settings)
+        ids = self.tokenizer.encode("Hello") or [0]
+        return EnginePool(
+            lambda index: CanaryEngine(self._make_handle(index), ids, self._settings), self._settings
+        )
 
     def grammar_checker(self, pool: EnginePool) -> GrammarCompiler:
         """Tries the grammars of requests in a process that can be killed, before an engine sees them."""
@@ -114,7 +117,11 @@ def make_core(settings: Settings, setup: Setup, notify: Notify) -> EngineCore:
 def _load_served(model: FoundModel, settings: Settings, notify: Notify) -> EngineCore:
     sharing = max(1, settings.num_engines)
     # Grammars go unchecked here: the server has tried every one before it sends it.
-    core, _ = load_core(model, settings, notify, sharing=sharing, check_grammars=False)
+    core, grammars = load_core(model, settings, notify, sharing=sharing, check_grammars=False)
+    # Beside its first steps, so that nobody waits: a large vocabulary's tree takes a while to build.
+    threading.Thread(
+        target=prepare_quietly, args=(grammars,), name="mini-sglang-prepare", daemon=True
+    ).start()
     return core
 
 

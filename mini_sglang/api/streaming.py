@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mini_sglang.api.connections import Connection
 from mini_sglang.api.errors import ClientGoneError, Problem, problem_of
 from mini_sglang.api.middleware import connection_of
 
@@ -59,34 +60,81 @@ class StreamResponse:
 
     async def _write(self, scope: Scope, send: Send) -> None:
         begun = False
-        try:
-            async for chunk in self._chunks:
-                if not begun:
-                    await self._begin(send)
-                    begun = True
-                await self._send(scope, send, chunk, more=True)
-        except ClientGoneError:
-            raise
-        except Exception as error:
-            if not begun:
+        with _Patience(self._write_timeout, connection_of(scope)) as patience:
+            try:
+                async for chunk in self._chunks:
+                    if not begun:
+                        await self._begin(send)
+                        begun = True
+                    await patience.send(send, chunk)
+            except ClientGoneError:
                 raise
-            await self._send(scope, send, self._on_error(problem_of(error)), more=True)
-        if not begun:
-            await self._begin(send)
-        await self._send(scope, send, b"", more=False)
+            except Exception as error:
+                if not begun:
+                    raise
+                await patience.send(send, self._on_error(problem_of(error)))
+            if not begun:
+                await self._begin(send)
+            await patience.send(send, b"", more=False)
 
     async def _begin(self, send: Send) -> None:
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
-    async def _send(self, scope: Scope, send: Send, chunk: bytes, *, more: bool) -> None:
+
+class _Patience:
+    """Sends the parts of one body, and gives its reader up where one waits ``seconds`` to be taken.
+
+    One timer serves all of them: ``asyncio.timeout`` around each would cost more than the writing.
+    """
+
+    def __init__(self, seconds: float, connection: Connection) -> None:
+        self._seconds = seconds
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._since: float | None = None
+        self._lost = False
+
+    def __enter__(self) -> _Patience:
+        self._task = asyncio.current_task()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def send(self, send: Send, chunk: bytes, *, more: bool = True) -> None:
+        """Raises ClientGoneError where the reader is given up; its connection is cut then."""
+        self._since = self._loop.time()
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._seconds, self._look)
         try:
-            async with asyncio.timeout(self._write_timeout):
-                await send({"type": "http.response.body", "body": chunk, "more_body": more})
-        except TimeoutError:
-            connection_of(scope).cut()
-            message = f"the client read nothing for {self._write_timeout:g} seconds (WRITE_TIMEOUT)"
-            raise ClientGoneError(message) from None
+            await (self._connection.send or send)(
+                {"type": "http.response.body", "body": chunk, "more_body": more}
+            )
+        except asyncio.CancelledError:
+            if not self._lost:
+                raise
+            reason = f"the client read nothing for {self._seconds:g} seconds (WRITE_TIMEOUT)"
+            raise ClientGoneError(reason) from None
+        finally:
+            self._since = None
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._since is None:
+            return  # the next write sets it again
+        left = self._since + self._seconds - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look)
+            return
+        assert self._task is not None
+        self._lost = True
+        # First the task: cutting may let its write end as if it had gone well.
+        self._task.cancel()
+        self._connection.cut()
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

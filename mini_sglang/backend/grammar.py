@@ -69,6 +69,7 @@ class GrammarCompiler:
         self._turns = threading.BoundedSemaphore(_COMPILERS)
         self._tokens: _Tokens | None = None
         self._checker: Checker | None = None
+        self._closed = False
         self._compiled: OrderedDict[tuple[str, str], tuple[LLMatcher, int]] = OrderedDict()
         self._bytes = 0
         self._refused: OrderedDict[tuple[str, str], tuple[str, float]] = OrderedDict()
@@ -112,8 +113,10 @@ class GrammarCompiler:
 
     def close(self) -> None:
         """End the helper processes. Safe to call twice."""
-        if self._checker is not None:
-            self._checker.close()
+        with self._loading:  # one that is being made in another thread is not left behind
+            self._closed = True
+            if self._checker is not None:
+                self._checker.close()
 
     def _load(self) -> _Tokens:
         with self._loading:
@@ -121,6 +124,8 @@ class GrammarCompiler:
                 tokens = _Tokens(self._vocabulary(), self._vocab_size, self._eos_ids)
                 if self._check:
                     self._checker = Checker(tokens.tokens)
+                    if self._closed:
+                        self._checker.close()
                 self._tokens = tokens
             return self._tokens
 

@@ -206,7 +206,7 @@ def main() -> None:
     while (kind := _read(source)) is not None and (text := _read(source)) is not None:
         # Where the parent is gone, nobody kills a helper that is deep in a compile.
         if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 10.0)
+            signal.setitimer(signal.ITIMER_REAL, 4.0)
         matcher, reason = make_matcher(kind.decode(), text.decode(), tokenizer)
         if matcher is not None:
             reason = try_matcher(matcher, tokenizer.vocab_size)

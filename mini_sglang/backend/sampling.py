@@ -268,7 +268,10 @@ class _Columns:
 
 
 def _bad_logits(value: float) -> str:
-    return f"The model's logits are not finite (the largest is {value}): no token can be chosen."
+    return (
+        f"The model's logits are not finite (the largest is {value}): no token can be chosen. "
+        "Its weights are damaged, or overflow in this type (MODEL_DTYPE)."
+    )
 
 
 def _bad_adjustment(value: float, spec: SampleSpec) -> str:

@@ -7,7 +7,8 @@ import logging
 import socket
 from argparse import Namespace
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from mini_sglang.cli import args
 from mini_sglang.cli.face import EngineFace
@@ -30,6 +31,7 @@ def run(options: Namespace, terminal: Terminal, open_engine: Callable[[], Engine
     """
     import uvicorn
 
+    from mini_sglang.api.protocol import PatientProtocol
     from mini_sglang.api.server import Door
 
     settings = Settings.resolve(args.chosen_settings(options))
@@ -49,7 +51,8 @@ def run(options: Namespace, terminal: Terminal, open_engine: Callable[[], Engine
         door,
         log_config=None,
         access_log=False,
-        http="h11",  # which bounds the size of headers
+        # h11's, which bounds the size of headers.
+        http=cast("Any", partial(PatientProtocol, head_timeout=settings.read_timeout)),
         ws="none",
         lifespan="on",
         server_header=False,
@@ -96,7 +99,9 @@ def banner(service: Service, listener: socket.socket) -> str:
 
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named because asyncio turns Nagle's algorithm off only where it is: without that a token
+    # waits for the client's delayed acknowledgement of the last one, up to 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # As much as a reader may be behind before its stream waits; the system's own limit is megabytes.

@@ -26,15 +26,16 @@ class ChildProcess:
     ``kill`` for any at all.
 
     Args:
+        index: the engine's number, for those who look at the list of processes.
         name: of the thread that reads the journal.
         unix_sockets: sockets in a private folder; False takes TCP on the loopback.
     """
 
-    def __init__(self, name: str, *, unix_sockets: bool) -> None:
+    def __init__(self, index: int, name: str, *, unix_sockets: bool) -> None:
+        self._index = index
         self._name = name
-        self._folder = _private_folder()
+        self._folder = _private_folder() if unix_sockets else None
         self._context = zmq.Context()
-        self._unix_sockets = unix_sockets
         self._commands, self._messages = self._context.socket(zmq.PAIR), self._context.socket(zmq.PULL)
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
@@ -64,6 +65,7 @@ class ChildProcess:
             [
                 *(sys.executable, "-P", "-m", "mini_sglang.engine.process_main"),
                 *("--backend", backend, "--commands", self._address("c"), "--messages", messages),
+                *("--engine", str(self._index)),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -102,8 +104,9 @@ class ChildProcess:
         return data
 
     def forget_folder(self) -> None:
-        """Remove what was only needed to find each other."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Remove what was only needed to find each other, where the child has not."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -134,7 +137,7 @@ class ChildProcess:
             self._context.term()
 
     def _address(self, name: str) -> str:
-        return f"ipc://{self._folder}/{name}" if self._unix_sockets else "tcp://127.0.0.1:*"
+        return f"ipc://{self._folder}/{name}" if self._folder is not None else "tcp://127.0.0.1:*"
 
     def _read_journal(
         self, process: subprocess.Popen[bytes], on_started: Callable[[Sequence[int]], None]

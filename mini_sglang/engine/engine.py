@@ -201,7 +201,7 @@ class EngineCore:
             results = self._backend.run([self._sequence_step(item) for item in plan])
         except Exception as error:
             logger.exception("a step of %d requests failed", len(plan))
-            message = f"the step failed: {shorten(str(error))}"
+            message = f"the step failed: {shorten(str(error) or type(error).__name__)}"
             return events + [self._fail(item.request, message) for item in plan]
         return events + self._postprocess(plan, results)
 

@@ -99,6 +99,9 @@ class EngineHandle(Protocol):
     def stats(self) -> dict[str, int]:
         """Counters and gauges as last known; empty before the engine is ready. Never waits."""
 
+    def kill(self, why: str) -> None:
+        """Have the engine die at once, for the reason ``why``, and in a step too where it is a process."""
+
     def close(self) -> None:
         """Abort what runs, deliver the terminal events, free the engine. Safe to call twice."""
 

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _ENDING = "the server is ending"
 _CONFIRM_SECONDS = 5.0  # an engine's time to confirm aborts when the server ends
+_CLOSE_SECONDS = 15.0  # its time to close; a process is killed before, a thread can only be left behind
 _RETRY_SECONDS = 1.0  # what Retry-After says while the server ends
 
 
@@ -74,6 +75,8 @@ class EnginePool:
         self._info: EngineInfo | None = None
         self._draining = False
         self._closed = False
+        self._finished = False
+        self._killed = threading.Event()
         self._totals = dict.fromkeys(("accepted", "ended", "refused", "timed_out", "resubmitted"), 0)
         self._thread: threading.Thread | None = None
         if background:
@@ -222,15 +225,34 @@ class EnginePool:
         self._end_all()
         if self._thread is not None and threading.current_thread() is not self._thread:
             self._thread.join()
-        handles = [slot.handle for slot in self._slots if slot.handle is not None]
-        closers = [threading.Thread(target=handle.close) for handle in handles]
+        handles = [] if self._finished else self._handles()
+        closers = [threading.Thread(target=handle.close, daemon=True) for handle in handles]
         for closer in closers:
             closer.start()
+        deadline = time.monotonic() + _CLOSE_SECONDS
         for closer in closers:
-            closer.join()
+            while closer.is_alive() and time.monotonic() < deadline:
+                if self._killed.is_set():
+                    deadline = min(deadline, time.monotonic() + 1.0)
+                closer.join(0.02)
+        self._finished = True
         for flight in list(self._flights.values()):
             if self._end(flight):
                 call_sink(flight.sink, flight.error(_ENDING, UNAVAILABLE))
+
+    def kill(self) -> None:
+        """Close, and do not wait for steps to end; it hurries a ``close`` that does."""
+        with self._changed:
+            self._draining = self._closed = True
+            self._killed.set()
+        self._end_all()
+        for handle in self._handles():
+            handle.kill(_ENDING)
+        self.close()
+
+    def _handles(self) -> list[EngineHandle]:
+        with self._lock:
+            return [slot.handle for slot in self._slots if slot.handle is not None]
 
     def _end_all(self) -> None:
         with self._lock:

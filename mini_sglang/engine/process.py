@@ -139,6 +139,15 @@ class ProcessEngine:
             if request_id in self._entries and self._state == "ready":
                 self._send(self._codec.encode(Abort(request_id, reason)))
 
+    def kill(self, why: str) -> None:
+        """Kill the child; each of its requests is told ``why``."""
+        with self._lock:
+            if self._state in ("starting", "ready"):
+                self._failure = why
+            self._kill_at = time.monotonic()
+            if self._child is not None:
+                self._child.kill()
+
     def close(self) -> None:
         """Abort what runs, deliver the terminal events and end the child, by force after 5 s."""
         with self._lock:
@@ -162,7 +171,8 @@ class ProcessEngine:
     def _run(self) -> None:
         reason = "the server could not start it"
         try:
-            child = ChildProcess(f"{self._thread.name}-journal", unix_sockets=self._unix_sockets)
+            name = f"{self._thread.name}-journal"
+            child = ChildProcess(self.index, name, unix_sockets=self._unix_sockets)
             with self._lock:
                 self._child = child
                 if self._state != "starting":
@@ -233,8 +243,6 @@ class ProcessEngine:
             if self._notify is not None:
                 self._notify(message.line)
         elif isinstance(message, Ready):
-            # Both sockets are connected: nothing is left on disk to clean up later.
-            child.forget_folder()
             with self._lock:
                 self._info = message.info
                 if self._state == "starting":

@@ -8,6 +8,7 @@ parent does; standard output is the journal of what was started.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import importlib
 import logging
@@ -18,6 +19,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mini_sglang.config import Settings
@@ -58,12 +61,22 @@ class Child:
 
     The journal gets the serial of a request before its first step runs. A write to a pipe is in the
     kernel's hands at once, so that it outlives a step that kills this process; a message may not.
+
+    Args:
+        forget_sockets: called once both sockets are connected.
     """
 
-    def __init__(self, commands: zmq.Socket[bytes], messages: zmq.Socket[bytes], journal: int) -> None:
+    def __init__(
+        self,
+        commands: zmq.Socket[bytes],
+        messages: zmq.Socket[bytes],
+        journal: int,
+        forget_sockets: Callable[[], None],
+    ) -> None:
         self._commands = commands
         self._messages = messages
         self._journal = journal
+        self._forget_sockets = forget_sockets
         self._codec = Codec()
         self._serials: dict[str, int] = {}
         self._told_stats = 0.0
@@ -77,6 +90,9 @@ class Child:
             self._send(Hello(self._commands.getsockopt_string(zmq.LAST_ENDPOINT)))
             setup = self._codec.command(self._commands.recv())
             assert isinstance(setup, Setup)
+            # Both sockets are connected: nothing is left on disk to clean up later.
+            self._forget_sockets()
+            _die_with_parent()
             _log_to_stderr(setup)
             settings = Settings.resolve(dict(setup.settings), {})
             if settings.step_timeout:
@@ -165,9 +181,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", required=True, metavar="MODULE:FUNCTION")
     parser.add_argument("--commands", required=True, metavar="ADDRESS")
     parser.add_argument("--messages", required=True, metavar="ADDRESS")
+    parser.add_argument("--engine", metavar="N", help="its number, which only the list of processes shows")
     options = parser.parse_args(arguments)
     journal = _take_stdout()
-    _end_with_parent()
+    forget_sockets = partial(_remove_sockets, options.commands, options.messages)
+    _end_with_parent(forget_sockets)
     import zmq
 
     context = zmq.Context()
@@ -185,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
             core: EngineCore = getattr(importlib.import_module(module), function)(*given)
             return core
 
-        return Child(commands, messages, journal).run(make_core)
+        return Child(commands, messages, journal, forget_sockets).run(make_core)
     finally:
         messages.close(linger=2000)
         commands.close(linger=0)
@@ -199,24 +217,41 @@ def _take_stdout() -> int:
     return journal
 
 
-def _end_with_parent() -> None:
-    """End at once when the parent is gone, whatever it died of; its signals are not ours.
+def _remove_sockets(*addresses: str) -> None:
+    """Remove Unix sockets and their folder, which is private to them."""
+    paths = [Path(address.removeprefix("ipc://")) for address in addresses if address.startswith("ipc://")]
+    with contextlib.suppress(OSError):
+        for path in paths:
+            path.unlink(missing_ok=True)
+        for folder in {path.parent for path in paths}:
+            folder.rmdir()
+
+
+def _end_with_parent(clean_up: Callable[[], None]) -> None:
+    """End when the parent is gone, whatever it died of; its signals are not ours.
 
     A terminal's Ctrl-C and a service manager's SIGTERM reach every process; the parent decides then.
     """
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-    if sys.platform == "linux":
-        # Also where a step holds the interpreter's lock, so that no Python thread could act.
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
     def wait_for_the_end() -> None:
         while os.read(0, 1):
             pass
+        clean_up()
         os._exit(0)
 
     threading.Thread(target=wait_for_the_end, name="mini-sglang-parent", daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """Die at once when the parent is gone, also where a step holds the interpreter's lock.
+
+    Only once there is nothing to clean up: it leaves no time for that.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def _log_to_stderr(setup: Setup) -> None:

@@ -110,7 +110,9 @@ class EngineSlot:
         self._failures = min(self._failures + 1, 16)
         self.failure = failure or f"engine {self.index} died"
         self.start_at = now + backoff
-        logger.error("%s; it is started again in %.1f s", self.failure, backoff)
+        # A first start that fails everywhere ends the server, which then says why: once is enough.
+        level = logging.INFO if self.never_started and self.restarts == 0 else logging.ERROR
+        logger.log(level, "%s; it is started again in %.1f s", self.failure.rstrip("."), backoff)
 
 
 class EngineSlots:

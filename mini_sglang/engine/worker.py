@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 from mini_sglang.engine.engine import EngineCore
@@ -26,6 +27,10 @@ from mini_sglang.types import FinishReason, TokenEvent
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class _KilledError(MiniSglangError):
+    """Ends the thread; what it says is the engine's failure."""
 
 
 class EngineThread:
@@ -139,6 +144,15 @@ class EngineThread:
                 if not self._thread.is_alive():
                     raise EngineError(self._closed or "the engine has ended") from None
 
+    def kill(self, why: str) -> None:
+        """Have the engine die after the step it is in; nothing can end that."""
+
+        def die() -> None:
+            raise _KilledError(why)
+
+        with suppress(EngineError):
+            self._send(die)
+
     def close(self) -> None:
         """Abort what runs, deliver the terminal events and end the thread. Safe to call twice."""
         with self._lock:
@@ -183,11 +197,11 @@ class EngineThread:
 
     def _die(self, error: BaseException) -> None:
         started = hasattr(self, "core")
-        if started or not isinstance(error, MiniSglangError):
+        said = isinstance(error, _KilledError) or (isinstance(error, MiniSglangError) and not started)
+        if not said:
             logger.exception("the engine died")
         with self._lock:
             self._state = "dead"
-            said = isinstance(error, MiniSglangError) and not started
             self._closed = str(error) if said else f"the engine died: {error!r:.200}"
         if started:
             self._end_all(FinishReason.ERROR, self._closed)

@@ -7,6 +7,7 @@ Jinja's immutable sandbox, sees plain data only, and is stopped after ``RENDER_S
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
@@ -52,6 +54,7 @@ class ChatTemplate:
         Args:
             messages: as ``plain_messages`` gives them.
             add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: end where the text of the last message, which must have one, ends.
             tools: JSON schemas of functions the model may call.
             template_kwargs: further variables of this model's template (``enable_thinking``).
 
@@ -62,6 +65,12 @@ class ChatTemplate:
         name = "tool_use" if tools and "tool_use" in self.sources else "default"
         template = self._compiled.get(name) or self._compile(name)
         variables = {**self._special_tokens, **(template_kwargs or {})}
+        mark = ""
+        if continue_final_message:
+            # Cut off again after rendering, with what the template writes behind it. Random, so that no
+            # message has it; not white space, so that a template which strips leaves what is before it.
+            mark = "\ue000" + secrets.token_hex(8)
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + mark}]
         fixed = {
             "messages": messages,
             "tools": tools or None,
@@ -73,12 +82,19 @@ class ChatTemplate:
             raise InvalidValueError("template_kwargs", clash[0], "a name that is not already an argument")
         try:
             with template.environment.time_limit():  # type: ignore[attr-defined]
-                return template.render(**variables, **fixed)
+                rendered = template.render(**variables, **fixed)
         except Exception as error:
             reason = str(error)[:200].rstrip(".") or type(error).__name__
             raise InvalidValueError(
                 "messages", list(messages), f"a conversation the model's chat template accepts ({reason})"
             ) from None
+        if not mark:
+            return rendered
+        text, found, _ = rendered.rpartition(mark)
+        if not found:
+            allowed = "left out: the model's chat template does not show the last message as it is"
+            raise InvalidValueError("continue_final_message", True, allowed)
+        return text
 
     def _compile(self, name: str) -> Template:
         if name not in self.sources:

@@ -28,6 +28,8 @@ class StopMatcher:
         Safe is what no stop string can swallow any more, whatever comes next. After a match the safe part
         ends where the match begins, and every later call gives nothing but the same match.
         """
+        if not self._stops:  # as most requests have it, token after token
+            return text, None
         if self._matched is not None:
             return "", self._matched
         text = self._held + text

@@ -79,6 +79,7 @@ class Tokenizer:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
@@ -90,6 +91,7 @@ class Tokenizer:
         Args:
             messages: each with ``role`` and ``content``, a text or a list of ``{"type": "text"}`` parts.
             add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: end where the text of the last message ends.
             tools: JSON schemas of functions the model may call.
             template_kwargs: further variables of this model's template.
 
@@ -111,6 +113,7 @@ class Tokenizer:
         rendered = template.render(
             shown,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             tools=shown_tools,
             template_kwargs=shown_kwargs,
         )

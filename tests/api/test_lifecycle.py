@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import signal
@@ -120,6 +122,31 @@ def test_a_slow_upload_is_given_up(shared: Server) -> None:
     assert status == 408 and headers["connection"] == "close"
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: local"], ids=["nothing", "half"])
+def test_a_client_that_sends_no_whole_head_is_given_up(shared: Server, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=LIMIT_S) as connection:
+        connection.sendall(sent)
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            assert connection.recv(100) == b""
+    assert time.monotonic() - started > 0.5
+
+
+def test_a_kept_connection_may_rest_between_requests_and_not_within_one(shared: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", shared.port, timeout=LIMIT_S)
+    with contextlib.closing(connection):
+        connection.connect()
+        first = connection.sock
+        for _ in range(2):
+            connection.request("GET", "/health")
+            response = connection.getresponse()
+            assert response.status == 200 and response.read() and connection.sock is first
+            time.sleep(1.3)  # longer than READ_TIMEOUT
+        first.sendall(b"GET /health HTTP/1.1\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert first.recv(100) == b""
+
+
 def test_a_foreign_host_on_the_loopback_is_refused(shared: Server) -> None:
     assert shared.request("GET", "/health", headers={"Host": "evil.example"})[0] == 400
 
@@ -169,10 +196,12 @@ def test_a_second_sigterm_ends_at_once(own: Any) -> None:
 
 def test_engines_in_processes_leave_nothing_behind(own: Any, tmp_path: Path) -> None:
     server = own(ENGINE_ISOLATION="process", TMPDIR=str(tmp_path), NUM_ENGINES="2").wait_ready()
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    assert len(children) == 2
     status, _, body = server.request("POST", "/generate", SHORT | {"max_new_tokens": 5, "regex": "[ab]+"})
     assert status == 200 and lines_of(body)[-1]["completion_tokens"] == 5
+    # Two engines, and the helpers that try grammars.
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    assert sum("mini_sglang.engine.process_main" in child.cmdline() for child in children) == 2
+    assert len(children) > 2
     assert server.end(signal.SIGINT) == 0
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith("log")]

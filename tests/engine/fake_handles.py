@@ -67,6 +67,9 @@ class FakeHandle:
     def stats(self) -> dict[str, int]:
         return dict(self.counters)
 
+    def kill(self, why: str) -> None:
+        self.die(why)
+
     def close(self) -> None:
         if self.state != "dead":
             self.state = "closed"

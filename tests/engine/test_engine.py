@@ -62,6 +62,16 @@ def test_a_step_that_raises_fails_its_batch_only(k: int, chunked: bool) -> None:
         assert driver.run(prompt, wanted).token_ids == reference(prompt, wanted).token_ids
 
 
+def test_a_failure_without_words_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = driver_with()
+
+    def run(steps: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(backend_of(driver), "run", run)
+    assert "MemoryError" in (driver.run(PROMPT, params(4)).error or "")
+
+
 @pytest.mark.parametrize("call", [0, 1, 5])
 def test_a_row_that_is_not_finite_fails_alone(call: int) -> None:
     driver = driver_with()

@@ -18,7 +18,7 @@ from mini_sglang.types import FinishReason, SamplingParams, TokenEvent
 
 from .fake_backend import FakeBackend, KVCorruption, make_core, reference
 from .fake_handles import Bench, Inbox, work
-from .test_worker import PROMPT, WAIT, Receiver
+from .test_worker import PROMPT, WAIT, Receiver, in_time
 
 
 def test_a_request_goes_to_an_engine_and_its_events_come_back() -> None:
@@ -355,6 +355,23 @@ def test_close_ends_everything_even_where_an_engine_says_nothing() -> None:
     bench.pool.close()
     for inbox in inboxes:
         assert (inbox.last.finish, inbox.last.error_kind) == (FinishReason.ERROR, UNAVAILABLE)
+
+
+def test_kill_does_not_wait_for_an_engine_that_never_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mini_sglang.engine.pool._CLOSE_SECONDS", 10 * WAIT)
+    bench = Bench().open()
+    inboxes = [bench.submit(name) for name in "ab"]
+    never = threading.Event()
+    bench[0].close = lambda: never.wait() and None  # type: ignore[method-assign]
+    bench[0].kill = lambda why: None  # type: ignore[method-assign]
+    closing = threading.Thread(target=bench.pool.close, daemon=True)
+    closing.start()
+    in_time(bench.pool.kill)
+    closing.join(WAIT)
+    assert not closing.is_alive() and bench[1].state == "dead" and not never.is_set()
+    for inbox in inboxes:
+        assert (inbox.last.finish, inbox.last.error_kind) == (FinishReason.ERROR, UNAVAILABLE)
+    never.set()
 
 
 @pytest.mark.parametrize("mode", ["rr", "fsfs", "random", "cache_aware"])

@@ -324,18 +324,45 @@ def test_a_child_ends_with_its_parent(token: int) -> None:
 def test_a_child_ends_when_its_standard_input_does(tmp_path: Path) -> None:
     """What holds where the system does not tell a process of its parent's end."""
     arguments = ["--backend", BACKEND + "slow"]
-    arguments += ["--commands", f"ipc://{tmp_path}/c", "--messages", f"ipc://{tmp_path}/m"]
+    folder = tmp_path / "private"
+    folder.mkdir()
+    arguments += ["--commands", f"ipc://{folder}/c", "--messages", f"ipc://{folder}/m"]
     child = subprocess.Popen(
         [sys.executable, "-m", "mini_sglang.engine.process_main", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
-    until((tmp_path / "c").exists)
+    until((folder / "c").exists)
     assert child.poll() is None and child.stdin is not None and child.stdout is not None
     child.stdin.close()
     assert child.wait(WAIT) == 0
     child.stdout.close()
+    assert not folder.exists()
+
+
+def test_the_sockets_are_gone_while_it_still_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a server which is killed then leaves none."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    lines: list[str] = []
+    engine = ProcessEngine(0, resolve(), BACKEND + "slow", notify=lines.append)
+    until(lambda: lines == ["slow"])
+    assert engine.state == "starting" and list(tmp_path.iterdir()) == []
+    engine.close()
+
+
+def test_kill_ends_a_step_and_tells_why() -> None:
+    with running() as engine:
+        receiver = submit(engine, "r", [HANG] * 5)
+        until(lambda: all(entry.started for entry in engine._by_serial.values()))
+        engine.kill("it is of no use")
+        answer = receiver.wait()
+        assert (answer.finish, answer.error) == (FinishReason.ERROR, "it is of no use")
+        assert receiver.last_kind == ENGINE_DIED
+        until(lambda: engine.state == "dead")
+        assert engine.failure == "it is of no use"
+        engine.kill("again")
+        assert engine.failure == "it is of no use"
 
 
 def test_the_childs_settings_are_the_parents_without_its_secrets(tmp_path: Path) -> None:

@@ -77,6 +77,33 @@ def test_renders_what_transformers_renders(
     assert ours == oracle
 
 
+@pytest.mark.parametrize(
+    "source", [CHATML, LLAMA3, MISTRAL, TOOLS], ids=["chatml", "llama", "mistral", "tools"]
+)
+@pytest.mark.parametrize("text", ["Four", "Four, 四, 😀", "Four. Four", "## What is"])
+def test_goes_on_with_the_last_message_as_transformers_does(source: str, text: str) -> None:
+    messages = [USER, {"role": "assistant", "content": text}]
+    oracle = OracleTokenizer(tokenizer_object=qwen_like(), **SPECIAL).apply_chat_template(
+        messages, chat_template=source, tokenize=False, continue_final_message=True
+    )
+    template = ChatTemplate(source, SPECIAL)
+    plain = plain_messages(messages)
+    ours = template.render(plain, add_generation_prompt=False, continue_final_message=True)
+    assert ours == oracle and ours.endswith(text)
+    assert plain == plain_messages(messages)
+
+
+def test_white_space_at_the_end_is_gone_on_with_too() -> None:
+    """Also where the template strips: it is where the model was stopped."""
+    messages = plain_messages([USER, {"role": "assistant", "content": " Four \n"}])
+    options: Any = {"add_generation_prompt": False, "continue_final_message": True}
+    stripping = ChatTemplate("{% for m in messages %}[{{ m.content | trim }}]{% endfor %}", {})
+    assert stripping.render(messages, **options).endswith("[Four \n")
+    silent = ChatTemplate("{% for m in messages %}{{ m.content | length }}{% endfor %}", {})
+    with pytest.raises(InvalidValueError, match="does not show the last message"):
+        silent.render(messages, **options)
+
+
 def test_tools_choose_the_template_made_for_them() -> None:
     template = ChatTemplate({"default": "plain", "tool_use": "with {{ tools | length }}"}, {})
     assert template.render([USER]) == "plain"

@@ -102,8 +102,11 @@ class _Choice:
         if self.finish is not None:
             pieces += self.parser.finish()
         self.logprobs.extend(step.logprobs)
-        self.reasoning += "".join(piece.text for piece in pieces if piece.kind == "reasoning")
-        self.called = self.called or any(piece.kind == "call" for piece in pieces)
+        for piece in pieces:
+            if piece.kind == "reasoning":
+                self.reasoning += piece.text
+            elif piece.kind == "call":
+                self.called = True
         return pieces
 
     def finish_reason(self, called: bool) -> str | None:

@@ -67,7 +67,7 @@ REFUSED: Mapping[str, str] = {
     "prediction": "predicted outputs are not supported",
     "web_search_options": "the server does not search the web",
     "moderation": "the server does not moderate",
-    "continue_final_message": "an answer always begins a new turn",
+    "continue_final_message": "only /v1/chat/completions can go on with a message",
     "background": "an answer is given to who waits for it",
     "conversation": "use previous_response_id",
     "prompt": "prompt templates are not stored here; write the input out",
@@ -96,6 +96,8 @@ class OpenAIForm(Form):
             for name in [name for name in body if name not in self.fields]:
                 _refuse(name, body.pop(name), self.fields)
         values = super().read(body)
+        if "structured_outputs" in values:
+            values["structured_outputs"] = STRUCTURED_OUTPUTS.read(values["structured_outputs"])
         if "stream_options" in values:
             if not values.get("stream"):
                 raise InvalidValueError(
@@ -128,6 +130,16 @@ STREAM_OPTIONS = OpenAIForm(
 
 _JSON_SCHEMA = AnyOf((FreeObject(), Text(MAX_SCHEMA_CHARS)), "a JSON schema, as an object or its text")
 _PATTERN = Text(MAX_SCHEMA_CHARS, 1)
+_CHOICES = ListOf(Text(4096, 1), 1024, 1)
+STRUCTURED_OUTPUTS = OpenAIForm(
+    {
+        "json": Field(_JSON_SCHEMA, "a JSON schema the answer follows", nullable=True),
+        "regex": Field(_PATTERN, "a regular expression the whole answer matches", nullable=True),
+        "grammar": Field(_PATTERN, "a grammar (EBNF or Lark) the whole answer follows", nullable=True),
+        "choice": Field(_CHOICES, "the answer is one of these texts", nullable=True),
+        "json_object": Field(Boolean(), "the answer is a JSON object", nullable=True),
+    }
+)
 
 
 def _sampling() -> dict[str, Field]:
@@ -148,8 +160,11 @@ def _sampling() -> dict[str, Field]:
         "guided_json": Field(_JSON_SCHEMA, "vLLM's name of json_schema", nullable=True),
         "guided_regex": Field(_PATTERN, "vLLM's name of regex", nullable=True),
         "guided_grammar": Field(_PATTERN, "vLLM's name of ebnf", nullable=True),
-        "guided_choice": Field(
-            ListOf(Text(4096, 1), 1024, 1), "the answer is one of these texts", nullable=True
+        "guided_choice": Field(_CHOICES, "the answer is one of these texts", nullable=True),
+        "structured_outputs": Field(
+            FreeObject(16, STRUCTURED_OUTPUTS.schema()),
+            "vLLM's way to say one of these: json, regex, grammar, choice or json_object",
+            nullable=True,
         ),
         "cache_salt": CACHE_SALT,
     }
@@ -208,6 +223,9 @@ CHAT = OpenAIForm(
         "store": _ignored("a chat completion is never kept"),
         "add_generation_prompt": Field(
             Boolean(), "open the assistant's turn after the messages", nullable=True, default=True
+        ),
+        "continue_final_message": Field(
+            Boolean(), "go on with the last message, which is the assistant's", nullable=True, default=False
         ),
         **_CHAT_EXTENSIONS,
         **_sampling(),

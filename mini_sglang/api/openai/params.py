@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -55,9 +55,9 @@ def sampling_params(
     given["max_new_tokens"] = MAX_NEW_TOKENS_LIMIT if max_tokens is None else max_tokens
     found = [(name, _constraint(name, values[name])) for name in _CONSTRAINTS if name in values]
     if "guided_choice" in values:
-        found.append(
-            ("guided_choice", {"regex": "|".join(re.escape(text) for text in values["guided_choice"])})
-        )
+        found.append(("guided_choice", _one_of(values["guided_choice"])))
+    if "structured_outputs" in values:
+        found += _structured(values["structured_outputs"])
     if constraint:
         found.append(("response_format or tool_choice", dict(constraint)))
     if len(found) > 1:
@@ -116,6 +116,28 @@ def shown_error(error: InvalidValueError, prompt_field: str) -> InvalidValueErro
     """The same error in the words of this API's fields."""
     name = prompt_field if error.field == "prompt" else _NAMES.get(error.field, error.field)
     return error if name == error.field else type(error)(name, error.value, error.allowed)
+
+
+def _structured(outputs: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What the fields of ``structured_outputs`` demand, by their names."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for name, value in outputs.items():
+        if name == "choice":
+            demand = _one_of(value)
+        elif name == "json_object":
+            demand = {"json_object": True} if value else {}
+        else:
+            demand = _constraint(f"guided_{name}", value)
+        if demand:
+            found.append((f"structured_outputs.{name}", demand))
+    if not found:
+        allowed = "an object with one of json, regex, grammar, choice and json_object"
+        raise InvalidValueError("structured_outputs", dict(outputs), allowed)
+    return found
+
+
+def _one_of(texts: Sequence[str]) -> dict[str, Any]:
+    return {"regex": "|".join(re.escape(text) for text in texts)}
 
 
 def _constraint(name: str, value: Any) -> dict[str, Any]:

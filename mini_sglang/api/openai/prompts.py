@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mini_sglang.api.openai.answer import AnswerParser
 from mini_sglang.api.openai.models import Traits
 from mini_sglang.api.openai.params import response_constraint, sampling_params
-from mini_sglang.api.openai.reasoning import OPEN_TAG, ThinkParser
+from mini_sglang.api.openai.reasoning import CLOSE_TAG, OPEN_TAG, ThinkParser
 from mini_sglang.api.openai.tools import Tools
 from mini_sglang.errors import InvalidValueError
 from mini_sglang.types import SamplingParams
@@ -27,6 +27,7 @@ class Conversation:
     Attributes:
         template: further arguments of ``Tokenizer.encode_chat``.
         params: with ``max_new_tokens`` still open where the client named none.
+        begun: the text of the last message, which the answer goes on with; ``None`` where it begins anew.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -35,6 +36,7 @@ class Conversation:
     params: SamplingParams
     separate: bool
     traits: Traits
+    begun: str | None = None
 
     async def encode(self, service: Service) -> list[int]:
         return await service.encode(self.messages, template=self.template)
@@ -44,9 +46,16 @@ class Conversation:
         thinking = None
         # A grammar leaves no room for thoughts.
         if self.traits.thinks and self.separate and self.params.grammar is None:
-            end = service.tokenizer.decode(ids[-_LAST_TOKENS:], skip_special=False)
-            thinking = ThinkParser(starts_inside=end.rstrip().endswith(OPEN_TAG))
+            thinking = self._think_parser(service, ids)
         return AnswerParser(thinking, self.tools.parser(self.traits.formats))
+
+    def _think_parser(self, service: Service, ids: Sequence[int]) -> ThinkParser | None:
+        begun = (self.begun or "").strip()
+        if begun and not begun.endswith(OPEN_TAG):
+            _, opened, thought = begun.rpartition(OPEN_TAG)
+            return ThinkParser(continues=True) if opened and CLOSE_TAG not in thought else None
+        end = service.tokenizer.decode(ids[-_LAST_TOKENS:], skip_special=False)
+        return ThinkParser(starts_inside=end.rstrip().endswith(OPEN_TAG))
 
 
 async def reasoning_tokens(service: Service, thoughts: Sequence[str]) -> int:
@@ -92,12 +101,30 @@ def make_conversation(
     top = values.get("top_logprobs", 0)
     if top and not logprobs:
         raise InvalidValueError("top_logprobs", top, "0 unless logprobs is true")
+    begun = _begun(messages, values)
     template = {
         "tools": tools.shown,
         "template_kwargs": traits.template_kwargs(values, effort),
-        "add_generation_prompt": values.get("add_generation_prompt", True),
+        "add_generation_prompt": values.get("add_generation_prompt", begun is None),
+        "continue_final_message": begun is not None,
     }
     params = sampling_params(
         values, max_tokens=max_tokens, constraint=constraint, logprobs=logprobs, top_logprobs=top
     )
-    return Conversation(messages, tools, template, params, values.get("separate_reasoning", True), traits)
+    separate = values.get("separate_reasoning", True)
+    return Conversation(messages, tools, template, params, separate, traits, begun)
+
+
+def _begun(messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str | None:
+    """The text that the answer goes on with, where ``continue_final_message`` asks for that."""
+    if not values.get("continue_final_message"):
+        return None
+    last = messages[-1]
+    text = last.get("content")
+    if last["role"] != "assistant" or "tool_calls" in last or not isinstance(text, str):
+        allowed = "left out unless the last message is the assistant's, with a text and no calls"
+        raise InvalidValueError("continue_final_message", True, allowed)
+    if values.get("add_generation_prompt"):
+        allowed = "false where add_generation_prompt is true: an answer goes on or begins anew"
+        raise InvalidValueError("continue_final_message", True, allowed)
+    return text

@@ -27,11 +27,12 @@ class ThinkParser:
 
     Args:
         starts_inside: whether the prompt ended with the opening tag.
+        continues: whether it ended within a thought, which the answer goes on with.
     """
 
-    def __init__(self, *, starts_inside: bool = False) -> None:
+    def __init__(self, *, starts_inside: bool = False, continues: bool = False) -> None:
         self._state: Literal["before", "open", "inside", "closed", "after"] = (
-            "open" if starts_inside else "before"
+            "inside" if continues else "open" if starts_inside else "before"
         )
         self._starts_inside = starts_inside
         self._held = ""

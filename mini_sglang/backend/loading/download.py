@@ -156,13 +156,13 @@ def download(file: RemoteFile, part: Path, *, timeout: float, progress: Progress
     Raises:
         HubUnreachable: ``timeout`` seconds without a byte, or a connection that breaks off again and again.
         HubError: the content has another size or checksum than listed, or is refused.
-        OSError: ``part`` cannot be written; a full disk takes ``part`` with it.
+        OSError: ``part`` cannot be written; a full disk takes ``part`` with it, as does a limit on files.
     """
     resumed = part.exists() and part.stat().st_size > 0
     try:
         _transfer(file, part, timeout, progress)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             part.unlink(missing_ok=True)
         raise
     if _checksum_holds(file, part):
