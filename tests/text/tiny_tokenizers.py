@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,11 @@ def _sentencepiece_bpe() -> Tokenizer:
     base = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
-    trainer = trainers.BpeTrainer(vocab_size=300, limit_alphabet=60, show_progress=False)
-    trained.train_from_iterator(CORPUS, trainer)
+    # The trainer's own limit picks among characters that are equally frequent by chance.
+    counts = Counter("".join(CORPUS))
+    common = set(sorted(counts, key=lambda char: (-counts[char], char))[:60])
+    texts = ["".join(char for char in text if char in common) for text in CORPUS]
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, show_progress=False))
     learned = json.loads(trained.to_str())["model"]
     vocab = {text: index for index, text in enumerate(base)}
     for text, _ in sorted(learned["vocab"].items(), key=lambda item: item[1]):
