@@ -3,11 +3,11 @@
     python benchmarks/http_bench.py [--model FOLDER_OR_GGUF | --tiny] [--rounds 5] [--new 64] [--json FILE]
 
 Both sides have the same engine settings, prompts and token counts, and take turns over rounds; figures are
-medians, ratios and differences those of neighbours in time. Over HTTP a `mini-sglang serve` process on the loopback answers `POST /generate` with
-`"stream": true`; in process `mini_sglang.Engine` does. No prompt of the throughput rounds comes twice, so
-nothing of it is cached; the first-token rounds ask for one cached prompt again and again, over a connection
-that is kept. Client, server and engine share the machine's cores: the client only gathers bytes while the
-clock runs, and counts the ids afterwards.
+medians, ratios and differences those of neighbours in time. Over HTTP a `mini-sglang serve` process on the
+loopback answers `POST /generate` with `"stream": true`; in process `mini_sglang.Engine` does. No prompt of
+the throughput rounds comes twice, so nothing of it is cached; the first-token rounds ask for one cached
+prompt again and again, over a connection that is kept. Client, server and engine share the machine's cores:
+the client only gathers bytes while the clock runs, and counts the ids afterwards.
 
 Exit status 1 where an answer has not its number of tokens, the throughput ratio is under ``--least-ratio``,
 or the first byte comes later than the first token in process by ``--most-ms`` or more.
