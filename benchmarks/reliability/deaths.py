@@ -61,8 +61,9 @@ class Stage:
         return file
 
     def engine(self, index: int) -> psutil.Process:
-        (found,) = [one for one in self.server.children() if one.cmdline()[-2:] == ["--engine", str(index)]]
-        return found
+        found = [one for one in self.server.children() if _arguments(one)[-2:] == ["--engine", str(index)]]
+        (engine,) = found
+        return engine
 
     def restarts(self) -> int:
         """How often engine 0 was started again."""
@@ -165,6 +166,13 @@ def hang_at_start(row: Row, on: Stage) -> None:
     _truth(row, watch)
     row.check("never ready while its first step hangs", states, "ready" not in states[1:])
     on.aftermath(row)
+
+
+def _arguments(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # also one that has ended and was not waited for yet
+        return []
 
 
 def suspend_one(row: Row, on: Stage) -> None:

@@ -45,6 +45,7 @@ class Checker:
         self._turns = threading.BoundedSemaphore(_HELPERS)
         self._lock = threading.Lock()
         self._idle: list[_Helper] = []
+        self._starting: set[_Helper] = set()
         self._closed = False
 
     def check(self, kind: str, text: str) -> str | None:
@@ -83,6 +84,8 @@ class Checker:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
+            for helper in self._starting:
+                helper.interrupt()
         for helper in idle:
             helper.kill()
 
@@ -91,12 +94,25 @@ class Checker:
             with self._lock:
                 helper = self._idle.pop() if self._idle else None
             if helper is None:
-                helper = _Helper(self._tokens)
+                helper = self._start()
                 self._start_spare()
                 return helper
             if helper.alive:
                 return helper
             helper.kill()
+
+    def _start(self) -> _Helper:
+        helper = _Helper()
+        with self._lock:
+            self._starting.add(helper)
+            if self._closed:
+                helper.interrupt()
+        try:
+            helper.start(self._tokens)
+        finally:
+            with self._lock:
+                self._starting.discard(helper)
+        return helper
 
     def _give_back(self, helper: _Helper) -> None:
         with self._lock:
@@ -110,7 +126,7 @@ class Checker:
 
         def start() -> None:
             with contextlib.suppress(EngineError):
-                self._give_back(_Helper(self._tokens))
+                self._give_back(self._start())
 
         with self._lock:
             if self._idle or self._closed:
@@ -119,9 +135,9 @@ class Checker:
 
 
 class _Helper:
-    """One helper process."""
+    """One helper process, of use after ``start``."""
 
-    def __init__(self, tokens: Sequence[bytes]) -> None:
+    def __init__(self) -> None:
         root = str(Path(__file__).parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
@@ -135,6 +151,9 @@ class _Helper:
             )
         except OSError as error:
             raise EngineError(f"The helper that checks grammars cannot be started: {error}.") from None
+
+    def start(self, tokens: Sequence[bytes]) -> None:
+        """Raises EngineError, and ends it, where it cannot be started."""
         lengths = json.dumps([len(token) for token in tokens]).encode()
         if self._exchange([lengths, b"".join(tokens)], _START_SECONDS) != _READY:
             self.kill()
@@ -148,6 +167,10 @@ class _Helper:
         """The helper's sentence, empty for a good grammar; None where none came in time or it died."""
         answer = self._exchange([kind.encode(), text.encode()], seconds)
         return None if answer is None else answer.decode("utf-8", "replace")
+
+    def interrupt(self) -> None:
+        """End it while another thread waits for it: that thread's wait ends too."""
+        self._process.kill()
 
     def kill(self) -> None:
         self._process.kill()

@@ -86,3 +86,17 @@ def test_a_tokenizer_that_fits_no_grammar_is_told_to_the_request_that_has_one() 
     prepare_quietly(grammars)
     with pytest.raises(ModelLoadError):
         grammars.new(SamplingParams(regex="a"))
+
+
+def test_closing_does_not_wait_for_a_helper_that_hangs_while_it_starts(tokenizer: Tokenizer) -> None:
+    before = helpers()
+    grammars = GrammarCompiler(tokenizer.vocabulary, tokenizer.vocab_size, tokenizer.eos_ids)
+    preparing = threading.Thread(target=prepare_quietly, args=(grammars,))
+    preparing.start()
+    settle(lambda: bool(helpers() - before), "a helper")
+    for pid in helpers() - before:
+        psutil.Process(pid).suspend()
+    grammars.close()
+    preparing.join(30)
+    assert not preparing.is_alive()
+    settle(lambda: not helpers() - before, "the end of the helpers")
