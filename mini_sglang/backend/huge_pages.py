@@ -6,9 +6,12 @@ import ctypes
 import mmap
 import sys
 
+import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
+_CACHE_LINE = 64
+_CHUNK_BYTES = 32 << 20
 
 
 def advise_huge_pages(tensor: Tensor) -> None:
@@ -21,3 +24,24 @@ def advise_huge_pages(tensor: Tensor) -> None:
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         madvise(start, length, mmap.MADV_HUGEPAGE)
+
+
+class Arena:
+    """Room for what is kept as long as the process needs any of it: a huge page is larger than most matrices.
+
+    Chunks are taken from the system as they are needed, and cost memory only where they are written.
+    """
+
+    def __init__(self) -> None:
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def empty(self, count: int) -> Tensor:
+        """``count`` bytes, uint8, at the start of a cache line."""
+        if self._used + count > len(self._chunk):
+            self._chunk = torch.empty(max(count, _CHUNK_BYTES) + _CACHE_LINE, dtype=torch.uint8)
+            self._used = -self._chunk.data_ptr() % _CACHE_LINE
+            advise_huge_pages(self._chunk)
+        room = self._chunk[self._used : self._used + count]
+        self._used += -(-count // _CACHE_LINE) * _CACHE_LINE
+        return room

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.device import cpu_has_bf16
-from mini_sglang.backend.huge_pages import advise_huge_pages
+from mini_sglang.backend.huge_pages import Arena
 from mini_sglang.backend.kernels.build import BuildError, build_library
 from mini_sglang.backend.kernels.jobs import Attention, Job, Listed, Product, SequenceTable
 from mini_sglang.backend.loading.ggml_types import GGMLType
@@ -73,6 +73,7 @@ class NativeKernels:
             function = getattr(lib, f"kernels_{name}")
             function.restype, function.argtypes = result, arguments
         self._lib = lib
+        self._arena = Arena()
         self._run = lib.kernels_run
         self._handle: int | None = lib.kernels_open(threads, variant.encode())
         if self._handle is None:
@@ -190,8 +191,7 @@ class NativeKernels:
         columns = row_bytes // type.block_bytes * type.block_size
         number = _FORMATS[type.name]
         blocks = blocks.contiguous()
-        packed = torch.empty(self._lib.kernels_packed_bytes(number, rows, columns), dtype=torch.uint8)
-        advise_huge_pages(packed)
+        packed = self._arena.empty(self._lib.kernels_packed_bytes(number, rows, columns))
         self._lib.kernels_pack(self._handle, number, blocks.data_ptr(), packed.data_ptr(), rows, columns)
         return packed
 
