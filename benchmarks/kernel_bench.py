@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mini_sglang.backend.device import choose_threads
 from mini_sglang.backend.kernels.build import build_library
-from mini_sglang.backend.kernels.linear import NativeKernels
+from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.loading.ggml_types import GGML_TYPES
 from mini_sglang.backend.weights import DenseWeight, QuantizedWeight, Weight, accelerate
 from mini_sglang.config import Settings

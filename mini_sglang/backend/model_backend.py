@@ -16,7 +16,7 @@ from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.device import choose_device, choose_dtype, choose_threads, free_memory
-from mini_sglang.backend.kernels.linear import NativeKernels, open_kernels
+from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
 from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
@@ -224,7 +224,7 @@ def load_backend(
 
 def _attention(config: ModelConfig, dtype: torch.dtype, kernels: NativeKernels | None) -> Attention:
     heads, kv_heads = config.num_heads, config.num_kv_heads
-    if kernels and kernels.fast and kernels.has_attention(heads, kv_heads, config.head_dim, dtype):
+    if kernels and kernels.fast and NativeAttention.fit(heads, kv_heads, config.head_dim, dtype):
         return NativeAttention(kernels)
     return PagedAttention()
 

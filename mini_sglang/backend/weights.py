@@ -20,7 +20,7 @@ from mini_sglang.errors import ModelLoadError
 
 if TYPE_CHECKING:
     from mini_sglang.backend.kernels.jobs import Product
-    from mini_sglang.backend.kernels.linear import NativeKernels
+    from mini_sglang.backend.kernels.library import NativeKernels
 
 # Rows of a quantised matrix are made dense this many weights at a time, 4 MiB in float32.
 _CHUNK_WEIGHTS = 1 << 20

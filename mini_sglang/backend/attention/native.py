@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from mini_sglang.backend.batch import Batch
-from mini_sglang.backend.kernels.jobs import SequenceTable
-from mini_sglang.backend.kernels.linear import NativeKernels
+from mini_sglang.backend.kernels.jobs import Attention, SequenceTable
+from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.pool import KVPool
+
+# MAX_HEAD_DIM and MAX_PARTIALS of kernels.h.
+_MAX_HEAD_DIM, _MAX_GROUP = 256, 32
 
 
 class NativeAttention:
-    """``Attention`` for a float32 pool on the CPU; ``NativeKernels.has_attention`` says for which models."""
+    """``Attention`` for a float32 pool on the CPU, for the sizes that ``fit`` names."""
 
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels
+
+    @staticmethod
+    def fit(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+        return (
+            dtype == torch.float32
+            and head_dim % 8 == 0
+            and head_dim <= _MAX_HEAD_DIM
+            and heads // kv_heads <= _MAX_GROUP
+        )
 
     def begin(self, batch: Batch, kv: KVPool) -> NativeStep:
         return NativeStep(self._kernels, batch, kv)
@@ -28,10 +40,12 @@ class NativeStep:
         self._kernels = kernels
         self._kv = kv
         self._sequences = SequenceTable()
-        self._sequences.set(batch.page_table, np.array(batch.query_starts), np.array(batch.seq_lens))
+        self._sequences.set(batch.page_table, batch.query_starts, batch.seq_lens)
 
     def __call__(self, layer: int, window: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         kv = self._kv
-        return self._kernels.attention(
-            kv.data[layer], self._sequences, query, kv.kv_heads, kv.page_size, window
-        )
+        rows, heads, head_dim = query.shape
+        out = query.new_empty((rows, heads * head_dim))
+        job = Attention.of(self._sequences, kv.layer(layer), query, out, kv.page_size, window)
+        self._kernels.run(job, rows)
+        return out

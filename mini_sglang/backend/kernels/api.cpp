@@ -1,6 +1,6 @@
-// The C interface that linear.py calls: the choice of the variant, the threads, who does what part of a job.
+// The C interface that library.py calls: the choice of the variant, the threads, who does what part of a job.
 
-#include "linear.h"
+#include "kernels.h"
 #include "pack.h"
 #include "pool.h"
 
@@ -68,7 +68,7 @@ struct Kernels {
     void run(const Rotate& job, int64_t rows) {
         each_row(job, rows, (job.heads + 2 * job.kv_heads) * job.head_dim, variant->rotate);
     }
-    void run(const SiluTimes& job, int64_t rows) { each_row(job, rows, 2 * job.width, variant->silu_times); }
+    void run(const SiluAndMul& job, int64_t rows) { each_row(job, rows, 2 * job.width, variant->silu_and_mul); }
 
     void run(const Attention& job) {
         const Sequences& sequences = *job.sequences;
@@ -161,16 +161,17 @@ void kernels_close(void* handle) {
 const char* kernels_variant(void* handle) { return static_cast<Kernels*>(handle)->variant->name; }
 
 // Does the jobs one after another. x and y of each have so many rows.
-void kernels_run(void* handle, const Job* jobs, int64_t count, int64_t rows) {
+void kernels_run(void* handle, const Entry* entries, int64_t count, int64_t rows) {
     Kernels& kernels = *static_cast<Kernels*>(handle);
     std::lock_guard<std::mutex> lock(kernels.busy);
-    for (const Job* job = jobs; job < jobs + count; job++) {
-        switch (job->kind) {
-            case PRODUCT: kernels.run(*static_cast<const Product*>(job->fields), rows); break;
-            case ATTENTION: kernels.run(*static_cast<const Attention*>(job->fields)); break;
-            case NORM: kernels.run(*static_cast<const Norm*>(job->fields), rows); break;
-            case ROTATE: kernels.run(*static_cast<const Rotate*>(job->fields), rows); break;
-            case SILU_TIMES: kernels.run(*static_cast<const SiluTimes*>(job->fields), rows); break;
+    for (const Entry* entry = entries; entry < entries + count; entry++) {
+        const void* job = entry->job;
+        switch (entry->kind) {
+            case PRODUCT: kernels.run(*static_cast<const Product*>(job), rows); break;
+            case ATTENTION: kernels.run(*static_cast<const Attention*>(job)); break;
+            case NORM: kernels.run(*static_cast<const Norm*>(job), rows); break;
+            case ROTATE: kernels.run(*static_cast<const Rotate*>(job), rows); break;
+            case SILU_AND_MUL: kernels.run(*static_cast<const SiluAndMul*>(job), rows); break;
         }
     }
 }

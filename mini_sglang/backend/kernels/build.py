@@ -34,7 +34,7 @@ _FLAGS = (
     "-w",
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-# The instruction sets of linear.cpp: flags of the compiler, and what Linux calls the features they need.
+# The instruction sets of variant.cpp: flags of the compiler, and what Linux calls the features they need.
 _VARIANTS: Mapping[str, tuple[Sequence[str], set[str]]] = MappingProxyType(
     {
         "generic": ((), set()),
@@ -136,7 +136,7 @@ def _compile(compiler: Sequence[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         folder = Path(name)
         commands = [
-            [*compiler, *_FLAGS, *flags, f"-DVARIANT={variant}", "-c", str(SOURCES / "linear.cpp"), "-o"]
+            [*compiler, *_FLAGS, *flags, f"-DVARIANT={variant}", "-c", str(SOURCES / "variant.cpp"), "-o"]
             for variant, flags in _variants().items()
         ]
         commands.append([*compiler, *_FLAGS, "-c", str(SOURCES / "api.cpp"), "-o"])

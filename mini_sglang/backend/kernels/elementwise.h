@@ -71,7 +71,7 @@ void rotate(const Rotate& job, int64_t first, int64_t last) {
     }
 }
 
-void silu_times(const SiluTimes& job, int64_t first, int64_t last) {
+void silu_and_mul(const SiluAndMul& job, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         const float* gate = job.gate_up + 2 * row * job.width;
         const float* up = gate + job.width;

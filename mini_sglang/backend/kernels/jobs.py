@@ -1,11 +1,13 @@
-"""The structs of linear.h, field for field: what the kernels are told to do."""
+"""The structs of kernels.h, field for field: what the kernels are told to do."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from mini_sglang.backend.batch import IntArray
 
@@ -16,6 +18,12 @@ class Job(ctypes.Structure):
     """One thing to do. Pointers are addresses; whoever runs the job keeps what they point to alive."""
 
     KIND: ClassVar[int]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    """Where a tensor begins, which the kernels take to be contiguous."""
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
 
 
 class Product(Job):
@@ -29,7 +37,11 @@ class Product(Job):
 
 
 class Attention(Job):
-    """Causal attention over one layer's pages; ``sequences`` is the address of a ``SequenceTable``."""
+    """Causal attention of one step over one layer's pages, which the step's own rows are in.
+
+    Keys are added up in blocks that begin at fixed positions, so that a row's result depends on its
+    position and its sequence's KV alone, bit for bit.
+    """
 
     KIND = 1
     _fields_ = (
@@ -37,6 +49,40 @@ class Attention(Job):
         *((name, _SIZE) for name in ("heads", "kv_heads", "head_dim", "page_size", "window", "query_stride")),
         ("scale", _FLOAT),
     )
+
+    @classmethod
+    def of(
+        cls,
+        sequences: SequenceTable,
+        kv: Tensor,
+        query: Tensor,
+        out: Tensor,
+        page_size: int,
+        window: int | None,
+    ) -> Attention:
+        """Attend from ``query`` to ``kv``.
+
+        Args:
+            kv: ``[slots, 2, kv_heads, head_dim]`` float32.
+            query: ``[T, heads, head_dim]`` float32; rows may lie apart, heads lie side by side.
+            out: ``[T, heads * head_dim]``.
+            window: how many positions a row sees, itself included; ``None`` is all.
+        """
+        _, heads, head_dim = query.shape
+        assert query.stride()[1:] == (head_dim, 1)
+        return cls(
+            sequences=sequences.address,
+            kv=_address(kv),
+            query=query.data_ptr(),
+            out=_address(out),
+            heads=heads,
+            kv_heads=kv.shape[2],
+            head_dim=head_dim,
+            page_size=page_size,
+            window=window or 0,
+            query_stride=query.stride(0),
+            scale=head_dim**-0.5,
+        )
 
 
 class Norm(Job):
@@ -49,6 +95,11 @@ class Norm(Job):
         ("eps", _FLOAT),
     )
 
+    @classmethod
+    def of(cls, x: Tensor, delta: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> Norm:
+        """As ``Operations.norm``, into ``out``."""
+        return cls(_address(x), _address(delta), _address(weight), _address(out), len(weight), eps)
+
 
 class Rotate(Job):
     """Norm and rotation of the heads of q and k, and the KV write."""
@@ -60,18 +111,46 @@ class Rotate(Job):
         ("eps", _FLOAT),
     )
 
+    @classmethod
+    def of(
+        cls,
+        qkv: Tensor,
+        head_norm: Tensor | None,
+        rotation: Tensor | None,
+        slots: Tensor,
+        kv: Tensor,
+        eps: float,
+    ) -> Rotate:
+        """As ``Operations.rotate_and_store``, into the layer ``kv`` ``[slots, 2, kv_heads, head_dim]``."""
+        cos, sin = (None, None) if rotation is None else (_address(part) for part in rotation)
+        _, all_heads, head_dim = qkv.shape
+        kv_heads = kv.shape[2]
+        return cls(
+            _address(qkv), _address(head_norm), cos, sin, _address(slots), _address(kv),
+            all_heads - 2 * kv_heads, kv_heads, head_dim, eps,
+        )  # fmt: skip
 
-class SiluTimes(Job):
+
+class SiluAndMul(Job):
     """``SiLU(gate) * up``."""
 
     KIND = 4
     _fields_ = (*((name, _POINTER) for name in ("gate_up", "out")), ("width", _SIZE))
 
+    @classmethod
+    def of(cls, gate_up: Tensor, out: Tensor) -> SiluAndMul:
+        """As ``Operations.silu_and_mul``, into ``out`` ``[T, F]``."""
+        return cls(_address(gate_up), _address(out), out.shape[1])
 
-class Listed(ctypes.Structure):
-    """``Job`` of linear.h: an entry of a program."""
 
-    _fields_ = (("kind", _SIZE), ("fields", _POINTER))
+class Entry(ctypes.Structure):
+    """A job in a list of jobs."""
+
+    _fields_ = (("kind", _SIZE), ("job", _POINTER))
+
+    @classmethod
+    def of(cls, job: Job) -> Entry:
+        return cls(job.KIND, ctypes.addressof(job))
 
 
 class _Sequences(ctypes.Structure):
@@ -88,8 +167,8 @@ class SequenceTable:
         self._fields = _Sequences()
         self.address = ctypes.addressof(self._fields)
 
-    def set(self, pages: IntArray, starts: IntArray, lengths: IntArray) -> None:
-        """Take ``pages`` ``[S, P]``, ``starts`` ``[S + 1]`` and ``lengths`` ``[S]``; see ``Batch``."""
+    def set(self, pages: IntArray, starts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Take a ``Batch``'s ``page_table``, ``query_starts`` and ``seq_lens``."""
         self._arrays = [np.ascontiguousarray(array, dtype=np.int64) for array in (pages, starts, lengths)]
         fields = self._fields
         fields.pages, fields.starts, fields.lengths = (array.ctypes.data for array in self._arrays)

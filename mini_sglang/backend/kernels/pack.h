@@ -1,8 +1,8 @@
-// Between ggml's blocks and the interleaved groups of linear.h.
+// Between ggml's blocks and the interleaved groups of kernels.h.
 
 #pragma once
 
-#include "linear.h"
+#include "kernels.h"
 
 #include <cstring>
 

@@ -6,24 +6,21 @@ results are equal to the bit.
 
 from __future__ import annotations
 
-import ctypes
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from mini_sglang.backend.batch import Batch
 from mini_sglang.backend.kernels.jobs import (
     Attention,
+    Entry,
     Job,
-    Listed,
     Norm,
     Product,
     Rotate,
     SequenceTable,
-    SiluTimes,
+    SiluAndMul,
 )
-from mini_sglang.backend.kernels.linear import NativeKernels
+from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.weights import Weight
@@ -43,14 +40,13 @@ class StepProgram:
         self._max_rows = max_rows
         self._sequences = SequenceTable()
         self._slots = torch.zeros(max_rows, dtype=torch.int64)
-        self._turns = torch.empty(2, max_rows, config.head_dim)
+        self._rotation = torch.empty(2, max_rows, config.head_dim)
         self._hidden, self._normed, self._delta = torch.empty(3, max_rows, config.hidden_size)
         self._qkv = torch.empty(max_rows, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
         self._attended = torch.empty(max_rows, config.num_heads * config.head_dim)
         self._gate_up = torch.empty(max_rows, 2 * config.intermediate_size)
         self._inner = torch.empty(max_rows, config.intermediate_size)
         self._jobs: list[Job] = []
-        self._biases: list[Tensor] = []
         delta: Tensor | None = None
         for index, layer in enumerate(decoder.layers):
             self._norm(delta, layer.input_norm)
@@ -59,14 +55,11 @@ class StepProgram:
             self._multiply(layer.o, layer.o_bias, self._attended, self._delta)
             self._norm(self._delta, layer.post_norm)
             self._multiply(layer.gate_up, layer.gate_up_bias, self._normed, self._gate_up)
-            self._jobs.append(
-                SiluTimes(self._gate_up.data_ptr(), self._inner.data_ptr(), config.intermediate_size)
-            )
+            self._jobs.append(SiluAndMul.of(self._gate_up, self._inner))
             self._multiply(layer.down, layer.down_bias, self._inner, self._delta)
             delta = self._delta
         self._norm(delta, decoder.final_norm)
-        listed = [Listed(job.KIND, ctypes.addressof(job)) for job in self._jobs]
-        self._program = (Listed * len(listed))(*listed)
+        self._entries = (Entry * len(self._jobs))(*map(Entry.of, self._jobs))
 
     @classmethod
     def build(cls, kernels: NativeKernels, decoder: Decoder, kv: KVPool, max_rows: int) -> StepProgram | None:
@@ -94,30 +87,20 @@ class StepProgram:
         decoder = self._decoder
         if batch.opened_pages is not None:
             self._kv.open_pages(batch.opened_pages)
-        self._sequences.set(batch.page_table, np.array(batch.query_starts), np.array(batch.seq_lens))
+        self._sequences.set(batch.page_table, batch.query_starts, batch.seq_lens)
         self._slots[:rows] = batch.slot_mapping
         self._hidden[:rows] = decoder.embedding.rows(batch.token_ids)
-        self._turns[:, :rows] = decoder.rotations.at(batch.positions, max(batch.seq_lens))
-        self._kernels.run_all(self._program, rows)
+        self._rotation[:, :rows] = decoder.rotations.at(batch.positions, max(batch.seq_lens))
+        self._kernels.run_all(self._entries, rows)
         hidden: Tensor = self._normed[:rows]
         return hidden
 
     def _norm(self, delta: Tensor | None, weight: Tensor) -> None:
-        self._jobs.append(
-            Norm(
-                x=self._hidden.data_ptr(),
-                delta=None if delta is None else delta.data_ptr(),
-                weight=weight.data_ptr(),
-                out=self._normed.data_ptr(),
-                width=len(weight),
-                eps=self._decoder.config.norm_eps,
-            )
-        )
+        eps = self._decoder.config.norm_eps
+        self._jobs.append(Norm.of(self._hidden, delta, weight, self._normed, eps))
 
     def _multiply(self, weight: Weight, bias: Tensor | None, x: Tensor, out: Tensor) -> None:
-        if bias is not None:
-            bias = bias.contiguous()
-            self._biases.append(bias)
+        assert bias is None or bias.is_contiguous()
         products: list[Product] = weight.products() or []
         first = 0
         for product in products:
@@ -130,35 +113,9 @@ class StepProgram:
 
     def _attend(self, index: int, head_norm: Tensor | None) -> None:
         config, kv = self._decoder.config, self._kv
-        cos, sin = (turn.data_ptr() for turn in self._turns)
-        turning = config.rope_layers[index]
-        layer = kv.data[index].data_ptr()
-        self._jobs.append(
-            Rotate(
-                qkv=self._qkv.data_ptr(),
-                head_norm=None if head_norm is None else head_norm.data_ptr(),
-                cos=cos if turning else None,
-                sin=sin if turning else None,
-                slots=self._slots.data_ptr(),
-                kv=layer,
-                heads=config.num_heads,
-                kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                eps=config.norm_eps,
-            )
-        )
-        self._jobs.append(
-            Attention(
-                sequences=self._sequences.address,
-                kv=layer,
-                query=self._qkv.data_ptr(),
-                out=self._attended.data_ptr(),
-                heads=config.num_heads,
-                kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                page_size=kv.page_size,
-                window=config.windows[index] or 0,
-                query_stride=self._qkv.shape[1],
-                scale=config.head_dim**-0.5,
-            )
-        )
+        qkv = self._qkv.view(self._max_rows, -1, config.head_dim)
+        rotation = self._rotation if config.rope_layers[index] else None
+        pool = kv.layer(index)
+        self._jobs.append(Rotate.of(qkv, head_norm, rotation, self._slots, pool, config.norm_eps))
+        query, window = qkv[:, : config.num_heads], config.windows[index]
+        self._jobs.append(Attention.of(self._sequences, pool, query, self._attended, kv.page_size, window))

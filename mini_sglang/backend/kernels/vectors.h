@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "linear.h"
+#include "kernels.h"
 
 #include <string.h>
 #if defined(__AVX2__)

@@ -62,6 +62,10 @@ class KVPool:
         """Clear ``pages`` ``[N]`` int64 in every layer, before a step writes their first slots."""
         self.data.view(self.data.shape[0], self.num_pages, -1).index_fill_(1, pages, 0)
 
+    def layer(self, layer: int) -> Tensor:
+        """All slots of a layer as a view, ``[slots, 2, kv_heads, head_dim]``."""
+        return self._layers[layer].view(-1, *self._row)
+
     def write(self, layer: int, slots: Tensor, rows: Tensor) -> None:
         """Store ``rows`` ``[T, 2 * kv_heads * head_dim]`` at ``slots`` ``[T]`` int64."""
         self._layers[layer].index_copy_(0, slots, rows)

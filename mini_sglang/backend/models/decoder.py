@@ -82,14 +82,14 @@ class Decoder:
         if batch.opened_pages is not None:
             kv.open_pages(batch.opened_pages)
         attend = attention.begin(batch, kv)
-        turns = self.rotations.at(batch.positions, max(batch.seq_lens))
+        rotation = self.rotations.at(batch.positions, max(batch.seq_lens))
         hidden = self.embedding.rows(batch.token_ids)
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv.linear(ops.norm(hidden, delta, layer.input_norm), layer.qkv_bias)
             qkv = qkv.view(len(qkv), heads + 2 * kv_heads, head_dim)
-            turning = turns if config.rope_layers[index] else None
-            ops.rotate_and_store(qkv, layer.qk_norm, turning, kv, index, batch.slot_mapping)
+            turns = rotation if config.rope_layers[index] else None
+            ops.rotate_and_store(qkv, layer.qk_norm, turns, kv, index, batch.slot_mapping)
             query, key, value = torch.split_with_sizes(qkv, (heads, kv_heads, kv_heads), 1)
             attended = attend(index, config.windows[index], query, key, value)
             if index == last and batch.output_rows is not None:
@@ -97,7 +97,7 @@ class Decoder:
                 hidden = hidden.index_select(0, batch.output_rows)
             normed = ops.norm(hidden, layer.o.linear(attended, layer.o_bias), layer.post_norm)
             gate_up = layer.gate_up.linear(normed, layer.gate_up_bias)
-            delta = layer.down.linear(ops.silu_times(gate_up), layer.down_bias)
+            delta = layer.down.linear(ops.silu_and_mul(gate_up), layer.down_bias)
         return ops.norm(hidden, delta, self.final_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:

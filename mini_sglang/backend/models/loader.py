@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mini_sglang.backend.kernels.linear import NativeKernels
+from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.loading.checkpoint import Checkpoint
 from mini_sglang.backend.models.config import ModelConfig
@@ -148,11 +148,10 @@ def load_decoder(
 
 
 def _operations(config: ModelConfig, dtype: torch.dtype, kernels: NativeKernels | None) -> Operations:
-    sizes = config.num_heads, config.num_kv_heads, config.norm_eps
     if (
         kernels
         and kernels.fast
         and NativeOperations.fit(config.hidden_size, config.intermediate_size, config.head_dim, dtype)
     ):
-        return NativeOperations(kernels, *sizes)
-    return TorchOperations(*sizes)
+        return NativeOperations(kernels, config.norm_eps)
+    return TorchOperations(config.norm_eps)

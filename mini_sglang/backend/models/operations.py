@@ -44,16 +44,14 @@ class Operations(Protocol):
             slots: ``[T]`` int64.
         """
 
-    def silu_times(self, gate_up: Tensor) -> Tensor:
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """``SiLU(gate) * up``: ``[T, 2 * F]`` to ``[T, F]``. May overwrite ``gate_up``."""
 
 
 class TorchOperations:
     """``Operations`` for every device and dtype."""
 
-    def __init__(self, heads: int, kv_heads: int, eps: float) -> None:
-        self._heads = heads
-        self._turning = heads + kv_heads
+    def __init__(self, eps: float) -> None:
         self._eps = eps
 
     def norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
@@ -73,13 +71,14 @@ class TorchOperations:
         layer: int,
         slots: Tensor,
     ) -> None:
-        turning = qkv[:, : self._turning]
+        queries = qkv.shape[1] - 2 * kv.kv_heads
+        rotated = qkv[:, : queries + kv.kv_heads]
         if head_norm is not None:
-            turning.copy_(F.rms_norm(turning, turning.shape[-1:], None, self._eps).mul_(head_norm))
+            rotated.copy_(F.rms_norm(rotated, rotated.shape[-1:], None, self._eps).mul_(head_norm))
         if rotation is not None:
-            rotate_(turning, *rotation)
-        kv.write(layer, slots, qkv.flatten(1)[:, self._heads * qkv.shape[2] :])
+            rotate_(rotated, *rotation)
+        kv.write(layer, slots, qkv[:, queries:].flatten(1))
 
-    def silu_times(self, gate_up: Tensor) -> Tensor:
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)

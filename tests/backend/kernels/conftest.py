@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mini_sglang.backend.kernels.build import build_library
-from mini_sglang.backend.kernels.linear import NativeKernels
+from mini_sglang.backend.kernels.library import NativeKernels
 from tests.backend.kernels.twins import VARIANTS
 
 

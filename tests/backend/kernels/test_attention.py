@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.attention.native import NativeAttention
-from mini_sglang.backend.kernels.jobs import SequenceTable
-from mini_sglang.backend.kernels.linear import NativeKernels
+from mini_sglang.backend.kernels.jobs import Attention, SequenceTable
+from mini_sglang.backend.kernels.library import NativeKernels
 from tests.backend.test_attention import DECODES, SCENES, Scene
 
 
@@ -63,16 +63,11 @@ def attend(
         pool[torch.from_numpy(slots)] = sequence.kv[:last]
     rows = [last - first for _, first, last in parts]
     table = SequenceTable()
-    starts, lengths = np.concatenate(([0], np.cumsum(rows))), np.array([last for _, _, last in parts])
-    table.set(pages, starts, lengths)
-    out = kernels.attention(
-        pool,
-        table,
-        torch.cat([sequence.query[first:last] for sequence, first, last in parts]),
-        parts[0][0].kv_heads,
-        page_size,
-        window,
-    )
+    table.set(pages, [0, *accumulate(rows)], [last for _, _, last in parts])
+    query = torch.cat([sequence.query[first:last] for sequence, first, last in parts])
+    kv = pool.view(len(pool), 2, parts[0][0].kv_heads, -1)
+    out = query.new_empty(len(query), query[0].numel())
+    kernels.run(Attention.of(table, kv, query, out, page_size, window), len(query))
     return list(out.split(rows))
 
 
@@ -139,4 +134,4 @@ def test_extreme_scores(kernels: NativeKernels) -> None:
 def test_what_it_does_not_take_is_left_to_torch(
     heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, taken: bool
 ) -> None:
-    assert NativeKernels.has_attention(heads, kv_heads, head_dim, dtype) is taken
+    assert NativeAttention.fit(heads, kv_heads, head_dim, dtype) is taken

@@ -16,7 +16,7 @@ import torch
 
 from mini_sglang.backend.kernels import build
 from mini_sglang.backend.kernels.build import BuildError, build_library
-from mini_sglang.backend.kernels.linear import NativeKernels, open_kernels
+from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
 from tests.backend.kernels.twins import VARIANTS
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_a_variant_that_cannot_run_here_at_least_compiles(tmp_path: Path, varian
         build._run(
             [
                 *build._find_compiler(os.environ),
-                *(*build._FLAGS, *flags, f"-DVARIANT={variant}", "-c", str(build.SOURCES / "linear.cpp")),
+                *(*build._FLAGS, *flags, f"-DVARIANT={variant}", "-c", str(build.SOURCES / "variant.cpp")),
                 *("-o", str(tmp_path / "object.o")),
             ]
         )

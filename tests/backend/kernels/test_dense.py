@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mini_sglang.backend.kernels.linear import NativeKernels
+from mini_sglang.backend.kernels.library import NativeKernels
 from tests.backend.kernels.twins import VARIANTS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -80,10 +80,10 @@ def test_what_is_not_finite_shows_in_its_row_alone(kernels: NativeKernels, bad: 
 
 
 def test_half_precision_is_left_to_a_cpu_that_has_it(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mini_sglang.backend.kernels import linear
-
     for has_bf16 in (False, True):
-        monkeypatch.setattr(linear, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(
+            "mini_sglang.backend.kernels.library.cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16
+        )
         kernels = NativeKernels(library, 1)
         assert kernels.has_dense(torch.float32) == kernels.fast
         assert kernels.has_dense(torch.bfloat16) == (kernels.fast and not has_bf16)

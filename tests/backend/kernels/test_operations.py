@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mini_sglang.backend.kernels.linear import NativeKernels
+from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.models.operations import Operations, TorchOperations
@@ -19,8 +19,8 @@ EPS = 1e-5
 ROWS = [1, 2, 5, 300]
 
 
-def both(kernels: NativeKernels, heads: int = 6, kv_heads: int = 2) -> tuple[Operations, Operations]:
-    return NativeOperations(kernels, heads, kv_heads, EPS), TorchOperations(heads, kv_heads, EPS)
+def both(kernels: NativeKernels) -> tuple[Operations, Operations]:
+    return NativeOperations(kernels, EPS), TorchOperations(EPS)
 
 
 def rows(count: int, width: int, seed: int) -> Tensor:
@@ -60,7 +60,7 @@ def test_rotate_and_store(kernels: NativeKernels, count: int, head_dim: int) -> 
     norm = rows(heads + kv_heads, head_dim, 6)
     for turning, head_norm in ((turns, None), (None, None), (turns, norm), (None, norm)):
         qkvs, pools = [], []
-        for operations in both(kernels, heads, kv_heads):
+        for operations in both(kernels):
             kv = KVPool(
                 num_layers=layers,
                 num_pages=count + 9,
@@ -83,20 +83,20 @@ def test_rotate_and_store(kernels: NativeKernels, count: int, head_dim: int) -> 
 
 @pytest.mark.parametrize("count", ROWS)
 @pytest.mark.parametrize("width", [8, 40, 1536])
-def test_silu_times(kernels: NativeKernels, count: int, width: int) -> None:
+def test_silu_and_mul(kernels: NativeKernels, count: int, width: int) -> None:
     gate_up = rows(count, 2 * width, 5) * 5
     native, twin = both(kernels)
-    near(native.silu_times(gate_up.clone()), twin.silu_times(gate_up.clone()))
+    near(native.silu_and_mul(gate_up.clone()), twin.silu_and_mul(gate_up.clone()))
 
 
 def test_silu_of_the_ends_of_the_scale(kernels: NativeKernels) -> None:
     gate = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 86.0, -86.0, 3e38, torch.nan])
     gate_up = torch.cat((gate, torch.full((8,), 2.0)))[None]
-    native, twin = (operations.silu_times(gate_up.clone()) for operations in both(kernels))
+    native, twin = (operations.silu_and_mul(gate_up.clone()) for operations in both(kernels))
     torch.testing.assert_close(native, twin, rtol=1e-6, atol=1e-37, equal_nan=True)
     # Beyond -87 the exponential is 0.
     gate_up = torch.cat((torch.full((8,), -3e38), torch.ones(8)))[None]
-    assert (both(kernels)[0].silu_times(gate_up).abs() <= 1e-30).all()
+    assert (both(kernels)[0].silu_and_mul(gate_up).abs() <= 1e-30).all()
 
 
 @settings(max_examples=25, deadline=None)
@@ -111,8 +111,8 @@ def test_a_row_does_not_depend_on_the_others(
     part = operations.norm(hidden[some].clone(), delta[some].clone(), weight)
     assert torch.equal(part, whole[some])
     gate_up = rows(count, 1280, 3)
-    part = operations.silu_times(gate_up[some].clone())
-    assert torch.equal(part, operations.silu_times(gate_up)[some])
+    part = operations.silu_and_mul(gate_up[some].clone())
+    assert torch.equal(part, operations.silu_and_mul(gate_up)[some])
 
 
 @pytest.mark.parametrize(

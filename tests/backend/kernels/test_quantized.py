@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mini_sglang.backend.kernels.linear import NativeKernels
+from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.loading.ggml_types import GGML_TYPES
 from mini_sglang.backend.quant import dequantize
 from mini_sglang.backend.weights import (

@@ -14,4 +14,4 @@
 #define TEXT(a) TEXT_(a)
 
 extern const Variant JOIN(VARIANT, _variant) = {TEXT(VARIANT), quantize, quantized, dense,
-                                                  attend,        norm,     rotate,    silu_times};
+                                                  attend,        norm,     rotate,    silu_and_mul};

@@ -1,4 +1,4 @@
-// What the instruction-set variants of linear.cpp offer, and the layouts they share with api.cpp.
+// What the instruction-set variants of variant.cpp offer, and the layouts they share with api.cpp.
 
 #pragma once
 
@@ -49,13 +49,13 @@ struct Activations {
     float float_sum;    // the same
 };
 
-// What one call does, each with its struct, to the first rows of x: jobs.py has the same. A program is a list
-// of these whose addresses stay the same from step to step.
-enum Kind { PRODUCT, ATTENTION, NORM, ROTATE, SILU_TIMES };
+// What one call does, each with its struct, to the first rows of x: jobs.py has the same. A recorded step is
+// a list of these whose addresses stay the same from step to step.
+enum Kind { PRODUCT, ATTENTION, NORM, ROTATE, SILU_AND_MUL };
 
-struct Job {
+struct Entry {
     int64_t kind;
-    const void* fields;
+    const void* job;
 };
 
 // y = x W^T + bias for W [n, k], of the numbers or, packed, of the blocks that format names; bias may be null.
@@ -124,7 +124,7 @@ struct Rotate {
 };
 
 // SiLU(gate) * up for gate_up [rows, 2, width], width a multiple of 8.
-struct SiluTimes {
+struct SiluAndMul {
     const float* gate_up;
     float* out;
     int64_t width;
@@ -145,7 +145,7 @@ struct Variant {
     // Rows first to last.
     void (*norm)(const Norm&, int64_t first, int64_t last);
     void (*rotate)(const Rotate&, int64_t first, int64_t last);
-    void (*silu_times)(const SiluTimes&, int64_t first, int64_t last);
+    void (*silu_and_mul)(const SiluAndMul&, int64_t first, int64_t last);
 };
 
 extern const Variant generic_variant;

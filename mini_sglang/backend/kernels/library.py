@@ -19,14 +19,13 @@ from torch import Tensor
 from mini_sglang.backend.device import cpu_has_bf16
 from mini_sglang.backend.huge_pages import Arena
 from mini_sglang.backend.kernels.build import BuildError, build_library
-from mini_sglang.backend.kernels.jobs import Attention, Job, Listed, Product, SequenceTable
+from mini_sglang.backend.kernels.jobs import Entry, Job, Product
 from mini_sglang.backend.loading.ggml_types import GGMLType
 
 logger = logging.getLogger(__name__)
 
-# The enums of linear.h.
+# The enums of kernels.h.
 _FORMATS: Mapping[str, int] = MappingProxyType({"Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14})
-_MAX_HEAD_DIM, _MAX_GROUP = 256, 32
 _NUMBERS: Mapping[torch.dtype, int] = MappingProxyType(
     {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 )
@@ -96,12 +95,12 @@ class NativeKernels:
 
     def run(self, job: Job, rows: int) -> None:
         """Do one job, for ``rows`` rows."""
-        listed = Listed(job.KIND, ctypes.addressof(job))
-        self._run(self._handle, ctypes.addressof(listed), 1, rows)
+        entry = Entry.of(job)
+        self._run(self._handle, ctypes.addressof(entry), 1, rows)
 
-    def run_all(self, jobs: ctypes.Array[Listed], rows: int) -> None:
-        """Do ``jobs`` one after another, without Python between them."""
-        self._run(self._handle, ctypes.addressof(jobs), len(jobs), rows)
+    def run_all(self, entries: ctypes.Array[Entry], rows: int) -> None:
+        """Do the jobs one after another, without Python between them."""
+        self._run(self._handle, ctypes.addressof(entries), len(entries), rows)
 
     def dense_product(self, weight: Tensor) -> Product:
         """A job that multiplies by ``weight`` ``[N, K]``, contiguous; without ``x``, ``bias`` and ``y``."""
@@ -134,56 +133,6 @@ class NativeKernels:
         products are exact integers within a block, added up over the blocks in float32.
         """
         return self._multiply(self.packed_product(packed, type, shape), x, bias)
-
-    @staticmethod
-    def has_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
-        """Whether ``attention`` takes such a model."""
-        return (
-            dtype == torch.float32
-            and head_dim % 8 == 0
-            and head_dim <= _MAX_HEAD_DIM
-            and heads // kv_heads <= _MAX_GROUP
-        )
-
-    def attention(
-        self,
-        kv: Tensor,
-        sequences: SequenceTable,
-        query: Tensor,
-        kv_heads: int,
-        page_size: int,
-        window: int | None,
-    ) -> Tensor:
-        """Causal attention of one step over one layer's pages, which the step's own rows are in.
-
-        Keys are added up in blocks that begin at fixed positions, so that a row's result depends on its
-        position and its sequence's KV alone, bit for bit.
-
-        Args:
-            kv: ``[slots, 2 * kv_heads * head_dim]`` float32, contiguous.
-            query: ``[T, heads, head_dim]`` float32; rows may lie apart, heads lie side by side.
-            window: how many positions a row sees, itself included; ``None`` is all.
-
-        Returns:
-            ``[T, heads * head_dim]``.
-        """
-        rows, heads, head_dim = query.shape
-        out = query.new_empty((rows, heads * head_dim))
-        job = Attention(
-            sequences=sequences.address,
-            kv=kv.data_ptr(),
-            query=query.data_ptr(),
-            out=out.data_ptr(),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            page_size=page_size,
-            window=window or 0,
-            query_stride=query.stride(0),
-            scale=head_dim**-0.5,
-        )
-        self.run(job, rows)
-        return out
 
     def pack(self, blocks: Tensor, type: GGMLType) -> Tensor:
         """Interleave the blocks ``[N, bytes_per_row]`` of a matrix, uint8, for ``quantized``."""
