@@ -10,8 +10,8 @@ from mini_sglang.engine.handle import EngineHandle, EngineInfo, Sink, Work, call
 from mini_sglang.engine.limits import make_work
 from mini_sglang.types import FinishReason, SamplingParams, TokenEvent
 
-CANARY = "canary"
-"""The id of the request for a token, and the part of the prefix cache that it uses."""
+CANARY = "(canary)"
+"""The id of the request for a token, which no client can give, and its part of the prefix cache."""
 
 # A canary fails with its batch where another request's step fails, so one alone says little.
 _TRIES = 3

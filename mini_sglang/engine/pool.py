@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _ENDING = "the server is ending"
 _CONFIRM_SECONDS = 5.0  # an engine's time to confirm aborts when the server ends
-_CLOSE_SECONDS = 15.0  # its time to close; a process is killed before, a thread can only be left behind
 _RETRY_SECONDS = 1.0  # what Retry-After says while the server ends
 
 
@@ -225,16 +224,8 @@ class EnginePool:
         self._end_all()
         if self._thread is not None and threading.current_thread() is not self._thread:
             self._thread.join()
-        handles = [] if self._finished else self._handles()
-        closers = [threading.Thread(target=handle.close, daemon=True) for handle in handles]
-        for closer in closers:
-            closer.start()
-        deadline = time.monotonic() + _CLOSE_SECONDS
-        for closer in closers:
-            while closer.is_alive() and time.monotonic() < deadline:
-                if self._killed.is_set():
-                    deadline = min(deadline, time.monotonic() + 1.0)
-                closer.join(0.02)
+        if not self._finished:
+            self._slots.close(self._killed)
         self._finished = True
         for flight in list(self._flights.values()):
             if self._end(flight):
@@ -246,13 +237,8 @@ class EnginePool:
             self._draining = self._closed = True
             self._killed.set()
         self._end_all()
-        for handle in self._handles():
-            handle.kill(_ENDING)
+        self._slots.kill(_ENDING)
         self.close()
-
-    def _handles(self) -> list[EngineHandle]:
-        with self._lock:
-            return [slot.handle for slot in self._slots if slot.handle is not None]
 
     def _end_all(self) -> None:
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF = 0.5
 LONGEST_BACKOFF = 30.0
 HEALTHY_AFTER = 60.0
+_CLOSE_SECONDS, _HURRIED_SECONDS = 15.0, 1.0
+_LOOK_SECONDS = 0.02
 
 _TOTALS = (*(spec.name for spec in fields(EngineCounters)), "prefix_evicted_tokens", "retractions")
 
@@ -164,6 +167,32 @@ class EngineSlots:
                 failure = f"engine {slot.index} could not be started: {error}"
             with self._lock:
                 slot.started(handle, failure, clock())
+
+    def kill(self, why: str) -> None:
+        """Have every engine die at once. Not under the lock."""
+        for handle in self._handles():
+            handle.kill(why)
+
+    def close(self, hurry: threading.Event) -> None:
+        """Close every engine side by side; not under the lock.
+
+        One that does not end within 15 s, 1 s once ``hurry`` is set, is left behind: a process is killed
+        before, a thread in the midst of a step cannot be.
+        """
+        closers = [threading.Thread(target=handle.close, daemon=True) for handle in self._handles()]
+        for closer in closers:
+            closer.start()
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        while any(closer.is_alive() for closer in closers) and time.monotonic() < deadline:
+            if hurry.wait(_LOOK_SECONDS):
+                deadline = min(deadline, time.monotonic() + _HURRIED_SECONDS)
+                break
+        for closer in closers:
+            closer.join(max(0.0, deadline - time.monotonic()))
+
+    def _handles(self) -> list[EngineHandle]:
+        with self._lock:
+            return [slot.handle for slot in self._slots if slot.handle is not None]
 
     def refresh(self, now: float) -> tuple[list[tuple[EngineSlot, EngineInfo]], list[EngineHandle]]:
         """Look at every handle: which engines are newly ready, and handles found dead, for closing."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mini_sglang.api.metrics import Histogram
+from mini_sglang.engine.canary import CANARY
 from tests.api.serving import Client, serving, settle
 
 SAMPLE = re.compile(r"mini_sglang_[a-z_]+(\{([a-z_]+=\"[^\"]*\",?)*\})? -?[0-9.e+-]+")
@@ -81,7 +82,7 @@ def test_histogram() -> None:
 
 
 @pytest.mark.parametrize(
-    "given, kept", [("abc-1.2:3_X", True), ("", False), ("a b", False), ("x" * 129, False)]
+    "given, kept", [("abc-1.2:3_X", True), ("", False), ("a b", False), ("x" * 129, False), (CANARY, False)]
 )
 def test_request_ids(client: Client, given: str, kept: bool) -> None:
     for body in ({"prompt": "x", "max_new_tokens": 1}, {}):

@@ -358,7 +358,7 @@ def test_close_ends_everything_even_where_an_engine_says_nothing() -> None:
 
 
 def test_kill_does_not_wait_for_an_engine_that_never_closes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mini_sglang.engine.pool._CLOSE_SECONDS", 10 * WAIT)
+    monkeypatch.setattr("mini_sglang.engine.slots._CLOSE_SECONDS", 10 * WAIT)
     bench = Bench().open()
     inboxes = [bench.submit(name) for name in "ab"]
     never = threading.Event()
