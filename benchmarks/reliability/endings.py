@@ -72,7 +72,7 @@ def drained(row: Row, server: Server, folder: Path, streams: int) -> None:
     _cut_off(row, Streams(seen.entries[len(short) :], seen.told), "past DRAIN_TIMEOUT", all_of_them=True)
     _all_gone(row, children)
     _left(row, folder)
-    row.check("no traceback in the log", "Traceback" in server.said, "Traceback" not in server.said)
+    row.check_log(server.said)
 
 
 def second_sigterm(row: Row, server: Server, *, hang: bool) -> None:

@@ -131,7 +131,7 @@ def measure(server: Server, size: Size) -> Row:
         f"{len(mix.faults)}: {mix.faults[:2]}"[:300] if mix.faults else "all",
         not mix.faults and mix.kinds.total() == total,
     )
-    row.check("pages, places and requests exactly back", leaks or "nothing is left", not leaks)
+    row.check_leaks(leaks)
     check_held(row, before, after, inside, inside_after)
     if size.fraction:
         # Of a few requests it says nothing.
@@ -142,7 +142,7 @@ def measure(server: Server, size: Size) -> Row:
         f"{grown:+d} after {total - warm} requests",
         grown <= LEAK_OBJECTS * (total - warm) + SLACK_OBJECTS,
     )
-    row.check("no traceback in the log", said.count("Traceback"), "Traceback" not in said)
+    row.check_log(said)
     return row
 
 

@@ -193,9 +193,9 @@ def measure(server: Server, size: Size) -> Row:
         "; ".join(bad[:3])[:300] or "all",
         not bad and all(entry.status == 200 for _, entry in entries),
     )
-    row.check("pages, places and requests exactly back", leaks or "nothing is left", not leaks)
+    row.check_leaks(leaks)
     check_held(row, before, after, inside, inside_after)
-    row.check("no traceback in the log", said.count("Traceback"), "Traceback" not in said)
+    row.check_log(said)
     return row
 
 

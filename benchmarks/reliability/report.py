@@ -38,6 +38,14 @@ class Row:
         """Note one thing that must hold."""
         self.checks.append(Check(what, str(seen), bool(ok), timed))
 
+    def check_leaks(self, leaks: object) -> None:
+        """Note what ``Server.leaks`` found once all was served."""
+        self.check("pages, places and requests exactly back", leaks or "nothing is left", not leaks)
+
+    def check_log(self, said: str) -> None:
+        """Note whether the server's log has a traceback."""
+        self.check("no traceback in the log", said.count("Traceback"), "Traceback" not in said)
+
     def failures(self, *, timed: bool = True) -> list[Check]:
         """What did not hold; ``timed`` False leaves out what depends on the machine's speed."""
         return [check for check in self.checks if not check.ok and (timed or not check.timed)]

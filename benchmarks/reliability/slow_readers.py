@@ -266,9 +266,9 @@ def measure(server: Server, size: Size) -> Row:
         "inside_before": inside, "inside_after": inside_after,
     }  # fmt: skip
     _checks(row, seen, before[0].rss, outcomes)
-    row.check("pages, places and requests exactly back", leaks or "nothing is left", not leaks)
+    row.check_leaks(leaks)
     check_held(row, before, after, inside, inside_after)
-    row.check("no traceback in the log", said.count("Traceback"), "Traceback" not in said)
+    row.check_log(said)
     return row
 
 
