@@ -78,8 +78,10 @@ def test_a_dense_model(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("others", [{}, {"v_proj": Q8_0, "gate_proj": Q4_0}])
-def test_a_model_in_blocks(others: dict[str, gguf.GGMLQuantizationType], tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama-tied"), "llama", Q4_1, others=others)
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2"])  # without and with biases of q, k and v
+def test_a_model_in_blocks(family: str, others: dict[str, gguf.GGMLQuantizationType], tmp_path: Path) -> None:
+    architecture = family.removesuffix("-tied")
+    path = write_gguf(tmp_path / "m.gguf", tiny_model(family), architecture, Q4_1, others=others)
     backend = load(path, gguf_dequantize=0)
     assert isinstance(backend.decoder.layers[0].qkv, StackedWeight) == bool(others)
     assert (backend._program is not None) == FAST
