@@ -23,19 +23,20 @@ from tests.backend.kernels.twins import FORMATS, VARIANTS, exact_product, random
 KINDS = pytest.mark.parametrize("kind", FORMATS.values(), ids=FORMATS)
 
 
-def shape(kind_size: int, rng: np.random.Generator) -> tuple[int, int, int]:
-    """M, N, K: odd ones too."""
+def shape(kind_size: int, rng: np.random.Generator, wide: bool) -> tuple[int, int, int]:
+    """M, N, K: odd ones too. ``wide`` gives a thread several groups of rows of W at a time."""
     columns = int(rng.integers(1, 13 if kind_size == 32 else 4)) * kind_size
-    return int(rng.integers(1, 41)), int(rng.integers(1, 70)), columns
+    return int(rng.integers(1, 41)), int(rng.integers(270, 420) if wide else rng.integers(1, 70)), columns
 
 
 @KINDS
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_products_are_the_twins_to_the_bit_and_near_the_truth(
-    kernels: NativeKernels, kind: object, seed: int
+    kernels: NativeKernels, kind: object, wide: bool, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    m, n, k = shape(kind.block_size, rng)
+    m, n, k = shape(kind.block_size, rng, wide)
     blocks = random_matrix(kind, n, k, rng)
     x = (rng.standard_normal((m, k)) * 10.0 ** rng.integers(-3, 3, (m, 1))).astype(np.float32)
     bias = rng.standard_normal(n).astype(np.float32) if seed % 2 else None
