@@ -38,7 +38,7 @@ class GrammarCompiler:
     """Compiles the grammars of requests for one model; ``new`` is a ``GrammarFactory``. Thread-safe.
 
     A compile within llguidance cannot be interrupted, and small schemas can keep it busy for minutes; so each
-    grammar is first compiled and tried in a helper process, which is killed after a second, and only then
+    grammar is first compiled and tried in a helper process, which ends after 0.8 CPU seconds, and only then
     here. What compiled is kept, bounded by an estimate of its bytes; what was refused is remembered for a
     minute. Nothing is imported or started before the first grammar comes.
 

@@ -15,7 +15,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -24,6 +23,8 @@ from mini_sglang.backend.grammar_matcher import make_ll_tokenizer, make_matcher,
 from mini_sglang.errors import EngineError
 
 CHECK_SECONDS = 0.8
+# A helper's clock runs while others have the cores: what may pass for one second of its own CPU time.
+_WALL_FACTOR = 5.0
 _START_SECONDS = 60.0
 _MEMORY_BYTES = 2 << 30
 _HELPERS = 2
@@ -36,7 +37,7 @@ class Checker:
 
     Args:
         tokens: bytes of each id.
-        seconds: how long a grammar may take.
+        seconds: CPU time that a grammar may take.
     """
 
     def __init__(self, tokens: Sequence[bytes], seconds: float = CHECK_SECONDS) -> None:
@@ -54,21 +55,20 @@ class Checker:
         Raises:
             EngineError: no helper can be started.
         """
-        limits = f"{self._seconds:g} seconds, or {_MEMORY_BYTES >> 30} GiB,"
         with self._turns:
-            # One that ended before its time may have been killed by somebody else.
-            for _ in range(2):
-                helper = self._take()
-                started = time.monotonic()
-                answer = helper.ask(kind, text, self._seconds)
-                if answer is not None:
-                    self._give_back(helper)
-                    return answer or None
+            helper = self._take()
+            answer = helper.ask(kind, text, self._seconds)
+            if answer is None and not helper.too_slow:
+                # It may have been killed by somebody else: the grammar has another try, in a new one.
                 helper.kill()
-                if time.monotonic() - started >= self._seconds:
-                    break
+                helper = self._start()
+                answer = helper.ask(kind, text, self._seconds)
+            if answer is not None:
+                self._give_back(helper)
+                return answer or None
+            helper.kill()
             self._start_spare()
-            return f"it takes more than {limits} to compile"
+            return f"it takes more than {self._seconds:g} seconds, or {_MEMORY_BYTES >> 30} GiB, to compile"
 
     def prepare(self) -> None:
         """Start a helper where there is none yet.
@@ -138,6 +138,7 @@ class _Helper:
     """One helper process, of use after ``start``."""
 
     def __init__(self) -> None:
+        self._timed_out = False
         root = str(Path(__file__).parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
@@ -163,9 +164,15 @@ class _Helper:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def too_slow(self) -> bool:
+        """It ended because its last grammar took too long, and not of anything else."""
+        return self._timed_out or self._process.wait() == -getattr(signal, "SIGPROF", 0)
+
     def ask(self, kind: str, text: str, seconds: float) -> str | None:
         """The helper's sentence, empty for a good grammar; None where none came in time or it died."""
-        answer = self._exchange([kind.encode(), text.encode()], seconds)
+        frames = [kind.encode(), text.encode(), str(seconds).encode()]
+        answer = self._exchange(frames, seconds * _WALL_FACTOR)
         return None if answer is None else answer.decode("utf-8", "replace")
 
     def interrupt(self) -> None:
@@ -182,7 +189,7 @@ class _Helper:
 
     def _exchange(self, frames: Sequence[bytes], seconds: float) -> bytes | None:
         assert self._process.stdin is not None and self._process.stdout is not None
-        timer = threading.Timer(seconds, self._process.kill)
+        timer = threading.Timer(seconds, self._time_out)
         timer.daemon = True
         timer.start()
         try:
@@ -193,6 +200,10 @@ class _Helper:
             return None
         finally:
             timer.cancel()
+
+    def _time_out(self) -> None:
+        self._timed_out = True
+        self._process.kill()
 
 
 def _write(pipe: IO[bytes], frame: bytes) -> None:
@@ -227,14 +238,15 @@ def main() -> None:
     tokenizer = make_ll_tokenizer(tokens)
     _write(out, _READY)
     while (kind := _read(source)) is not None and (text := _read(source)) is not None:
-        # Where the parent is gone, nobody kills a helper that is deep in a compile.
+        seconds = float(_read(source) or CHECK_SECONDS)
+        # Of CPU time; where the parent is gone, nobody else ends a helper that is deep in a compile.
         if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 4.0)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
         matcher, reason = make_matcher(kind.decode(), text.decode(), tokenizer)
         if matcher is not None:
             reason = try_matcher(matcher, tokenizer.vocab_size)
         if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
         _write(out, (reason or "").encode("utf-8", "replace")[:4096])
 
 
