@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from mini_sglang.errors import InvalidValueError
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+KV_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({**_DTYPES, "int8": torch.int8})
 # Flags of /proc/cpuinfo (x86, Arm) of CPUs whose bf16 products are done in hardware.
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _CGROUP_ROOT = Path("/sys/fs/cgroup")

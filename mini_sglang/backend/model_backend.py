@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
-from mini_sglang.backend.device import choose_device, choose_dtype, choose_threads, free_memory
+from mini_sglang.backend.device import KV_DTYPES, choose_device, choose_dtype, choose_threads, free_memory
 from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
 from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kernels.program import StepProgram
@@ -53,6 +54,7 @@ class ModelBackend:
         context_length: int,
         num_parameters: int,
         kernels: str,
+        dtype: torch.dtype,
         program: StepProgram | None = None,
     ) -> None:
         self.decoder = decoder
@@ -61,6 +63,7 @@ class ModelBackend:
         self._sampler = sampler
         self._num_parameters = num_parameters
         self._kernels = kernels
+        self._dtype = dtype
         self._program = program
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
@@ -119,13 +122,12 @@ class ModelBackend:
     def describe(self) -> dict[str, str | int]:
         """What is loaded, for logs and ``stats``; sizes in bytes."""
         config = self.decoder.config
-        per_token = kv_bytes_per_token(
-            config.num_layers, config.num_kv_heads, config.head_dim, self.kv.data.dtype
-        )
+        per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, self.kv.dtype)
         return {
             "model_type": config.family,
             "parameters": self._num_parameters,
-            "dtype": str(self.decoder.dtype).removeprefix("torch."),
+            "dtype": _name(self._dtype),
+            "kv_dtype": _name(self.kv.dtype),
             "device": str(self.kv.data.device),
             "threads": torch.get_num_threads(),
             "kernels": self._kernels,
@@ -161,7 +163,6 @@ def load_backend(
         InvalidValueError: a setting that this model or machine cannot honour.
     """
     device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
     threads = choose_threads(settings.num_threads)
     torch.set_num_threads(threads)
     kernels, kernels_used = open_kernels(
@@ -176,13 +177,14 @@ def load_backend(
         config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
         context_length = _context_length(settings, config)
         num_parameters = check_tensors(checkpoint, config)
+        dtypes = _dtypes(settings, config, device, kernels, checkpoint.quantized)
         if notify is not None:
-            name = str(dtype).removeprefix("torch.")
-            notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {name} on {device}")
-        decoder = _load(checkpoint, config, dtype, device, kernels)
+            kind = "quantised blocks" if checkpoint.quantized else _name(dtypes.weights)
+            notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {kind} on {device}")
+        decoder = _load(checkpoint, config, dtypes, device, kernels)
     finally:
         checkpoint.close()
-    per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
+    per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtypes.kv)
     num_pages = kv_pages_for(
         token_budget=settings.kv_token_budget,
         page_size=settings.page_size_tokens,
@@ -197,10 +199,10 @@ def load_backend(
         page_size=settings.page_size_tokens,
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        dtype=dtype,
+        dtype=dtypes.kv,
         device=device,
     )
-    attention = _attention(config, dtype, kernels)
+    attention = _attention(config, dtypes.compute, kernels)
     program = None
     if (
         kernels
@@ -216,10 +218,55 @@ def load_backend(
         context_length,
         num_parameters,
         kernels_used,
+        dtypes.weights,
         program,
     )
     logger.info("Loaded %s", backend.describe())
     return backend
+
+
+class _Dtypes(NamedTuple):
+    weights: torch.dtype  # of the plain ones
+    compute: torch.dtype  # of what is between the products
+    kv: torch.dtype
+
+
+def _dtypes(
+    settings: Settings,
+    config: ModelConfig,
+    device: torch.device,
+    kernels: NativeKernels | None,
+    quantized: bool,
+) -> _Dtypes:
+    """What the settings come to for this model.
+
+    Raises:
+        InvalidValueError: a dtype that the device or the operators in use cannot honour.
+    """
+    weights = choose_dtype(settings.dtype, device)
+    if quantized and settings.dtype == "auto" and device.type == "cpu":
+        weights = torch.float32
+    sizes = config.hidden_size, config.intermediate_size, config.head_dim
+    native = (
+        kernels is not None
+        and kernels.fast
+        and NativeOperations.fit(*sizes, torch.float32)
+        and NativeAttention.fit(config.num_heads, config.num_kv_heads, config.head_dim, torch.float32)
+    )
+    if native:
+        kv = KV_DTYPES.get(settings.kv_dtype, torch.float16 if quantized else weights)
+        return _Dtypes(weights, torch.float32, kv)
+    if settings.kv_dtype != "auto" and KV_DTYPES[settings.kv_dtype] != weights:
+        raise InvalidValueError(
+            "KV_DTYPE",
+            settings.kv_dtype,
+            f"auto: KV is kept as {_name(weights)} where the compiled CPU kernels do not run the model",
+        )
+    return _Dtypes(weights, weights, weights)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _attention(config: ModelConfig, dtype: torch.dtype, kernels: NativeKernels | None) -> Attention:
@@ -240,7 +287,7 @@ def _context_length(settings: Settings, config: ModelConfig) -> int:
 def _load(
     checkpoint: Checkpoint,
     config: ModelConfig,
-    dtype: torch.dtype,
+    dtypes: _Dtypes,
     device: torch.device,
     kernels: NativeKernels | None,
 ) -> Decoder:
@@ -258,4 +305,4 @@ def _load(
             shown = now
 
         with torch.inference_mode():
-            return load_decoder(checkpoint, config, dtype, device, loaded, kernels)
+            return load_decoder(checkpoint, config, dtypes.weights, device, loaded, kernels, dtypes.compute)

@@ -7,14 +7,15 @@ operators until ``accelerate`` hands them the compiled kernels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mini_sglang.backend.loading.ggml_types import GGMLType
+from mini_sglang.backend.loading.ggml_types import GGML_TYPES, GGMLType
 from mini_sglang.backend.quant import dequantize
 from mini_sglang.errors import ModelLoadError
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 # Rows of a quantised matrix are made dense this many weights at a time, 4 MiB in float32.
 _CHUNK_WEIGHTS = 1 << 20
+_DENSE_TYPES: Mapping[torch.dtype, GGMLType] = MappingProxyType(
+    {torch.float32: GGML_TYPES[0], torch.float16: GGML_TYPES[1], torch.bfloat16: GGML_TYPES[30]}
+)
 
 
 class Weight(ABC):
@@ -67,32 +71,20 @@ class Weight(ABC):
 
 
 class DenseWeight(Weight):
-    """A tensor ``[out_features, in_features]`` already in the compute dtype.
+    """A tensor ``[out_features, in_features]`` already in the compute dtype."""
 
-    Args:
-        kernels: multiply with these, not with torch; ``tensor`` is then contiguous and on the CPU.
-    """
-
-    def __init__(self, tensor: Tensor, kernels: NativeKernels | None = None) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         out_features, in_features = tensor.shape
         self.tensor = tensor
         self.shape = (out_features, in_features)
         self.dtype = tensor.dtype
-        self._kernels = kernels
 
     @property
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self._kernels is None:
-            return F.linear(x, self.tensor, bias)
-        return self._kernels.dense(self.tensor, x, bias)
-
-    def products(self) -> list[Product] | None:
-        if self._kernels is None or self.dtype != torch.float32:
-            return None
-        return [self._kernels.dense_product(self.tensor)]
+        return F.linear(x, self.tensor, bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.tensor)
@@ -148,29 +140,36 @@ class QuantizedWeight(Weight):
 
 
 class PackedWeight(Weight):
-    """The numbers of a ``QuantizedWeight``, in the order in which the compiled kernels read them.
+    """A ``DenseWeight`` or ``QuantizedWeight`` in the order in which the compiled kernels read it.
 
-    ``linear`` rounds ``x`` to 8 bits in groups of 32, each with its own scale; see ``NativeKernels``.
+    ``linear`` rounds ``x`` as ``NativeKernels.multiply`` says.
+
+    Args:
+        weight: whose numbers are kept; its memory is not.
+        dtype: the compute dtype.
     """
 
-    def __init__(self, weight: QuantizedWeight, kernels: NativeKernels) -> None:
+    def __init__(
+        self, weight: DenseWeight | QuantizedWeight, kernels: NativeKernels, dtype: torch.dtype
+    ) -> None:
         self._kernels = kernels
-        self.packed = kernels.pack(weight.blocks, weight.type)
-        self.type = weight.type
+        self.type = weight.type if isinstance(weight, QuantizedWeight) else _DENSE_TYPES[weight.dtype]
+        blocks = weight.blocks if isinstance(weight, QuantizedWeight) else _bytes_of(weight.tensor)
+        self.packed = kernels.pack(blocks, self.type)
         self.shape = weight.shape
-        self.dtype = weight.dtype
+        self.dtype = dtype
 
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._kernels.quantized(self.packed, self.type, self.shape, x, bias)
+        return self._kernels.multiply(self.packed, self.type, self.shape, x, bias)
 
     def products(self) -> list[Product] | None:
         if self.dtype != torch.float32:
             return None
-        return [self._kernels.packed_product(self.packed, self.type, self.shape)]
+        return [self._kernels.product(self.packed, self.type, self.shape)]
 
     def rows(self, ids: Tensor) -> Tensor:
         picked = self._kernels.unpack(self.packed, self.type, self.shape, ids.reshape(-1))
@@ -182,6 +181,8 @@ class PackedWeight(Weight):
     def to(self, device: torch.device) -> Weight:
         if device.type == "cpu":
             return self
+        if not self.type.quantized:
+            return DenseWeight(self.dequantize(self.dtype).to(device))
         return QuantizedWeight(self._blocks().to(device), self.type, self.dtype)
 
     def _blocks(self) -> Tensor:
@@ -258,18 +259,28 @@ def stack_rows(weights: Sequence[Weight]) -> Weight:
     return StackedWeight(weights)
 
 
-def accelerate(weight: Weight, kernels: NativeKernels | None) -> Weight:
+def accelerate(weight: Weight, kernels: NativeKernels | None, dtype: torch.dtype | None = None) -> Weight:
     """The same matrix, multiplied by the compiled kernels where they have its format and are faster.
 
     Args:
         weight: on the CPU if there are ``kernels``.
+        dtype: the compute dtype, if not that of ``weight``.
     """
-    if kernels is None:
-        return weight
+    dtype = dtype or weight.dtype
     if isinstance(weight, StackedWeight):
-        return StackedWeight([accelerate(part, kernels) for part in weight.parts])
-    if isinstance(weight, DenseWeight) and kernels.has_dense(weight.dtype):
-        return DenseWeight(weight.tensor.contiguous(), kernels)
-    if isinstance(weight, QuantizedWeight) and kernels.has_format(weight.type):
-        return PackedWeight(weight, kernels)
+        return StackedWeight([accelerate(part, kernels, dtype) for part in weight.parts])
+    if isinstance(weight, DenseWeight):
+        type = _DENSE_TYPES.get(weight.dtype)
+        if kernels is not None and type is not None and kernels.has_format(type):
+            return PackedWeight(weight, kernels, dtype)
+        return weight if weight.dtype == dtype else DenseWeight(weight.tensor.to(dtype))
+    if isinstance(weight, QuantizedWeight):
+        if kernels is not None and kernels.has_format(weight.type):
+            return PackedWeight(weight, kernels, dtype)
+        return QuantizedWeight(weight.blocks, weight.type, dtype)
     return weight
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Rows of numbers as rows of bytes."""
+    return tensor.contiguous().view(torch.uint8)

@@ -15,7 +15,7 @@ _MAX_HEAD_DIM, _MAX_GROUP = 256, 32
 
 
 class NativeAttention:
-    """``Attention`` for a float32 pool on the CPU, for the sizes that ``fit`` names."""
+    """``Attention`` of float32 queries on the CPU, over a pool of any dtype, for the sizes that ``fit`` names."""
 
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels
@@ -24,7 +24,7 @@ class NativeAttention:
     def fit(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
         return (
             dtype == torch.float32
-            and head_dim % 8 == 0
+            and head_dim % 16 == 0
             and head_dim <= _MAX_HEAD_DIM
             and heads // kv_heads <= _MAX_GROUP
         )
@@ -46,6 +46,6 @@ class NativeStep:
         kv = self._kv
         rows, heads, head_dim = query.shape
         out = query.new_empty((rows, heads * head_dim))
-        job = Attention.of(self._sequences, kv.layer(layer), query, out, kv.page_size, window)
+        job = Attention.of(self._sequences, kv, layer, query, out, window)
         self._kernels.run(job, rows)
         return out

@@ -14,8 +14,10 @@
 
 namespace {
 
-// Rows of x whose int8 copies exist at a time.
+// Rows of x that are prepared at a time.
 constexpr int64_t SLAB = 256;
+// Numbers that one thread has gone through before another would have begun.
+constexpr int64_t ALONE = 32 << 10;
 
 const Variant* find_variant(const char* wanted) {
 #if defined(__x86_64__)
@@ -23,11 +25,16 @@ const Variant* find_variant(const char* wanted) {
     unsigned a, b, c = 0, d;
     const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
     const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool vnni = avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
+    const bool vnni = avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
     const struct {
         const Variant* variant;
         bool supported;
-    } choices[] = {{&avx512vnni_variant, vnni}, {&avx2_variant, avx2}, {&generic_variant, true}};
+    } choices[] = {{&avx512bf16_variant, bf16},
+                   {&avx512vnni_variant, vnni},
+                   {&avx2_variant, avx2},
+                   {&generic_variant, true}};
     for (const auto& choice : choices) {
         if (!choice.supported || !choice.variant) continue;
         if (!*wanted || !strcmp(wanted, choice.variant->name)) return choice.variant;
@@ -40,10 +47,11 @@ const Variant* find_variant(const char* wanted) {
 
 struct Kernels {
     const Variant* variant;
-    Pool pool;
+    ThreadPool pool;
     std::mutex busy;
-    std::vector<Activations> scratch;
+    std::vector<uint8_t> prepared;
     std::vector<AttentionTask> tasks;
+    std::vector<Partial> partials;
 
     Kernels(const Variant* variant, int threads) : variant(variant), pool(threads) {}
 
@@ -63,31 +71,74 @@ struct Kernels {
             &chunks, (count + chunks.size - 1) / chunks.size);
     }
 
-    void run(const Product& job, int64_t rows) { job.packed ? quantized(job, rows) : dense(job, rows); }
+    void run(const Product& job, int64_t rows) {
+        const int format = static_cast<int>(job.format);
+        const uint8_t* weight = static_cast<const uint8_t*>(job.weight);
+        const size_t needed = variant->prepared_bytes(format, std::min(rows, SLAB), job.k);
+        if (prepared.size() < needed) prepared.resize(needed);
+        for (int64_t start = 0; start < rows; start += SLAB) {
+            const int64_t count = std::min(SLAB, rows - start);
+            const float* plain = job.x + start * job.k;
+            const void* x = plain;
+            if (needed) {
+                x = prepared.data();
+                auto prepare = [&](int64_t first, int64_t last) {
+                    variant->prepare(format, plain, first, last, job.k, prepared.data());
+                };
+                if (count * job.k < ALONE) prepare(0, count);
+                else share(count, 4 * job.k, prepare);
+            }
+            share((job.n + GROUP - 1) / GROUP, group_bytes(format, job.k), [&](int64_t first, int64_t last) {
+                variant->product(format, weight, first, last, job.k, x, count, job.bias,
+                                 job.y + start * job.stride, job.n, job.stride);
+            });
+        }
+    }
+
     void run(const Norm& job, int64_t rows) { each_row(job, rows, job.width, variant->norm); }
     void run(const Rotate& job, int64_t rows) {
-        each_row(job, rows, (job.heads + 2 * job.kv_heads) * job.head_dim, variant->rotate);
+        each_row(job, rows, (job.heads + 2 * job.pool.kv_heads) * job.pool.head_dim, variant->rotate);
     }
     void run(const SiluAndMul& job, int64_t rows) { each_row(job, rows, 2 * job.width, variant->silu_and_mul); }
 
     void run(const Attention& job) {
         const Sequences& sequences = *job.sequences;
-        const int64_t group = job.heads / job.kv_heads;
+        const int64_t kv_heads = job.pool.kv_heads, group = job.heads / kv_heads;
         tasks.clear();
-        int64_t scores = 0;
+        int64_t scores = 0, split = 0;
+        auto rows_of = [&](int64_t s) { return sequences.starts[s + 1] - sequences.starts[s]; };
+        auto first_span = [&](int64_t s) {
+            return job.window ? std::max<int64_t>(0, sequences.lengths[s] - job.window) / SPAN : 0;
+        };
+        auto spans_of = [&](int64_t s) { return (sequences.lengths[s] - 1) / SPAN + 1 - first_span(s); };
+        int64_t decodes = 0;
+        for (int64_t s = 0; s < sequences.count; s++)
+            if (rows_of(s) == 1) decodes += spans_of(s), split += spans_of(s) > 1 ? spans_of(s) : 0;
+        if (partials.size() < static_cast<size_t>(split * job.heads)) partials.resize(split * job.heads);
+        Partial* next = partials.data();
         for (int64_t s = 0; s < sequences.count; s++) {
-            const int64_t rows = sequences.starts[s + 1] - sequences.starts[s];
+            const int64_t rows = rows_of(s);
             scores += rows * sequences.lengths[s] * job.heads;
             // All heads of a decode together read its KV in one stream, where there are decodes enough for
             // the threads; a chunk has more from many rows of one head.
-            const bool stream = rows == 1 && sequences.count >= 2 * pool.threads();
-            const int64_t heads = stream ? std::min(job.kv_heads, MAX_PARTIALS / group) : 1;
+            const bool stream = rows == 1 && decodes >= 2 * pool.threads();
+            const int64_t heads = stream ? std::min(kv_heads, MAX_PARTIALS / group) : 1;
             const int64_t size = MAX_PARTIALS / (heads * group);
+            const bool spans = rows == 1 && spans_of(s) > 1;
             // The last rows of a chunk see the most: they are begun first.
             for (int64_t last = rows; last > 0; last -= size)
-                for (int64_t head = 0; head < job.kv_heads; head += heads)
-                    tasks.push_back({s, std::max<int64_t>(0, last - size), last, head,
-                                     std::min(job.kv_heads, head + heads)});
+                for (int64_t head = 0; head < kv_heads; head += heads) {
+                    AttentionTask task = {s,    std::max<int64_t>(0, last - size),  last,
+                                          head, std::min(kv_heads, head + heads), 0,
+                                          nullptr};
+                    if (!spans) tasks.push_back(task);
+                    for (int64_t span = 0; spans && span < spans_of(s); span++) {
+                        task.span = first_span(s) + span;
+                        task.partials = next + span * job.heads;
+                        tasks.push_back(task);
+                    }
+                }
+            if (spans) next += spans_of(s) * job.heads;
         }
         auto attend = [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; i++) variant->attend(job, tasks[i]);
@@ -95,46 +146,20 @@ struct Kernels {
         // Less than this is done before another thread would have begun.
         if (scores < 2048) attend(0, static_cast<int64_t>(tasks.size()));
         else share(static_cast<int64_t>(tasks.size()), 64 << 10, attend);
+        next = partials.data();
+        for (int64_t s = 0; s < sequences.count; s++)
+            if (rows_of(s) == 1 && spans_of(s) > 1) {
+                variant->merge_spans(job, s, next, spans_of(s));
+                next += spans_of(s) * job.heads;
+            }
     }
 
 private:
-    void dense(const Product& job, int64_t rows) {
-        const int number = static_cast<int>(job.format);
-        // Four rows of W are multiplied at a time.
-        share((job.n + 3) / 4, 4 * job.k * (number == F32 ? 4 : 2), [&](int64_t first, int64_t last) {
-            variant->dense(number, job.weight, 4 * first, std::min(job.n, 4 * last), job.k, job.x, rows,
-                           job.bias, job.y, job.stride);
-        });
-    }
-
-    void quantized(const Product& job, int64_t rows) {
-        const int format = static_cast<int>(job.format);
-        const int64_t blocks = job.k / BLOCK;
-        const size_t needed = std::min(rows, SLAB) * blocks;
-        if (scratch.size() < needed) scratch.resize(needed);
-        Activations* slab = scratch.data();
-        for (int64_t start = 0; start < rows; start += SLAB) {
-            const int64_t count = std::min(SLAB, rows - start);
-            const float* x = job.x + start * job.k;
-            auto quantize = [&](int64_t first, int64_t last) {
-                variant->quantize(x + first * job.k, (last - first) * blocks, slab + first * blocks);
-            };
-            if (count < 16) quantize(0, count);
-            else share(count, 4 * job.k, quantize);
-            share((job.n + GROUP - 1) / GROUP, group_bytes(layout_of(format), blocks),
-                  [&](int64_t first, int64_t last) {
-                      variant->quantized(format, static_cast<const uint8_t*>(job.weight), first, last, blocks,
-                                         slab, count, job.bias, job.y + start * job.stride, job.n,
-                                         job.stride);
-                  });
-        }
-    }
-
     // Rows without weights: by one thread where it would be done before another had begun.
     template <class Fields>
     void each_row(const Fields& job, int64_t rows, int64_t width,
                   void (*work)(const Fields&, int64_t, int64_t)) {
-        if (rows * width < 32 << 10) return work(job, 0, rows);
+        if (rows * width < ALONE) return work(job, 0, rows);
         share(rows, 4 * width, [&](int64_t first, int64_t last) { work(job, first, last); });
     }
 };
@@ -178,20 +203,20 @@ void kernels_run(void* handle, const Entry* entries, int64_t count, int64_t rows
 
 // Bytes of the packed form of a matrix [n, k]; 0 for a format without a kernel.
 int64_t kernels_packed_bytes(int format, int64_t n, int64_t k) {
-    const Layout layout = layout_of(format);
-    return layout.tile_bytes ? (n + GROUP - 1) / GROUP * group_bytes(layout, k / BLOCK) : 0;
+    return layout_of(format).tile_bytes ? (n + GROUP - 1) / GROUP * group_bytes(format, k) : 0;
 }
 
-void kernels_pack(void* handle, int format, const uint8_t* blocks, uint8_t* packed, int64_t n, int64_t k) {
+// rows are those of the file, [n, bytes of a row].
+void kernels_pack(void* handle, int format, const uint8_t* rows, uint8_t* packed, int64_t n, int64_t k) {
     Kernels& kernels = *static_cast<Kernels*>(handle);
     std::lock_guard<std::mutex> lock(kernels.busy);
-    const int64_t bytes = group_bytes(layout_of(format), k / BLOCK);
+    const int64_t bytes = group_bytes(format, k);
     kernels.share((n + GROUP - 1) / GROUP, bytes, [&](int64_t first, int64_t last) {
-        for (int64_t g = first; g < last; g++) pack_group(format, blocks, packed + g * bytes, g, n, k);
+        for (int64_t g = first; g < last; g++) pack_group(format, rows, packed + g * bytes, g, n, k);
     });
 }
 
-// Rows ids of a packed matrix as blocks of the file; false, and nothing done, where an id is no row.
+// Rows ids of a packed matrix as the file has them; false, and nothing done, where an id is no row.
 bool kernels_unpack(int format, const uint8_t* packed, const int64_t* ids, uint8_t* out, int64_t count,
                     int64_t n, int64_t k) {
     if (!std::all_of(ids, ids + count, [n](int64_t id) { return 0 <= id && id < n; })) return false;

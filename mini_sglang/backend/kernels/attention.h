@@ -1,9 +1,9 @@
 // Attention over the pages of the KV pool, in float32, in place: FlashAttention's running softmax (Dao et al.,
-// 2022) over PagedAttention's pages (Kwon et al., 2023).
+// 2022) over PagedAttention's pages (Kwon et al., 2023), long contexts in spans (Flash-Decoding, Dao et al., 2023).
 //
-// Keys are taken in blocks that begin at multiples of KEYS, and every row of queries adds up in that one
-// order: what a row gives depends on its own position and its sequence's KV alone, to the bit, be it a decode,
-// part of a chunk, or one of many.
+// Every row of queries adds up its keys in one order, in blocks of KEYS within spans of SPAN positions: what it
+// gives depends on its own position and its sequence's KV alone, to the bit, be it a decode whose spans are
+// shared out, part of a chunk, or one of many.
 
 #pragma once
 
@@ -11,155 +11,279 @@
 
 namespace {
 
-// Eight sums, one for each vector.
-inline Floats sums_of(const Floats* v) {
-#if defined(__AVX2__)
-    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]),
-                                    _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
-    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[4], (__m256)v[5]),
-                                    _mm256_hadd_ps((__m256)v[6], (__m256)v[7]));
-    return (Floats)_mm256_permute2f128_ps(a, b, 0x20) + (Floats)_mm256_permute2f128_ps(a, b, 0x31);
-#else
-    return each([&](int i) { return sum_of(v[i]); });
-#endif
-}
-
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-
-// One head of one row so far: the largest score, and the sums of its weights and of weighted values.
-struct Partial {
-    float largest;
-    float total;
-    float values[MAX_HEAD_DIM];
+struct KV32 {
+    static constexpr int FORMAT = F32, BYTES = 4;
+    static Floats numbers(const uint8_t* p) { return load<Floats>(p); }
+};
+struct KV16 {
+    static constexpr int FORMAT = F16, BYTES = 2;
+    static Floats numbers(const uint8_t* p) { return halves(p); }
+};
+struct KVB16 {
+    static constexpr int FORMAT = BF16, BYTES = 2;
+    static Floats numbers(const uint8_t* p) { return bfloats(p); }
+};
+struct KV8 {
+    static constexpr int FORMAT = INT8, BYTES = 1;
+    static Floats numbers(const uint8_t* p) { return bytes((const int8_t*)p); }
 };
 
-template <int WIDE>
-inline void add_values(float* sums, const float* const* rows, int64_t at, const float* weights, int first,
-                       int last) {
-    Floats acc[WIDE];
-    UNROLL for (int v = 0; v < WIDE; v++) acc[v] = load<Floats>(sums + 8 * v);
-    for (int j = first; j < last; j++) {
-        const Floats weight = all(weights[j]);
-        const float* value = rows[j] + at;
-        UNROLL for (int v = 0; v < WIDE; v++) acc[v] = fused(weight, load<Floats>(value + 8 * v), acc[v]);
+enum { PARTS = KEYS / LANES };
+// Heads of rows whose scores, and numbers of values of how many, fit in the registers.
+enum { TALL_SCORES = LANES == 16 ? 8 : 3, TALL_VALUES = LANES == 16 ? 4 : 3, WIDE_VALUES = 4 };
+
+// A block of keys of one head, turned round, and where its values are.
+struct Block {
+    const uint8_t* const* rows;
+    float keys[MAX_HEAD_DIM][KEYS];
+    float key_scales[KEYS], value_scales[KEYS];  // of INT8 alone
+};
+
+// One head of one row in one block: positions from first to last of it are seen.
+struct Item {
+    const float* query;
+    Partial* partial;
+    int first, last;
+    float weights[KEYS];
+};
+
+// Of the vectors of keys from low to high; those of positions outside may be numbers of anything finite.
+template <class KV>
+inline void take_keys(Block& block, const Pool& pool, int64_t head, int low, int high) {
+    const int64_t dim = pool.head_dim, at = head * dim * KV::BYTES;
+    for (int64_t part = low / LANES; part * LANES < high; part++)
+        for (int64_t d = 0; d < dim; d += LANES) {
+            Floats square[LANES];
+            UNROLL for (int j = 0; j < LANES; j++)
+                square[j] = KV::numbers(block.rows[part * LANES + j] + at + d * KV::BYTES);
+            transpose(square);
+            UNROLL for (int j = 0; j < LANES; j++) store(&block.keys[d + j][part * LANES], square[j]);
+        }
+    if (KV::FORMAT != INT8) return;
+    for (int j = 0; j < KEYS; j++) {
+        const uint8_t* scales = block.rows[j] + 2 * pool.kv_heads * dim + 4 * head;
+        block.key_scales[j] = load<float>(scales);
+        block.value_scales[j] = load<float>(scales + 4 * pool.kv_heads);
     }
-    memcpy(sums, acc, sizeof acc);
 }
 
-// Keys first to last of a block for one head of one row. All rows of the block can be read; this head's key
-// begins key numbers into them, its value value numbers.
-inline void attend_block(const float* query, const float* const* rows, int64_t key, int64_t value, int first,
-                         int last, int64_t head_dim, float scale, Partial* partial) {
-    Floats scores[KEYS / 8];
-    Floats top = all(partial->largest);
-    for (int g = 0; g < KEYS / 8; g++) {
-        scores[g] = all(-__builtin_inff());
-        if (8 * g >= last || 8 * g + 8 <= first) continue;
-        Floats dots[8] = {};
-        for (int64_t i = 0; i < head_dim; i += 8) {
-            const Floats part = load<Floats>(query + i);
-            UNROLL for (int k = 0; k < 8; k++)
-                dots[k] = fused(part, load<Floats>(rows[8 * g + k] + key + i), dots[k]);
+template <class KV, int COUNT>
+inline void score(Item* items, const Block& block, int64_t dim, float scale) {
+    Floats dots[COUNT][PARTS] = {};
+    for (int64_t d = 0; d < dim; d++) {
+        Floats keys[PARTS];
+        UNROLL for (int p = 0; p < PARTS; p++) keys[p] = load<Floats>(&block.keys[d][p * LANES]);
+        UNROLL for (int i = 0; i < COUNT; i++) {
+            const Floats part = all(items[i].query[d]);
+            UNROLL for (int p = 0; p < PARTS; p++) dots[i][p] = fused(part, keys[p], dots[i][p]);
         }
-        const Ints index = Ints{0, 1, 2, 3, 4, 5, 6, 7} + 8 * g;
-        const Ints seen = (index >= first) & (index < last);
-        scores[g] = seen ? sums_of(dots) * scale : scores[g];
-        top = larger(scores[g], top);
     }
-    float largest = top[0];
-    for (int i = 1; i < 8; i++) largest = top[i] > largest ? top[i] : largest;
-    float weights[KEYS];
-    Floats sum = {};
-    for (int g = 0; g < KEYS / 8; g++) {
-        const Floats weight = exp_of(scores[g] - all(largest));
-        sum += weight;
-        store(weights + 8 * g, weight);
-    }
-    const float old = exp_of(all(partial->largest - largest))[0];
-    partial->total = partial->total * old + sum_of(sum);
-    partial->largest = largest;
-    if (old != 1.0f)
-        for (int64_t i = 0; i < head_dim; i += 8) {
-            store(partial->values + i, load<Floats>(partial->values + i) * old);
+    UNROLL for (int i = 0; i < COUNT; i++) {
+        Partial& partial = *items[i].partial;
+        Floats scores[PARTS], top = all(partial.largest), sum = {};
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            const Ints index = lane_numbers() + p * LANES;
+            const Ints seen = (index >= items[i].first) & (index < items[i].last);
+            Floats scaled = dots[i][p] * scale;
+            if (KV::FORMAT == INT8) scaled *= load<Floats>(block.key_scales + p * LANES);
+            scores[p] = seen ? scaled : all(-__builtin_inff());
+            top = larger(scores[p], top);
         }
-    int64_t i = 0;
-    auto part = [&](auto add, int wide) {
-        for (; i + 8 * wide <= head_dim; i += 8 * wide)
-            add(partial->values + i, rows, value + i, weights, first, last);
-    };
-    part(add_values<8>, 8);
-    part(add_values<4>, 4);
-    part(add_values<2>, 2);
-    part(add_values<1>, 1);
+        const float largest = largest_of(top);
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            Floats weight = exp_of(scores[p] - all(largest));
+            sum += weight;
+            if (KV::FORMAT == INT8) weight *= load<Floats>(block.value_scales + p * LANES);
+            store(items[i].weights + p * LANES, weight);
+        }
+        const float old = exp_of(all(partial.largest - largest))[0];
+        partial.total = partial.total * old + sum_of(sum);
+        partial.largest = largest;
+        for (int64_t d = 0; old != 1.0f && d < dim; d += LANES)
+            store(partial.values + d, load<Floats>(partial.values + d) * old);
+    }
+}
+
+template <class KV, int COUNT, int WIDTH>
+inline void add_values(Item* items, const Block& block, int64_t at, int64_t d) {
+    Floats sums[COUNT][WIDTH];
+    int first = KEYS, last = 0;
+    UNROLL for (int i = 0; i < COUNT; i++) {
+        UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = load<Floats>(items[i].partial->values + d + v * LANES);
+        first = items[i].first < first ? items[i].first : first;
+        last = items[i].last > last ? items[i].last : last;
+    }
+    for (int j = first; j < last; j++) {
+        Floats values[WIDTH];
+        UNROLL for (int v = 0; v < WIDTH; v++)
+            values[v] = KV::numbers(block.rows[j] + at + (d + v * LANES) * KV::BYTES);
+        UNROLL for (int i = 0; i < COUNT; i++) {
+            const Floats weight = all(items[i].weights[j]);
+            UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = fused(weight, values[v], sums[i][v]);
+        }
+    }
+    UNROLL for (int i = 0; i < COUNT; i++)
+        UNROLL for (int v = 0; v < WIDTH; v++) store(items[i].partial->values + d + v * LANES, sums[i][v]);
+}
+
+template <class KV, int COUNT>
+inline void add_all_values(Item* items, const Block& block, int64_t at, int64_t dim) {
+    int64_t d = 0;
+    for (; d + WIDE_VALUES * LANES <= dim; d += WIDE_VALUES * LANES)
+        add_values<KV, COUNT, WIDE_VALUES>(items, block, at, d);
+    for (; d < dim; d += LANES) add_values<KV, COUNT, 1>(items, block, at, d);
+}
+
+// The heads of rows in items, all of one KV head.
+template <class KV>
+void attend_block(const Attention& job, const Block& block, int64_t head, Item* items, int count) {
+    const int64_t dim = job.pool.head_dim, at = (job.pool.kv_heads + head) * dim * KV::BYTES;
+    int i = 0;
+    for (; i + TALL_SCORES <= count; i += TALL_SCORES) score<KV, TALL_SCORES>(items + i, block, dim, job.scale);
+    for (; i + 3 <= count; i += 3) score<KV, 3>(items + i, block, dim, job.scale);
+    for (; i < count; i++) score<KV, 1>(items + i, block, dim, job.scale);
+    i = 0;
+    for (; i + TALL_VALUES <= count; i += TALL_VALUES) add_all_values<KV, TALL_VALUES>(items + i, block, at, dim);
+    for (; i + 3 <= count; i += 3) add_all_values<KV, 3>(items + i, block, at, dim);
+    for (; i < count; i++) add_all_values<KV, 1>(items + i, block, at, dim);
 }
 
 // Where the positions from block on lie, in whole rows of the pool.
-inline void locate(const Attention& shape, const int64_t* pages, int64_t block, int64_t low, int64_t end,
-                   const float** rows) {
-    const int64_t width = 2 * shape.kv_heads * shape.head_dim;
+inline void locate(const Attention& job, const int64_t* pages, int64_t block, int64_t low, int64_t end,
+                   const uint8_t** rows) {
+    const int64_t bytes = pool_row_bytes(job.pool);
     int64_t position = block < low ? low : block;
-    int64_t page = position / shape.page_size, offset = position % shape.page_size;
+    int64_t page = position / job.page_size, offset = position % job.page_size;
     for (int64_t j = 0; j < KEYS; j++) {
-        rows[j] = shape.kv + (pages[page] * shape.page_size + offset) * width;
+        rows[j] = job.pool.data + (pages[page] * job.page_size + offset) * bytes;
         // Positions that nobody here may see are not read: a neighbour stands in their place.
         if (block + j < low || position + 1 == end) continue;
         position++;
-        if (++offset == shape.page_size) offset = 0, page++;
+        if (++offset == job.page_size) offset = 0, page++;
     }
 }
 
-void attend(const Attention& shape, const AttentionTask& task) {
-    const Sequences& sequences = *shape.sequences;
+inline void clear(Partial& partial, int64_t dim) {
+    partial.largest = -__builtin_inff();
+    partial.total = 0.0f;
+    memset(partial.values, 0, (size_t)dim * sizeof(float));
+}
+
+// Adds a later span to an earlier one and clears it.
+inline void merge(Partial& sum, Partial& span, int64_t dim) {
+    if (span.total == 0.0f && span.largest == -__builtin_inff()) return;
+    const float largest = span.largest > sum.largest ? span.largest : sum.largest;
+    const float old = exp_of(all(sum.largest - largest))[0], now = exp_of(all(span.largest - largest))[0];
+    sum.total = sum.total * old + span.total * now;
+    sum.largest = largest;
+    for (int64_t d = 0; d < dim; d += LANES)
+        store(sum.values + d, load<Floats>(sum.values + d) * old + load<Floats>(span.values + d) * now);
+    clear(span, dim);
+}
+
+inline void write(const Partial& partial, float* out, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += LANES) store(out + d, load<Floats>(partial.values + d) / partial.total);
+}
+
+template <class KV>
+void attend_task(const Attention& job, const AttentionTask& task) {
+    const Sequences& sequences = *job.sequences;
     const int64_t begins = sequences.starts[task.sequence], ends = sequences.starts[task.sequence + 1];
     const int64_t start = sequences.lengths[task.sequence] - (ends - begins);  // position of the first row
     const int64_t* pages = sequences.pages + task.sequence * sequences.stride;
-    const float* query = shape.query + begins * shape.query_stride;
-    float* out = shape.out + begins * shape.heads * shape.head_dim;
-    const int64_t group = shape.heads / shape.kv_heads, dim = shape.head_dim;
+    const int64_t group = job.heads / job.pool.kv_heads, dim = job.pool.head_dim;
     const int64_t heads = (task.last_head - task.first_head) * group;
-    Partial partials[MAX_PARTIALS];
-    for (int64_t p = 0; p < (task.last_row - task.first_row) * heads; p++) {
-        partials[p].largest = -__builtin_inff();
-        partials[p].total = 0.0f;
-        memset(partials[p].values, 0, (size_t)dim * sizeof(float));
-    }
+    const int64_t count = (task.last_row - task.first_row) * heads;
     auto lowest = [&](int64_t row) {
         const int64_t position = start + row;
-        return shape.window && position >= shape.window ? position - shape.window + 1 : 0;
+        return job.window && position >= job.window ? position - job.window + 1 : 0;
     };
-    const int64_t low = lowest(task.first_row), end = start + task.last_row, begin = low / KEYS * KEYS;
-    // The block to come is fetched while one is worked on, a part after each head.
-    const int64_t parts = (task.last_row - task.first_row) * heads, values = shape.kv_heads * dim;
-    const float* rows[2][KEYS];
-    int current = 0;
-    locate(shape, pages, begin, low, end, rows[current]);
-    for (int64_t block = begin; block < end; block += KEYS, current ^= 1) {
-        const bool more = block + KEYS < end;
-        if (more) locate(shape, pages, block + KEYS, low, end, rows[current ^ 1]);
-        Partial* partial = partials;
-        for (int64_t row = task.first_row; row < task.last_row; row++) {
-            int64_t from = lowest(row) - block, to = start + row + 1 - block;
-            from = from < 0 ? 0 : from;
-            to = to > KEYS ? KEYS : to;
-            for (int64_t h = task.first_head * group; h < task.last_head * group; h++, partial++) {
-                const int64_t part = partial - partials;
-                for (int64_t j = KEYS * part / parts; more && j < KEYS * (part + 1) / parts; j++)
-                    for (int64_t at = 0; at <= values; at += values)
-                        for (int64_t i = task.first_head * dim; i < task.last_head * dim; i += 16)
-                            __builtin_prefetch(rows[current ^ 1][j] + at + i, 0, 2);
-                if (from < to)
-                    attend_block(query + row * shape.query_stride + h * dim, rows[current], h / group * dim,
-                                 (shape.kv_heads + h / group) * dim, (int)from, (int)to, dim, shape.scale,
-                                 partial);
-            }
-        }
+    const int64_t low = lowest(task.first_row), end = start + task.last_row;
+    int64_t begin = low / KEYS * KEYS, stop = end;
+    if (task.partials) {
+        begin = task.span * SPAN > begin ? task.span * SPAN : begin;
+        stop = (task.span + 1) * SPAN < end ? (task.span + 1) * SPAN : end;
     }
-    const Partial* done = partials;
-    for (int64_t row = task.first_row; row < task.last_row; row++)
-        for (int64_t h = task.first_head * group; h < task.last_head * group; h++, done++)
-            for (int64_t i = 0; i < dim; i += 8) {
-                store(out + (row * shape.heads + h) * dim + i, load<Floats>(done->values + i) / done->total);
+    // Head by head, so that the rows of one KV head follow each other.
+    Partial sums[MAX_PARTIALS], spans[MAX_PARTIALS];
+    for (int64_t i = 0; i < count; i++) clear(sums[i], dim), clear(spans[i], dim);
+    Block turned;
+    Item items[MAX_PARTIALS];
+    const uint8_t* rows[2][KEYS];
+    int current = 0;
+    if (begin < stop) locate(job, pages, begin, low, end, rows[current]);
+    const int64_t lines = (task.last_head - task.first_head) * dim * KV::BYTES;
+    const int64_t values = job.pool.kv_heads * dim * KV::BYTES, at = task.first_head * dim * KV::BYTES;
+    for (int64_t block = begin; block < stop; block += KEYS, current ^= 1) {
+        if (block + KEYS < stop) {
+            // The block to come is fetched while this one is worked on.
+            locate(job, pages, block + KEYS, low, end, rows[current ^ 1]);
+            for (int j = 0; j < KEYS; j++)
+                for (int64_t i = 0; i < lines; i += 64) {
+                    __builtin_prefetch(rows[current ^ 1][j] + at + i, 0, 2);
+                    __builtin_prefetch(rows[current ^ 1][j] + values + at + i, 0, 2);
+                }
+        }
+        turned.rows = rows[current];
+        for (int64_t head = task.first_head; head < task.last_head; head++) {
+            int used = 0, first = KEYS, last = 0;
+            for (int64_t row = task.first_row; row < task.last_row; row++) {
+                int64_t from = lowest(row) - block, to = start + row + 1 - block;
+                from = from < 0 ? 0 : from;
+                to = to > KEYS ? KEYS : to;
+                if (from >= to) continue;
+                first = from < first ? (int)from : first;
+                last = to > last ? (int)to : last;
+                for (int64_t h = 0; h < group; h++) {
+                    const int64_t place = ((head - task.first_head) * (task.last_row - task.first_row) +
+                                           row - task.first_row) * group + h;
+                    Item& item = items[used++];
+                    item.query = job.query + (begins + row) * job.query_stride + (head * group + h) * dim;
+                    item.partial = spans + place;
+                    item.first = (int)from;
+                    item.last = (int)to;
+                }
             }
+            if (!used) continue;
+            take_keys<KV>(turned, job.pool, head, first, last);
+            attend_block<KV>(job, turned, head, items, used);
+        }
+        if ((block + KEYS) % SPAN == 0 && !task.partials)
+            for (int64_t i = 0; i < count; i++) merge(sums[i], spans[i], dim);
+    }
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t head = task.first_head + i / (group * (task.last_row - task.first_row));
+        const int64_t row = task.first_row + i / group % (task.last_row - task.first_row);
+        const int64_t place = head * group + i % group;
+        if (task.partials) {
+            task.partials[place].largest = spans[i].largest;
+            task.partials[place].total = spans[i].total;
+            memcpy(task.partials[place].values, spans[i].values, (size_t)dim * sizeof(float));
+            continue;
+        }
+        merge(sums[i], spans[i], dim);
+        write(sums[i], job.out + ((begins + row) * job.heads + place) * dim, dim);
+    }
+}
+
+void attend(const Attention& job, const AttentionTask& task) {
+    switch (job.pool.format) {
+        case F32: return attend_task<KV32>(job, task);
+        case F16: return attend_task<KV16>(job, task);
+        case BF16: return attend_task<KVB16>(job, task);
+        case INT8: return attend_task<KV8>(job, task);
+    }
+}
+
+void merge_spans(const Attention& job, int64_t sequence, Partial* partials, int64_t spans) {
+    const int64_t dim = job.pool.head_dim;
+    float* out = job.out + job.sequences->starts[sequence] * job.heads * dim;
+    for (int64_t h = 0; h < job.heads; h++) {
+        Partial sum;
+        clear(sum, dim);
+        for (int64_t span = 0; span < spans; span++) merge(sum, partials[span * job.heads + h], dim);
+        write(sum, out + h * dim, dim);
+    }
 }
 
 }  // namespace

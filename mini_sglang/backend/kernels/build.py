@@ -34,15 +34,16 @@ _FLAGS = (
     "-w",
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx512vnni")
+_AVX2_FEATURES = frozenset({"avx2", "fma", "f16c"})
+_AVX512_FEATURES = _AVX2_FEATURES | {"avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512_vnni"}
 # The instruction sets of variant.cpp: flags of the compiler, and what Linux calls the features they need.
-_VARIANTS: Mapping[str, tuple[Sequence[str], set[str]]] = MappingProxyType(
+_VARIANTS: Mapping[str, tuple[Sequence[str], frozenset[str]]] = MappingProxyType(
     {
-        "generic": ((), set()),
-        "avx2": (_AVX2, {"avx2", "fma", "f16c"}),
-        "avx512vnni": (
-            (*_AVX2, "-mavx512f", "-mavx512vl", "-mavx512vnni"),
-            {"avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512_vnni"},
-        ),
+        "generic": ((), frozenset()),
+        "avx2": (_AVX2, _AVX2_FEATURES),
+        "avx512vnni": (_AVX512, _AVX512_FEATURES),
+        "avx512bf16": ((*_AVX512, "-mavx512bf16"), _AVX512_FEATURES | {"avx512_bf16"}),
     }
 )
 _COMPILE_SECONDS = 300

@@ -1,4 +1,4 @@
-// x W^T for dense, row-major W in float32, float16 or bfloat16, computed in float32.
+// x W^T for dense W, interleaved, in float32, float16 or bfloat16; added up in float32, column after column.
 
 #pragma once
 
@@ -6,83 +6,150 @@
 
 namespace {
 
+// COLUMNS at a time: the numbers of LANES rows.
 struct Float32 {
-    typedef float Type;
-    static Floats load8(const float* p) { return load<Floats>(p); }
+    static constexpr int FORMAT = F32, COLUMNS = 1;
+    static void load_columns(const uint8_t* p, Floats* w) { w[0] = load<Floats>(p); }
 };
 struct Float16 {
-    typedef uint16_t Type;
-    static Floats load8(const uint16_t* p) { return halves(p); }
+    static constexpr int FORMAT = F16, COLUMNS = 1;
+    static void load_columns(const uint8_t* p, Floats* w) { w[0] = halves(p); }
 };
 struct BFloat16 {
-    typedef uint16_t Type;
-    static Floats load8(const uint16_t* p) { return bfloats(p); }
+    static constexpr int FORMAT = BF16, COLUMNS = 2;
+    static void load_columns(const uint8_t* p, Floats* w) {
+        const Ints both = load<Ints>(p);
+        w[0] = (Floats)(both << 16);
+        w[1] = (Floats)(both & (int32_t)0xffff0000);
+    }
 };
 
-// WIDE rows of W by ROWS rows of x: lane i of a sum has the columns i, i + 8, i + 16 and so on, in order.
-template <class N, int WIDE, int ROWS>
-void tile_times(const typename N::Type* w, int64_t k, const float* x, const float* bias, float* y,
-                int64_t stride) {
-    Floats sums[WIDE][ROWS] = {};
-    const int64_t whole = k / 8 * 8;
-    for (int64_t i = 0; i < whole; i += 8) {
-        Floats part[ROWS];
-        UNROLL for (int r = 0; r < ROWS; r++) part[r] = load<Floats>(x + r * k + i);
-        UNROLL for (int c = 0; c < WIDE; c++) {
-            const Floats weights = N::load8(w + c * k + i);
-            UNROLL for (int r = 0; r < ROWS; r++) sums[c][r] = fused(weights, part[r], sums[c][r]);
-        }
-    }
-    if (whole < k) {
-        UNROLL for (int c = 0; c < WIDE; c++) {
-            typename N::Type end[8] = {};
-            memcpy(end, w + c * k + whole, (size_t)(k - whole) * sizeof *end);
-            const Floats weights = N::load8(end);
-            UNROLL for (int r = 0; r < ROWS; r++) {
-                float part[8] = {};
-                memcpy(part, x + r * k + whole, (size_t)(k - whole) * sizeof *part);
-                sums[c][r] = fused(weights, load<Floats>(part), sums[c][r]);
+// So many rows of x, and groups, whose sums fit in the registers.
+enum { TALL = LANES == 16 ? 8 : 6, WIDE = LANES == 16 ? 3 : 1 };
+
+template <int ROWS, int GROUPS>
+struct Sums {
+    Floats at[ROWS][GROUPS][HALVES] = {};
+
+    void write(const float* bias, float* y, int64_t stride, int64_t valid) const {
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int g = 0; g < GROUPS; g++) {
+                const int64_t column = g * GROUP;
+                write_group(at[r][g], bias ? bias + column : nullptr, y + r * stride + column, valid - column);
             }
-        }
     }
-    UNROLL for (int r = 0; r < ROWS; r++)
-        UNROLL for (int c = 0; c < WIDE; c++) y[r * stride + c] = sum_of(sums[c][r]) + (bias ? bias[c] : 0.0f);
+};
+
+template <class N, int ROWS, int GROUPS>
+void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, const float* bias, float* y,
+                int64_t stride, int64_t valid) {
+    constexpr int STEP = N::COLUMNS, VECTOR = (N::FORMAT == F32 ? 4 : 2) * STEP * LANES;
+    Sums<ROWS, GROUPS> sums;
+    auto add = [&](const uint8_t* at, int64_t column, auto columns) {
+        Floats weights[GROUPS][HALVES][STEP];
+        UNROLL for (int g = 0; g < GROUPS; g++)
+            UNROLL for (int h = 0; h < HALVES; h++) N::load_columns(at + g * bytes + h * VECTOR, weights[g][h]);
+        UNROLL for (int c = 0; c < columns.value; c++)
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                const Floats part = all(x[r * k + column + c]);
+                UNROLL for (int g = 0; g < GROUPS; g++)
+                    UNROLL for (int h = 0; h < HALVES; h++)
+                        sums.at[r][g][h] = fused(weights[g][h][c], part, sums.at[r][g][h]);
+            }
+    };
+    struct Step { enum { value = STEP }; };
+    struct One { enum { value = 1 }; };
+    int64_t column = 0;
+    for (; column + STEP <= k; column += STEP, w += HALVES * VECTOR) {
+#if defined(__AVX2__)
+
+            UNROLL for (int g = 0; g < GROUPS; g++) _mm_prefetch((const char*)w + g * bytes + 2048, _MM_HINT_T0);
+#endif
+        add(w, column, Step{});
+    }
+    if (column < k) add(w, column, One{});
+    sums.write(bias, y, stride, valid);
 }
 
-template <class N, int WIDE>
-void rows_times(const typename N::Type* w, int64_t k, const float* x, int64_t start, int64_t stop,
-                const float* bias, float* y, int64_t stride) {
-    int64_t r = start;
-    for (; r + 3 <= stop; r += 3) tile_times<N, WIDE, 3>(w, k, x + r * k, bias, y + r * stride, stride);
-    if (stop - r == 2) tile_times<N, WIDE, 2>(w, k, x + r * k, bias, y + r * stride, stride);
-    if (stop - r == 1) tile_times<N, WIDE, 1>(w, k, x + r * k, bias, y + r * stride, stride);
+#if defined(__AVX512BF16__)
+
+// x in bfloat16 too, [rows, k + k % 2]: exact products of two columns at a time.
+template <int ROWS, int GROUPS>
+void bfloat_tile(const uint8_t* w, int64_t bytes, int64_t k, const uint16_t* x, const float* bias, float* y,
+                 int64_t stride, int64_t valid) {
+    Sums<ROWS, GROUPS> sums;
+    for (int64_t column = 0; column < k; column += 2, w += 64) {
+
+            UNROLL for (int g = 0; g < GROUPS; g++) _mm_prefetch((const char*)w + g * bytes + 2048, _MM_HINT_T0);
+        __m512bh weights[GROUPS];
+        UNROLL for (int g = 0; g < GROUPS; g++) weights[g] = (__m512bh)_mm512_loadu_si512(w + g * bytes);
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            const __m512bh part = (__m512bh)_mm512_set1_epi32(load<int>(x + r * k + column));
+            UNROLL for (int g = 0; g < GROUPS; g++)
+                sums.at[r][g][0] =
+                    (Floats)_mm512_dpbf16_ps((__m512)sums.at[r][g][0], weights[g], part);
+        }
+    }
+    sums.write(bias, y, stride, valid);
+}
+
+void to_bfloats(const float* x, int64_t first, int64_t last, int64_t k, uint16_t* out) {
+    const int64_t width = k + k % 2, whole = k / LANES * LANES;
+    for (int64_t row = first; row < last; row++) {
+        const float* from = x + row * k;
+        uint16_t* to = out + row * width;
+        for (int64_t i = 0; i < whole; i += LANES) store_bfloats(to + i, load<Floats>(from + i));
+        if (whole == k) continue;
+        float rest[LANES] = {};
+        uint16_t rounded[LANES];
+        memcpy(rest, from + whole, (size_t)(k - whole) * sizeof *rest);
+        store_bfloats(rounded, load<Floats>(rest));
+        memcpy(to + whole, rounded, (size_t)(width - whole) * sizeof *to);
+    }
+}
+
+#endif
+
+// Groups first to last of W by all rows of x, with tiles of so many rows and groups.
+template <class X, class Tiles>
+void dense_groups(const uint8_t* packed, int64_t bytes, int64_t first, int64_t last, int64_t width, const X* x,
+                  int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride, Tiles tiles) {
+    int64_t g = first;
+    auto block = [&](auto groups) {
+        for (; g + groups.value <= last; g += groups.value) {
+            const int64_t column = g * GROUP;
+            int64_t row = 0;
+            auto part = [&](auto count) {
+                for (; row + count.value <= rows; row += count.value)
+                    tiles(count, groups)(packed + g * bytes, bytes, width, x + row * width,
+                                         bias ? bias + column : nullptr, y + row * y_stride + column, y_stride,
+                                         n - column);
+            };
+            struct Tall { enum { value = TALL }; };
+
+            struct Four { enum { value = 4 }; };
+            struct Two { enum { value = 2 }; };
+            struct One { enum { value = 1 }; };
+            part(Tall{});
+
+            part(Four{});
+            part(Two{});
+            part(One{});
+        }
+    };
+    struct Wide { enum { value = WIDE }; };
+    struct One { enum { value = 1 }; };
+    block(Wide{});
+    block(One{});
 }
 
 template <class N>
-void dense_times(const void* weight, int64_t first, int64_t last, int64_t k, const float* x, int64_t rows,
-                 const float* bias, float* y, int64_t y_stride) {
-    const typename N::Type* w = (const typename N::Type*)weight;
-    int64_t stride = CACHED_BYTES / (k * 4) / 3 * 3;
-    stride = stride < 3 ? 3 : stride;
-    for (int64_t start = 0; start < rows; start += stride) {
-        const int64_t stop = start + stride < rows ? start + stride : rows;
-        int64_t c = first;
-        auto part = [&](auto times, int wide) {
-            for (; c + wide <= last; c += wide)
-                times(w + c * k, k, x, start, stop, bias ? bias + c : nullptr, y + c, y_stride);
-        };
-        part(rows_times<N, 4>, 4);
-        part(rows_times<N, 1>, 1);
-    }
-}
-
-void dense(int number, const void* weight, int64_t first, int64_t last, int64_t k, const float* x,
-           int64_t rows, const float* bias, float* y, int64_t stride) {
-    switch (number) {
-        case F32: return dense_times<Float32>(weight, first, last, k, x, rows, bias, y, stride);
-        case F16: return dense_times<Float16>(weight, first, last, k, x, rows, bias, y, stride);
-        case BF16: return dense_times<BFloat16>(weight, first, last, k, x, rows, bias, y, stride);
-    }
+void dense_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k, const float* x, int64_t rows,
+                 const float* bias, float* y, int64_t n, int64_t stride) {
+    dense_groups(packed, group_bytes(N::FORMAT, k), first, last, k, x, rows, bias, y, n, stride,
+                 [](auto count, auto groups) {
+                     return dense_tile<N, (int)decltype(count)::value, (int)decltype(groups)::value>;
+                 });
 }
 
 }  // namespace

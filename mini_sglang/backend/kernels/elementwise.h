@@ -22,18 +22,16 @@ inline Floats exp_of(Floats x) {
     return x < all(-87.0f) ? Floats{} : result;
 }
 
-inline void store(float* to, Floats v) { memcpy(to, &v, sizeof v); }
-
 // x * weight / root mean square of x, over width numbers.
 inline void normed(const float* x, const float* weight, float* out, int64_t width, float eps) {
     Floats squares[2] = {};
-    for (int64_t i = 0; i < width; i += 8) {
+    for (int64_t i = 0; i < width; i += LANES) {
         const Floats v = load<Floats>(x + i);
-        squares[i / 8 % 2] = fused(v, v, squares[i / 8 % 2]);
+        squares[i / LANES % 2] = fused(v, v, squares[i / LANES % 2]);
     }
     const float mean = sum_of(squares[0] + squares[1]) / (float)width;
     const Floats scale = all(1.0f / __builtin_sqrtf(mean + eps));
-    for (int64_t i = 0; i < width; i += 8)
+    for (int64_t i = 0; i < width; i += LANES)
         store(out + i, load<Floats>(x + i) * scale * load<Floats>(weight + i));
 }
 
@@ -42,15 +40,54 @@ void norm(const Norm& job, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         float* x = job.x + row * width;
         if (job.delta)
-            for (int64_t i = 0; i < width; i += 8)
+            for (int64_t i = 0; i < width; i += LANES)
                 store(x + i, load<Floats>(x + i) + load<Floats>(job.delta + row * width + i));
         normed(x, job.weight, job.out + row * width, width, job.eps);
     }
 }
 
+// Numbers of keys or values to the pool's format; for INT8 each head with its own scale, which goes to scales.
+inline void store_heads(const float* from, int format, int64_t heads, int64_t dim, uint8_t* to, float* scales) {
+    const int64_t count = heads * dim;
+    if (format == F32) memcpy(to, from, (size_t)count * sizeof(float));
+    for (int64_t i = 0; format == F16 && i < count; i += LANES) store_halves(to + 2 * i, load<Floats>(from + i));
+    for (int64_t i = 0; format == BF16 && i < count; i += LANES) store_bfloats(to + 2 * i, load<Floats>(from + i));
+    for (int64_t h = 0; format == INT8 && h < heads; h++, from += dim, to += dim) {
+        Floats top = {};
+        for (int64_t i = 0; i < dim; i += LANES) {
+            const Floats v = load<Floats>(from + i);
+            top = larger(v, top), top = larger(-v, top);
+        }
+        const float scale = largest_of(top) / 127.0f;
+        const Floats inverse = all(scale > 0.0f ? 1.0f / scale : 0.0f);
+        for (int64_t i = 0; i < dim; i += LANES) {
+            // As in quantize_block; what is not finite becomes the scale's business.
+            Floats shifted = load<Floats>(from + i) * inverse + 12582912.0f;
+            Ints q = (Ints)shifted - 0x4b400000;
+            q = q > 127 ? 127 - Ints{} : q;
+            q = q < -127 ? -127 - Ints{} : q;
+            store_bytes((int8_t*)to + i, q);
+        }
+        scales[h] = scale;
+    }
+}
+
 void rotate(const Rotate& job, int64_t first, int64_t last) {
-    const int64_t dim = job.head_dim, half = dim / 2, turning = job.heads + job.kv_heads;
-    const int64_t width = (turning + job.kv_heads) * dim, kept = 2 * job.kv_heads * dim;
+    const Pool& pool = job.pool;
+    const int64_t dim = pool.head_dim, half = dim / 2, turning = job.heads + pool.kv_heads;
+    const int64_t width = (turning + pool.kv_heads) * dim, row_bytes = pool_row_bytes(pool);
+    // Halves of heads are turned against each other, LANES or, of narrow heads, 8 numbers at a time.
+    typedef float Eight __attribute__((vector_size(32)));
+    auto turn = [&](float* head, const float* cos, const float* sin, auto vector) {
+        typedef decltype(vector) V;
+        for (int64_t i = 0; i < half; i += sizeof(V) / 4) {
+            const V low = load<V>(head + i), high = load<V>(head + half + i);
+            const V first = low * load<V>(cos + i) + high * load<V>(sin + i);
+            const V second = high * load<V>(cos + half + i) + low * load<V>(sin + half + i);
+            memcpy(head + i, &first, sizeof first);
+            memcpy(head + half + i, &second, sizeof second);
+        }
+    };
     for (int64_t row = first; row < last; row++) {
         float* qkv = job.qkv + row * width;
         for (int64_t h = 0; job.head_norm && h < turning; h++)
@@ -59,15 +96,14 @@ void rotate(const Rotate& job, int64_t first, int64_t last) {
             // The first half of the sine is negated.
             const float* cos = job.cos + row * dim;
             const float* sin = job.sin + row * dim;
-            for (float* head = qkv; head < qkv + turning * dim; head += dim)
-                for (int64_t i = 0; i < half; i += 8) {
-                    const Floats low = load<Floats>(head + i), high = load<Floats>(head + half + i);
-                    store(head + i, low * load<Floats>(cos + i) + high * load<Floats>(sin + i));
-                    store(head + half + i,
-                          high * load<Floats>(cos + half + i) + low * load<Floats>(sin + half + i));
-                }
+            for (float* head = qkv; head < qkv + turning * dim; head += dim) {
+                if (half % LANES == 0) turn(head, cos, sin, Floats{});
+                else turn(head, cos, sin, Eight{});
+            }
         }
-        memcpy(job.kv + job.slots[row] * kept, qkv + job.heads * dim, (size_t)kept * sizeof(float));
+        uint8_t* to = pool.data + job.slots[row] * row_bytes;
+        float* scales = (float*)(to + 2 * pool.kv_heads * dim);
+        store_heads(qkv + job.heads * dim, (int)pool.format, 2 * pool.kv_heads, dim, to, scales);
     }
 }
 
@@ -75,7 +111,7 @@ void silu_and_mul(const SiluAndMul& job, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         const float* gate = job.gate_up + 2 * row * job.width;
         const float* up = gate + job.width;
-        for (int64_t i = 0; i < job.width; i += 8) {
+        for (int64_t i = 0; i < job.width; i += LANES) {
             const Floats x = load<Floats>(gate + i);
             const Floats e = exp_of(x < Floats{} ? x : -x);
             const Floats numerator = x < Floats{} ? e : all(1.0f);

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mini_sglang.backend.batch import IntArray
+from mini_sglang.backend.kv.pool import KVPool
+
+# The enum Format of kernels.h: ggml's numbers.
+FORMATS: Mapping[str, int] = MappingProxyType(
+    {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14, "BF16": 30}
+)
+KV_FORMATS: Mapping[torch.dtype, int] = MappingProxyType(
+    {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30, torch.int8: 24}
+)
 
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -26,13 +37,23 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+class _Pool(ctypes.Structure):
+    """One layer of the KV pool."""
+
+    _fields_ = (("data", _POINTER), *((name, _SIZE) for name in ("format", "kv_heads", "head_dim")))
+
+    @classmethod
+    def of(cls, kv: KVPool, layer: int) -> _Pool:
+        return cls(_address(kv.rows(layer)), KV_FORMATS[kv.dtype], kv.kv_heads, kv.head_dim)
+
+
 class Product(Job):
-    """``y = x @ W.T + bias``; ``packed`` says whether ``format`` is of blocks or of numbers."""
+    """``y = x @ W.T + bias`` for a packed W of ``format``."""
 
     KIND = 0
     _fields_ = (
         *((name, _POINTER) for name in ("weight", "x", "bias", "y")),
-        *((name, _SIZE) for name in ("n", "k", "stride", "packed", "format")),
+        *((name, _SIZE) for name in ("n", "k", "stride", "format")),
     )
 
 
@@ -45,8 +66,11 @@ class Attention(Job):
 
     KIND = 1
     _fields_ = (
-        *((name, _POINTER) for name in ("sequences", "kv", "query", "out")),
-        *((name, _SIZE) for name in ("heads", "kv_heads", "head_dim", "page_size", "window", "query_stride")),
+        ("sequences", _POINTER),
+        ("pool", _Pool),
+        ("query", _POINTER),
+        ("out", _POINTER),
+        *((name, _SIZE) for name in ("heads", "page_size", "window", "query_stride")),
         ("scale", _FLOAT),
     )
 
@@ -54,16 +78,15 @@ class Attention(Job):
     def of(
         cls,
         sequences: SequenceTable,
-        kv: Tensor,
+        kv: KVPool,
+        layer: int,
         query: Tensor,
         out: Tensor,
-        page_size: int,
         window: int | None,
     ) -> Attention:
-        """Attend from ``query`` to ``kv``.
+        """Attend from ``query`` to a layer of ``kv``.
 
         Args:
-            kv: ``[slots, 2, kv_heads, head_dim]`` float32.
             query: ``[T, heads, head_dim]`` float32; rows may lie apart, heads lie side by side.
             out: ``[T, heads * head_dim]``.
             window: how many positions a row sees, itself included; ``None`` is all.
@@ -72,13 +95,11 @@ class Attention(Job):
         assert query.stride()[1:] == (head_dim, 1)
         return cls(
             sequences=sequences.address,
-            kv=_address(kv),
+            pool=_Pool.of(kv, layer),
             query=query.data_ptr(),
             out=_address(out),
             heads=heads,
-            kv_heads=kv.shape[2],
-            head_dim=head_dim,
-            page_size=page_size,
+            page_size=kv.page_size,
             window=window or 0,
             query_stride=query.stride(0),
             scale=head_dim**-0.5,
@@ -106,8 +127,9 @@ class Rotate(Job):
 
     KIND = 3
     _fields_ = (
-        *((name, _POINTER) for name in ("qkv", "head_norm", "cos", "sin", "slots", "kv")),
-        *((name, _SIZE) for name in ("heads", "kv_heads", "head_dim")),
+        *((name, _POINTER) for name in ("qkv", "head_norm", "cos", "sin", "slots")),
+        ("pool", _Pool),
+        ("heads", _SIZE),
         ("eps", _FLOAT),
     )
 
@@ -118,17 +140,15 @@ class Rotate(Job):
         head_norm: Tensor | None,
         rotation: Tensor | None,
         slots: Tensor,
-        kv: Tensor,
+        kv: KVPool,
+        layer: int,
         eps: float,
     ) -> Rotate:
-        """As ``Operations.rotate_and_store``, into the layer ``kv`` ``[slots, 2, kv_heads, head_dim]``."""
+        """As ``Operations.rotate_and_store``."""
         cos, sin = (None, None) if rotation is None else (_address(part) for part in rotation)
-        _, all_heads, head_dim = qkv.shape
-        kv_heads = kv.shape[2]
-        return cls(
-            _address(qkv), _address(head_norm), cos, sin, _address(slots), _address(kv),
-            all_heads - 2 * kv_heads, kv_heads, head_dim, eps,
-        )  # fmt: skip
+        heads = qkv.shape[1] - 2 * kv.kv_heads
+        pool = _Pool.of(kv, layer)
+        return cls(_address(qkv), _address(head_norm), cos, sin, _address(slots), pool, heads, eps)
 
 
 class SiluAndMul(Job):

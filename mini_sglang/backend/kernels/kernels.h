@@ -4,39 +4,48 @@
 
 #include <stdint.h>
 
-enum Format { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14 };  // ggml's numbers
-enum Number { F32 = 0, F16 = 1, BF16 = 2 };
+// ggml's numbers. INT8 is of the KV pool alone.
+enum Format { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14, INT8 = 24, BF16 = 30 };
 
-// Rows of a quantised matrix are interleaved in groups, so that one vector holds the same columns of all of
-// a group's rows. A tile is 32 columns of a group, after its scales: byte 32 v + 4 r + j is column 4 v + j of
-// row r, for nibbles column 16 + 4 v + j in the high half. All numbers are those of the file, bit for bit.
-enum { GROUP = 8, BLOCK = 32, SUPER = 8 };  // SUPER: blocks that share a header in the K formats
+// Rows of a matrix are interleaved in groups, so that one vector holds the same columns of all of a group's
+// rows. Dense: number 16 c + r is column c of row r; of BF16 number 32 p + 2 r + j is column 2 p + j, the last
+// column of an odd number followed by zeros. In blocks: a tile is 32 columns of a group, after its scales: byte
+// 64 v + 4 r + j is column 4 v + j of row r, for nibbles column 16 + 4 v + j in the high half. All numbers are
+// those of the file, bit for bit.
+enum { GROUP = 16, BLOCK = 32, SUPER = 8 };  // SUPER: blocks that share a header in the K formats
 
 struct Layout {
-    int source_bytes;  // of one block of one row in the file, 32 columns (256 in the K formats)
-    int source_blocks;
-    int header_bytes;  // float16 scales for each row of the group, before every source_blocks tiles
-    int tile_bytes;
+    int source_bytes;    // of one block of one row in the file
+    int source_columns;  // of it
+    int header_bytes;    // float16 scales for each row of the group, before the tiles of every block
+    int tile_bytes;      // of 32 columns, or of a dense column
 };
 
 // Q4_0, Q8_0: a tile's header is d. Q4_1: d, m.
-// Q4_K: header d, dmin; a tile begins with 8 scales and 8 minima of 6 bits, a byte each.
-// Q6_K: header d; a tile begins with 8 scales of its first 16 columns and 8 of its last (int8), then the low
+// Q4_K: header d, dmin; a tile begins with 16 scales and 16 minima of 6 bits, a byte each.
+// Q6_K: header d; a tile begins with 16 scales of its first 16 columns and 16 of its last (int8), then the low
 // nibbles, then two vectors of high bits: bits 2 v of the first belong to columns 4 v + j, of the second
 // to columns 16 + 4 v + j.
 static inline Layout layout_of(int format) {
     switch (format) {
-        case Q4_0: return {18, 1, 16, 128};
-        case Q4_1: return {20, 1, 32, 128};
-        case Q8_0: return {34, 1, 16, 256};
-        case Q4_K: return {144, SUPER, 32, 16 + 128};
-        case Q6_K: return {210, SUPER, 16, 16 + 192};
+        case F32: return {4, 1, 0, 64};
+        case F16: return {2, 1, 0, 32};
+        case BF16: return {2, 1, 0, 32};
+        case Q4_0: return {18, BLOCK, 32, 256};
+        case Q4_1: return {20, BLOCK, 64, 256};
+        case Q8_0: return {34, BLOCK, 32, 512};
+        case Q4_K: return {144, BLOCK * SUPER, 64, 32 + 256};
+        case Q6_K: return {210, BLOCK * SUPER, 32, 32 + 384};
         default: return {0, 0, 0, 0};
     }
 }
 
-static inline int64_t group_bytes(const Layout& layout, int64_t blocks) {
-    return blocks / layout.source_blocks * layout.header_bytes + blocks * layout.tile_bytes;
+static inline bool is_dense(int format) { return format == F32 || format == F16 || format == BF16; }
+
+static inline int64_t group_bytes(int format, int64_t k) {
+    const Layout layout = layout_of(format);
+    if (is_dense(format)) return (format == BF16 ? (k + 1) / 2 * 2 : k) * layout.tile_bytes;
+    return k / layout.source_columns * layout.header_bytes + k / BLOCK * layout.tile_bytes;
 }
 
 // 32 activations as int8: x is q * scale, with scale the largest magnitude / 127. A block with an infinity
@@ -44,10 +53,14 @@ static inline int64_t group_bytes(const Layout& layout, int64_t blocks) {
 struct Activations {
     int8_t q[BLOCK];
     float scale;
-    int32_t first_sum;  // of q[0..15]
-    int32_t sum;        // of all q
-    float float_sum;    // the same
+    float sum;  // of all q
+    // What a sum of products with codes begins at: minus the codes' zero times the sum of q.
+    int32_t from_8, from_128;
+    int32_t from_32[2];  // of q[0..15] and q[16..31]
 };
+
+// Prepared rows of x lie in panels of 16: block b of row r at (r / 16 * blocks + b) * 16 + r % 16.
+enum { PANEL = 16 };
 
 // What one call does, each with its struct, to the first rows of x: jobs.py has the same. A recorded step is
 // a list of these whose addresses stay the same from step to step.
@@ -58,19 +71,19 @@ struct Entry {
     const void* job;
 };
 
-// y = x W^T + bias for W [n, k], of the numbers or, packed, of the blocks that format names; bias may be null.
-// x is [rows, k], a row of y lies stride numbers after the one before.
+// y = x W^T + bias for W [n, k], packed, of format; bias may be null. x is [rows, k], a row of y lies stride
+// numbers after the one before.
 struct Product {
     const void* weight;
     const float* x;
     const float* bias;
     float* y;
-    int64_t n, k, stride;
-    int64_t packed, format;
+    int64_t n, k, stride, format;
 };
 
-// Keys are taken KEYS at a time; MAX_PARTIALS heads of rows are worked on together.
-enum { KEYS = 32, MAX_HEAD_DIM = 256, MAX_PARTIALS = 32 };
+// Keys are taken KEYS at a time and added up SPAN at a time; both begin at multiples of themselves.
+// MAX_PARTIALS heads of rows are worked on together.
+enum { KEYS = 32, SPAN = 512, MAX_HEAD_DIM = 256, MAX_PARTIALS = 32 };
 
 // What the attention of every layer of a step is told: sequence s has the rows starts[s] to starts[s + 1] and
 // lengths[s] positions after them; its pages are row s of pages, [sequences, stride].
@@ -81,25 +94,48 @@ struct Sequences {
     int64_t count, stride;
 };
 
-// kv is the layer's pool, [slots, 2, kv_heads, head_dim], out [rows, heads, head_dim].
+// A row of the KV pool is [2, kv_heads, head_dim] of format, keys before values; of INT8 a float32 scale for
+// each key and value head follows.
+struct Pool {
+    uint8_t* data;
+    int64_t format, kv_heads, head_dim;  // head_dim is a multiple of 16
+};
+
+static inline int64_t pool_row_bytes(const Pool& pool) {
+    const int64_t numbers = 2 * pool.kv_heads * pool.head_dim;
+    if (pool.format == INT8) return numbers + 8 * pool.kv_heads;
+    return numbers * (pool.format == F32 ? 4 : 2);
+}
+
+// out is [rows, heads, head_dim].
 struct Attention {
     const Sequences* sequences;
-    const float* kv;
+    Pool pool;
     const float* query;
     float* out;
-    int64_t heads, kv_heads, head_dim;  // head_dim is a multiple of 8
+    int64_t heads;
     int64_t page_size;
     int64_t window;        // positions a row sees, itself included; 0 is all
     int64_t query_stride;  // numbers from one row of queries to the next
     float scale;
 };
 
-// Some new rows of a sequence, counted from its first, and some KV heads; at most MAX_PARTIALS heads of rows.
-struct AttentionTask {
-    int64_t sequence, first_row, last_row, first_head, last_head;
+// One head of one row so far: the largest score, and the sums of its weights and of weighted values.
+struct Partial {
+    float largest;
+    float total;
+    float values[MAX_HEAD_DIM];
 };
 
-// RMSNorm of rows of x [rows, width], width a multiple of 8, after delta, which may be null, was added to them.
+// Some new rows of a sequence, counted from its first, and some KV heads; at most MAX_PARTIALS heads of rows.
+// Where partials is not null, for one span of positions of one row: left there for merge_spans.
+struct AttentionTask {
+    int64_t sequence, first_row, last_row, first_head, last_head;
+    int64_t span;
+    Partial* partials;
+};
+
+// RMSNorm of rows of x [rows, width], width a multiple of 16, after delta, which may be null, was added to them.
 struct Norm {
     float* x;
     const float* delta;
@@ -110,20 +146,20 @@ struct Norm {
 };
 
 // Norms the heads of q and k in qkv [rows, heads + 2 kv_heads, head_dim] with head_norm [heads + kv_heads,
-// head_dim], rotates them, and writes k and v to their slots. head_norm or cos may be null; head_dim is a
-// multiple of 16; cos and sin are [rows, head_dim].
+// head_dim], rotates them, and writes k and v to their slots. head_norm or cos may be null; cos and sin are
+// [rows, head_dim].
 struct Rotate {
     float* qkv;
     const float* head_norm;
     const float* cos;
     const float* sin;
     const int64_t* slots;
-    float* kv;
-    int64_t heads, kv_heads, head_dim;
+    Pool pool;
+    int64_t heads;
     float eps;
 };
 
-// SiLU(gate) * up for gate_up [rows, 2, width], width a multiple of 8.
+// SiLU(gate) * up for gate_up [rows, 2, width], width a multiple of 16.
 struct SiluAndMul {
     const float* gate_up;
     float* out;
@@ -134,14 +170,16 @@ struct SiluAndMul {
 // the number of rows of x.
 struct Variant {
     const char* name;
-    void (*quantize)(const float* x, int64_t blocks, Activations* out);
-    // Groups first to last of a packed matrix with n rows.
-    void (*quantized)(int format, const uint8_t* packed, int64_t first, int64_t last, int64_t blocks,
-                      const Activations* x, int64_t rows, const float* bias, float* y, int64_t n, int64_t stride);
-    // Rows first to last of a row-major matrix [n, k] of Number.
-    void (*dense)(int number, const void* weight, int64_t first, int64_t last, int64_t k, const float* x,
-                  int64_t rows, const float* bias, float* y, int64_t stride);
+    // Bytes of rows of x as product() wants them for a matrix of format; 0 where it takes them as they are.
+    int64_t (*prepared_bytes)(int format, int64_t rows, int64_t k);
+    // Rows first to last of x.
+    void (*prepare)(int format, const float* x, int64_t first, int64_t last, int64_t k, void* out);
+    // Groups first to last of a packed matrix [n, k].
+    void (*product)(int format, const uint8_t* packed, int64_t first, int64_t last, int64_t k, const void* x,
+                    int64_t rows, const float* bias, float* y, int64_t n, int64_t stride);
     void (*attend)(const Attention& job, const AttentionTask& task);
+    // All heads of row 0 of a sequence from the partials of so many spans, [spans, heads].
+    void (*merge_spans)(const Attention& job, int64_t sequence, Partial* partials, int64_t spans);
     // Rows first to last.
     void (*norm)(const Norm&, int64_t first, int64_t last);
     void (*rotate)(const Rotate&, int64_t first, int64_t last);
@@ -153,4 +191,5 @@ extern const Variant generic_variant;
 // Null where build.py left it out, since this machine's CPU could not run it.
 extern const Variant avx2_variant __attribute__((weak));
 extern const Variant avx512vnni_variant __attribute__((weak));
+extern const Variant avx512bf16_variant __attribute__((weak));
 #endif

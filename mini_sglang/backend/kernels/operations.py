@@ -21,8 +21,8 @@ class NativeOperations:
     def fit(hidden_size: int, intermediate_size: int, head_dim: int, dtype: torch.dtype) -> bool:
         return (
             dtype == torch.float32
-            and hidden_size % 8 == 0
-            and intermediate_size % 8 == 0
+            and hidden_size % 16 == 0
+            and intermediate_size % 16 == 0
             and head_dim % 16 == 0
         )
 
@@ -40,7 +40,7 @@ class NativeOperations:
         layer: int,
         slots: Tensor,
     ) -> None:
-        self._kernels.run(Rotate.of(qkv, head_norm, rotation, slots, kv.layer(layer), self._eps), len(qkv))
+        self._kernels.run(Rotate.of(qkv, head_norm, rotation, slots, kv, layer, self._eps), len(qkv))
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         rows, width = gate_up.shape

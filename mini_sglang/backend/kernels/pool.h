@@ -16,11 +16,11 @@
 #include <thread>
 #include <vector>
 
-class Pool {
+class ThreadPool {
 public:
     using Function = void (*)(void* context, int64_t chunk);
 
-    explicit Pool(int threads) : owner_(getpid()) {
+    explicit ThreadPool(int threads) : owner_(getpid()) {
         try {
             for (int i = 1; i < threads; i++) workers_.emplace_back([this] { work(); });
         } catch (...) {
@@ -29,7 +29,7 @@ public:
         }
     }
 
-    ~Pool() { end(); }
+    ~ThreadPool() { end(); }
 
     // False in a forked child: the threads are the parent's, to be neither woken, nor joined, nor destroyed.
     bool owned() const { return getpid() == owner_; }

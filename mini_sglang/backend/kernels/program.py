@@ -115,7 +115,6 @@ class StepProgram:
         config, kv = self._decoder.config, self._kv
         qkv = self._qkv.view(self._max_rows, -1, config.head_dim)
         rotation = self._rotation if config.rope_layers[index] else None
-        pool = kv.layer(index)
-        self._jobs.append(Rotate.of(qkv, head_norm, rotation, self._slots, pool, config.norm_eps))
+        self._jobs.append(Rotate.of(qkv, head_norm, rotation, self._slots, kv, index, config.norm_eps))
         query, window = qkv[:, : config.num_heads], config.windows[index]
-        self._jobs.append(Attention.of(self._sequences, pool, query, self._attended, kv.page_size, window))
+        self._jobs.append(Attention.of(self._sequences, kv, index, query, self._attended, window))

@@ -1,4 +1,4 @@
-// Vectors of eight numbers and integer dot products, with AVX2, AVX-512 VNNI or what every CPU has.
+// Vectors of numbers and integer dot products, with AVX2, AVX-512 VNNI or what every CPU has.
 
 #pragma once
 
@@ -11,8 +11,15 @@
 
 namespace {
 
-typedef float Floats __attribute__((vector_size(32)));
-typedef int32_t Ints __attribute__((vector_size(32)));
+#if defined(__AVX512VNNI__)
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+enum { HALVES = GROUP / LANES };  // vectors that hold one number of each row of a group
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 template <class T>
 inline T load(const void* from) {
@@ -21,18 +28,55 @@ inline T load(const void* from) {
     return value;
 }
 
+inline void store(float* to, Floats v) { memcpy(to, &v, sizeof v); }
+
 // Loops over registers must be unrolled to be loops over registers, and -O2 leaves it to us.
 #if defined(__AVX2__)
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 32")
 #else
 #define UNROLL
 #endif
 
 inline float from_bits(uint32_t bits) { return load<float>(&bits); }
+inline Floats all(float value) { return value - Floats{}; }
+inline Ints lane_numbers() {
+    Ints out;
+    for (int i = 0; i < LANES; i++) out[i] = i;
+    return out;
+}
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// ---- float16 and integers to eight floats
+// ---- numbers in memory to vectors
 
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+
+inline Floats to_floats(Ints v) { return (Floats)_mm512_cvtepi32_ps((__m512i)v); }
+inline Floats halves(const void* p) {
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+inline Floats bfloats(const void* p) {
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+inline Floats bytes(const uint8_t* p) {
+    return to_floats((Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline Floats bytes(const int8_t* p) {
+    return to_floats((Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline void store_bytes(int8_t* p, Ints v) {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+}
+inline void store_halves(void* p, Floats v) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store_shorts(void* p, Ints v) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v));
+}
+inline Floats fused(Floats a, Floats b, Floats c) {
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+#elif defined(__AVX2__)
 
 inline Floats to_floats(Ints v) { return (Floats)_mm256_cvtepi32_ps((__m256i)v); }
 inline Floats halves(const void* p) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
@@ -45,6 +89,9 @@ inline Floats bytes(const uint8_t* p) {
 }
 inline Floats bytes(const int8_t* p) {
     return to_floats((Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline void store_halves(void* p, Floats v) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline Floats fused(Floats a, Floats b, Floats c) {
     return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -62,10 +109,23 @@ inline float half(uint16_t h) {
     return from_bits(sign | (exponent + 112) << 23 | fraction << 13);
 }
 
+// Rounded to the nearest, to even between two.
+inline uint16_t to_half(float value) {
+    const uint32_t bits = load<uint32_t>(&value), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (size >= 0x47800000) return (uint16_t)(sign | 0x7c00);
+    if (size < 0x38800000) {
+        // Below the normal numbers the unit is 2^-24; this sum leaves their count in the low bits.
+        const float sum = from_bits(size) + 0.5f;
+        return (uint16_t)(sign | (load<uint32_t>(&sum) - 0x3f000000));
+    }
+    return (uint16_t)(sign | (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13);
+}
+
 template <class Make>
 inline Floats each(Make make) {
     Floats out;
-    for (int i = 0; i < 8; i++) out[i] = make(i);
+    for (int i = 0; i < LANES; i++) out[i] = make(i);
     return out;
 }
 
@@ -78,16 +138,142 @@ inline Floats bfloats(const void* p) {
 }
 inline Floats bytes(const uint8_t* p) { return each([&](int i) { return (float)p[i]; }); }
 inline Floats bytes(const int8_t* p) { return each([&](int i) { return (float)p[i]; }); }
+inline void store_halves(void* p, Floats v) {
+    uint16_t out[LANES];
+    for (int i = 0; i < LANES; i++) out[i] = to_half(v[i]);
+    memcpy(p, out, sizeof out);
+}
 inline Floats fused(Floats a, Floats b, Floats c) { return a * b + c; }
 
 #endif
 
-inline Floats all(float value) { return value - Floats{}; }
-inline float sum_of(Floats v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+#if !defined(__AVX512VNNI__)
 
-// ---- integer dot products: eight rows by 4 columns a vector
+inline void store_bytes(int8_t* p, Ints v) {
+    for (int i = 0; i < LANES; i++) p[i] = (int8_t)v[i];
+}
+inline void store_shorts(void* p, Ints v) {
+    uint16_t out[LANES];
+    for (int i = 0; i < LANES; i++) out[i] = (uint16_t)v[i];
+    memcpy(p, out, sizeof out);
+}
 
-#if defined(__AVX2__)
+#endif
+
+// To bfloat16, rounded to the nearest, to even between two.
+inline void store_bfloats(void* p, Floats v) {
+    const Ints bits = (Ints)v;
+    const Ints rounded = bits + 0x7fff + (bits >> 16 & 1);
+    store_shorts(p, (v == v ? rounded : bits | 0x400000) >> 16);
+}
+
+// The numbers of a group, of which valid are there, plus bias, which may be null.
+inline void write_group(const Floats* sums, const float* bias, float* y, int64_t valid) {
+    if (valid >= GROUP) {
+        UNROLL for (int h = 0; h < HALVES; h++) {
+            const Floats sum = bias ? sums[h] + load<Floats>(bias + h * LANES) : sums[h];
+            store(y + h * LANES, sum);
+        }
+        return;
+    }
+    float out[GROUP];
+    memcpy(out, sums, sizeof out);
+    for (int64_t i = 0; i < valid; i++) y[i] = bias ? out[i] + bias[i] : out[i];
+}
+
+inline float sum_of(Floats v) {
+    float sums[8];
+    for (int i = 0; i < 8; i++) sums[i] = LANES == 16 ? v[i] + v[i + LANES / 2] : v[i];
+    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+inline float largest_of(Floats v) {
+    float largest = v[0];
+    for (int i = 1; i < LANES; i++) largest = v[i] > largest ? v[i] : largest;
+    return largest;
+}
+
+// Rows of LANES numbers to columns.
+inline void transpose(Floats* v) {
+#if defined(__AVX512VNNI__)
+    __m512 a[16], b[16];
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
+    }
+    // b[4 q + c]: column c of each four, of the rows 4 q to 4 q + 3.
+    UNROLL for (int q = 0; q < 4; q++) {
+        UNROLL for (int h = 0; h < 2; h++) {
+            const __m512d low = (__m512d)a[4 * q + h], high = (__m512d)a[4 * q + 2 + h];
+            b[4 * q + 2 * h] = (__m512)_mm512_unpacklo_pd(low, high);
+            b[4 * q + 2 * h + 1] = (__m512)_mm512_unpackhi_pd(low, high);
+        }
+    }
+    UNROLL for (int c = 0; c < 4; c++) {
+        const __m512 even0 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);
+        const __m512 odd0 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+        const __m512 even1 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+        const __m512 odd1 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+        v[c] = (Floats)_mm512_shuffle_f32x4(even0, even1, 0x88);
+        v[4 + c] = (Floats)_mm512_shuffle_f32x4(odd0, odd1, 0x88);
+        v[8 + c] = (Floats)_mm512_shuffle_f32x4(even0, even1, 0xdd);
+        v[12 + c] = (Floats)_mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+    }
+#elif defined(__AVX2__)
+    __m256 a[8], b[8];
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
+    }
+    UNROLL for (int q = 0; q < 2; q++) {
+        UNROLL for (int h = 0; h < 2; h++) {
+            b[4 * q + 2 * h] = _mm256_shuffle_ps(a[4 * q + h], a[4 * q + 2 + h], 0x44);
+            b[4 * q + 2 * h + 1] = _mm256_shuffle_ps(a[4 * q + h], a[4 * q + 2 + h], 0xee);
+        }
+    }
+    UNROLL for (int c = 0; c < 4; c++) {
+        v[c] = (Floats)_mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+        v[4 + c] = (Floats)_mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+    }
+#else
+    Floats columns[LANES];
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) columns[j][i] = v[i][j];
+    memcpy(v, columns, sizeof columns);
+#endif
+}
+
+// ---- integer dot products: LANES rows by 4 columns a vector
+
+#if defined(__AVX512VNNI__)
+
+typedef __m512i Codes;
+
+inline Codes codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Codes low_nibbles(Codes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+inline Codes high_nibbles(Codes v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
+inline Codes four(const int8_t* q) { return _mm512_set1_epi32(load<int>(q)); }
+
+template <int SHIFT>
+inline Codes with_high_bits(Codes low, Codes high) {
+    Codes bits = _mm512_and_si512(_mm512_srli_epi16(high, SHIFT), _mm512_set1_epi8(3));
+    return _mm512_or_si512(low, _mm512_slli_epi16(bits, 4));
+}
+
+// first plus the products with COUNT vectors of codes.
+template <int COUNT, int LARGEST>
+inline Ints dot(const Codes* w, const int8_t* q, int32_t first) {
+    __m512i sum = _mm512_set1_epi32(first);
+    UNROLL for (int v = 0; v < COUNT; v++) sum = _mm512_dpbusd_epi32(sum, w[v], four(q + 4 * v));
+    return (Ints)sum;
+}
+
+// Signed codes as unsigned ones, 128 larger; their dot product begins at minus 128 times the sum of q.
+inline Codes signed_codes(const uint8_t* p) { return _mm512_xor_si512(codes(p), _mm512_set1_epi8(-128)); }
+inline Ints signed_dot(const Codes* w, const int8_t* q, int32_t from_128) {
+    return dot<8, 255>(w, q, from_128);
+}
+
+#elif defined(__AVX2__)
 
 typedef __m256i Codes;
 
@@ -103,29 +289,6 @@ inline Codes with_high_bits(Codes low, Codes high) {
 }
 
 // A dot product that grows by four columns at a time, 8 times at most with codes up to 15.
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-
-inline Codes add_dot(Codes sum, Codes w, Codes q) { return _mm256_dpbusd_epi32(sum, w, q); }
-inline Ints whole_dot(Codes sum) { return (Ints)sum; }
-
-template <int COUNT, int LARGEST>
-inline Ints dot(const Codes* w, const int8_t* q) {
-    __m256i sum = _mm256_setzero_si256();
-    UNROLL for (int v = 0; v < COUNT; v++) sum = _mm256_dpbusd_epi32(sum, w[v], four(q + 4 * v));
-    return (Ints)sum;
-}
-
-inline Ints signed_dot(const uint8_t* w, const int8_t* q) {
-    __m256i sum = _mm256_setzero_si256();
-    UNROLL for (int v = 0; v < 8; v++) {
-        Codes weights = codes(w + 32 * v);
-        sum = _mm256_dpbusd_epi32(sum, _mm256_abs_epi8(weights), _mm256_sign_epi8(four(q + 4 * v), weights));
-    }
-    return (Ints)sum;
-}
-
-#else
-
 inline Codes add_dot(Codes sum, Codes w, Codes q) {
     return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, q));
 }
@@ -133,11 +296,11 @@ inline Ints whole_dot(Codes sum) { return (Ints)_mm256_madd_epi16(sum, _mm256_se
 
 // Products of neighbours are added in 16 bits: so many vectors may be added there before they overflow.
 template <int COUNT, int LARGEST>
-inline Ints dot(const Codes* w, const int8_t* q) {
+inline Ints dot(const Codes* w, const int8_t* q, int32_t first) {
     constexpr int SAFE = 32767 / (2 * 127 * LARGEST);
     constexpr int STEP = SAFE < COUNT ? SAFE : COUNT;
     static_assert(SAFE >= 1 && COUNT % STEP == 0, "");
-    __m256i total = _mm256_setzero_si256();
+    __m256i total = _mm256_set1_epi32(first);
     UNROLL for (int v = 0; v < COUNT; v += STEP) {
         __m256i sum = _mm256_maddubs_epi16(w[v], four(q + 4 * v));
         UNROLL for (int i = v + 1; i < v + STEP; i++)
@@ -147,19 +310,19 @@ inline Ints dot(const Codes* w, const int8_t* q) {
     return (Ints)total;
 }
 
+inline Codes signed_codes(const uint8_t* p) { return codes(p); }
+
 // |w| as unsigned, -128 too, times x with the sign of w: two such products just fit in 16 bits.
-inline Ints signed_dot(const uint8_t* w, const int8_t* q) {
+inline Ints signed_dot(const Codes* w, const int8_t* q, int32_t) {
     __m256i total = _mm256_setzero_si256();
     UNROLL for (int v = 0; v < 8; v++) {
-        Codes weights = codes(w + 32 * v);
-        Codes x = _mm256_sign_epi8(four(q + 4 * v), weights);
-        __m256i sum = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), x);
+        Codes x = _mm256_sign_epi8(four(q + 4 * v), w[v]);
+        __m256i sum = _mm256_maddubs_epi16(_mm256_abs_epi8(w[v]), x);
         total = _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
     }
     return (Ints)total;
 }
 
-#endif
 #else
 
 // Vectors of 16 bytes, which SSE2 and NEON have.
@@ -187,32 +350,30 @@ inline Shorts widen(const void* p) {
 
 // Products with STEP vectors of W are added in 16 bits before they could overflow.
 template <class Byte, int COUNT, int STEP>
-inline Ints plain_dot(const uint8_t* w, const int8_t* q) {
-    Ints total = {};
+inline Ints plain_dot(const Codes* w, const int8_t* q, int32_t first) {
+    Ints total = first - Ints{};
     for (int v = 0; v < COUNT; v += STEP) {
         Shorts sums[4] = {};
         for (int i = v; i < v + STEP; i++) {
             const uint64_t twice = load<uint32_t>(q + 4 * i) * 0x100000001u;
             const Shorts x = widen<int8_t>(&twice);
-            for (int h = 0; h < 4; h++) sums[h] += widen<Byte>(w + 32 * i + 8 * h) * x;
+            for (int h = 0; h < 4; h++) sums[h] += widen<Byte>((const uint8_t*)(w + i) + 8 * h) * x;
         }
-        for (int r = 0; r < GROUP; r++)
+        for (int r = 0; r < LANES; r++)
             for (int j = 0; j < 4; j++) total[r] += sums[r / 2][r % 2 * 4 + j];
     }
     return total;
 }
 
 template <int COUNT, int LARGEST>
-inline Ints dot(const Codes* w, const int8_t* q) {
+inline Ints dot(const Codes* w, const int8_t* q, int32_t first) {
     static_assert(COUNT * 127 * LARGEST < 32768, "");
-    return plain_dot<uint8_t, COUNT, COUNT>((const uint8_t*)w, q);
+    return plain_dot<uint8_t, COUNT, COUNT>(w, q, first);
 }
 
-inline Ints signed_dot(const uint8_t* w, const int8_t* q) { return plain_dot<int8_t, 8, 2>(w, q); }
+inline Codes signed_codes(const uint8_t* p) { return codes(p); }
+inline Ints signed_dot(const Codes* w, const int8_t* q, int32_t) { return plain_dot<int8_t, 8, 2>(w, q, 0); }
 
 #endif
-
-// Of x, to stay in the first-level cache while a chunk's rows of W pass by.
-constexpr int64_t CACHED_BYTES = 24 << 10;
 
 }  // namespace

@@ -16,6 +16,10 @@ _USEFUL_TOKENS_PER_SEQUENCE = 1_024
 class KVPool:
     """Keys and values of every layer, in pages that the engine hands out.
 
+    Args:
+        dtype: int8 keeps each head's key and value with a float32 scale of its own behind the row's numbers:
+            the compiled kernels alone read it.
+
     Layout: ``data[layer, slot]`` is one token's ``2 * kv_heads * head_dim`` numbers, keys before values,
     so that the rows a fused qkv projection gives are written, and a page is read, in one piece. Slot
     ``page * page_size + offset``. On a CPU a page costs no memory until it is written.
@@ -44,8 +48,9 @@ class KVPool:
         self.page_size = page_size
         self.kv_heads = kv_heads
         self.head_dim = head_dim
+        self.dtype = dtype
         self._row = (2, kv_heads, head_dim)
-        width = 2 * kv_heads * head_dim
+        width = kv_bytes_per_token(1, kv_heads, head_dim, dtype) // dtype.itemsize
         try:
             self.data = torch.empty((num_layers, num_pages * page_size, width), dtype=dtype, device=device)
         except (RuntimeError, MemoryError):
@@ -61,6 +66,10 @@ class KVPool:
     def open_pages(self, pages: Tensor) -> None:
         """Clear ``pages`` ``[N]`` int64 in every layer, before a step writes their first slots."""
         self.data.view(self.data.shape[0], self.num_pages, -1).index_fill_(1, pages, 0)
+
+    def rows(self, layer: int) -> Tensor:
+        """All slots of a layer as they are stored, ``[slots, numbers of a row]``."""
+        return self._layers[layer]
 
     def layer(self, layer: int) -> Tensor:
         """All slots of a layer as a view, ``[slots, 2, kv_heads, head_dim]``."""
@@ -89,7 +98,9 @@ class KVPool:
 
 
 def kv_bytes_per_token(num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    return num_layers * 2 * kv_heads * head_dim * dtype.itemsize
+    """Of int8 too, whose scales count."""
+    scales = 2 * kv_heads * torch.float32.itemsize if dtype == torch.int8 else 0
+    return num_layers * (2 * kv_heads * head_dim * dtype.itemsize + scales)
 
 
 def kv_pages_for(

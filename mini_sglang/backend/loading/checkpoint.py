@@ -27,11 +27,13 @@ class Checkpoint(Protocol):
         config: the content of ``config.json``.
         generation_config: the content of ``generation_config.json``, empty where there is none.
         nbytes: stored bytes of all parameters.
+        quantized: whether ``weight`` gives matrices in blocks.
     """
 
     config: dict[str, Any]
     generation_config: dict[str, Any]
     nbytes: int
+    quantized: bool
 
     def names(self) -> Collection[str]:
         """The parameters' names."""
@@ -94,6 +96,9 @@ class GGUFCheckpoint:
             types = [self._file.tensors[name].type for name in self._names.values()]
             dequantize = any(type.quantized and type.name not in fast_types for type in types)
         self._dequantize = dequantize
+        self.quantized = not dequantize and any(
+            self._file.tensors[name].type.quantized for name in self._names.values()
+        )
         self.generation_config: dict[str, Any] = {}
         self.nbytes = sum(self._file.tensors[name].nbytes for name in self._names.values())
         self._file.prefetch()

@@ -78,6 +78,7 @@ class SafetensorsCheckpoint:
         except BaseException:
             self.close()
             raise
+        self.quantized = False
         self.nbytes = sum(entry.end - entry.start for entry in self._entries.values())
 
     def names(self) -> Collection[str]:

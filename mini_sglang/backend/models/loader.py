@@ -83,19 +83,24 @@ def load_decoder(
     device: torch.device,
     loaded: Callable[[str], None],
     kernels: NativeKernels | None = None,
+    compute: torch.dtype | None = None,
 ) -> Decoder:
     """Read the weights, layer by layer, onto ``device``.
 
     Args:
+        dtype: of the dense matrices.
         loaded: called with the name of each tensor that was read.
         kernels: that the matrices multiply with; torch's operators without.
+        compute: dtype of everything between the matrices, by default ``dtype``.
 
     Raises:
         ModelLoadError: as ``check_tensors``, or the file is damaged.
     """
 
+    compute = compute or dtype
+
     def vector(name: str) -> Tensor:
-        tensor = checkpoint.tensor(name, dtype).to(device)
+        tensor = checkpoint.tensor(name, compute).to(device)
         loaded(name)
         return tensor
 
@@ -108,7 +113,7 @@ def load_decoder(
         return placed(stack_rows([matrix(f"{prefix}{name}.weight") for name in names]))
 
     def placed(weight: Weight) -> Weight:
-        return accelerate(weight.to(device), kernels)
+        return accelerate(weight.to(device), kernels, compute)
 
     def biases(prefix: str, names: Sequence[str], biased: bool) -> Tensor | None:
         return torch.cat([vector(f"{prefix}{name}.bias") for name in names]) if biased else None
@@ -144,7 +149,7 @@ def load_decoder(
         )
     final_norm = vector(_FINAL_NORM)
     lm_head = embedding if config.tied_embeddings else placed(matrix(_LM_HEAD))
-    return Decoder(config, embedding, layers, final_norm, lm_head, _operations(config, dtype, kernels))
+    return Decoder(config, embedding, layers, final_norm, lm_head, _operations(config, compute, kernels))
 
 
 def _operations(config: ModelConfig, dtype: torch.dtype, kernels: NativeKernels | None) -> Operations:
