@@ -14,18 +14,22 @@ namespace {
 struct KV32 {
     static constexpr int FORMAT = F32, BYTES = 4;
     static Floats numbers(const uint8_t* p) { return load<Floats>(p); }
+    static Eights eight(const uint8_t* p) { return load<Eights>(p); }
 };
 struct KV16 {
     static constexpr int FORMAT = F16, BYTES = 2;
     static Floats numbers(const uint8_t* p) { return halves(p); }
+    static Eights eight(const uint8_t* p) { return eight_halves(p); }
 };
 struct KVB16 {
     static constexpr int FORMAT = BF16, BYTES = 2;
     static Floats numbers(const uint8_t* p) { return bfloats(p); }
+    static Eights eight(const uint8_t* p) { return eight_bfloats(p); }
 };
 struct KV8 {
     static constexpr int FORMAT = INT8, BYTES = 1;
     static Floats numbers(const uint8_t* p) { return bytes((const int8_t*)p); }
+    static Eights eight(const uint8_t* p) { return eight_bytes((const int8_t*)p); }
 };
 
 enum { PARTS = KEYS / LANES };
@@ -47,17 +51,33 @@ struct Item {
     float weights[KEYS];
 };
 
-// Of the vectors of keys from low to high; those of positions outside may be numbers of anything finite.
+// The lines of a block to come, fetched a few at a time: many at once would keep this block's waiting.
+struct Lines {
+    const uint8_t* const* rows;
+    int64_t first, length, second;  // bytes into a row: length of them from first and from second on
+    int row = KEYS;
+    int64_t at = 0;
+
+    void fetch(int count) {
+        for (; count > 0 && row < KEYS; count--) {
+            __builtin_prefetch(rows[row] + (at < length ? first + at : second + at - length));
+            if ((at += 64) >= 2 * length) at = 0, row++;
+        }
+    }
+};
+
+// The keys from low to high at least; those of positions outside may be numbers of anything finite.
 template <class KV>
-inline void take_keys(Block& block, const Pool& pool, int64_t head, int low, int high) {
+inline void take_keys(Block& block, const Pool& pool, int64_t head, int low, int high, Lines& next) {
     const int64_t dim = pool.head_dim, at = head * dim * KV::BYTES;
-    for (int64_t part = low / LANES; part * LANES < high; part++)
-        for (int64_t d = 0; d < dim; d += LANES) {
-            Floats square[LANES];
-            UNROLL for (int j = 0; j < LANES; j++)
-                square[j] = KV::numbers(block.rows[part * LANES + j] + at + d * KV::BYTES);
+    for (int key = low / LANES * LANES; key < (high + LANES - 1) / LANES * LANES; key += 8)
+        for (int64_t d = 0; d < dim; d += 8) {
+            // Of a row as much as is read of it here, and as much again for the values.
+            next.fetch(2 * 8 * 8 * KV::BYTES / 64);
+            Eights square[8];
+            UNROLL for (int j = 0; j < 8; j++) square[j] = KV::eight(block.rows[key + j] + at + d * KV::BYTES);
             transpose(square);
-            UNROLL for (int j = 0; j < LANES; j++) store(&block.keys[d + j][part * LANES], square[j]);
+            UNROLL for (int j = 0; j < 8; j++) memcpy(&block.keys[d + j][key], &square[j], sizeof square[j]);
         }
     if (KV::FORMAT != INT8) return;
     for (int j = 0; j < KEYS; j++) {
@@ -78,29 +98,40 @@ inline void score(Item* items, const Block& block, int64_t dim, float scale) {
             UNROLL for (int p = 0; p < PARTS; p++) dots[i][p] = fused(part, keys[p], dots[i][p]);
         }
     }
+    // What the sums so far are worth beside the new largest score.
+    float shifts[LANES] = {}, olds[LANES];
+    Floats scores[COUNT][PARTS];
     UNROLL for (int i = 0; i < COUNT; i++) {
         Partial& partial = *items[i].partial;
-        Floats scores[PARTS], top = all(partial.largest), sum = {};
+        Floats top = all(partial.largest);
         UNROLL for (int p = 0; p < PARTS; p++) {
-            const Ints index = lane_numbers() + p * LANES;
-            const Ints seen = (index >= items[i].first) & (index < items[i].last);
             Floats scaled = dots[i][p] * scale;
             if (KV::FORMAT == INT8) scaled *= load<Floats>(block.key_scales + p * LANES);
-            scores[p] = seen ? scaled : all(-__builtin_inff());
-            top = larger(scores[p], top);
+            if (items[i].first > 0 || items[i].last < KEYS) {
+                const Ints index = lane_numbers() + p * LANES;
+                const Ints seen = (index >= items[i].first) & (index < items[i].last);
+                scaled = seen ? scaled : all(-__builtin_inff());
+            }
+            scores[i][p] = scaled;
+            top = larger(scaled, top);
         }
         const float largest = largest_of(top);
+        shifts[i] = partial.largest - largest;
+        partial.largest = largest;
+    }
+    store(olds, exp_of(load<Floats>(shifts)));
+    UNROLL for (int i = 0; i < COUNT; i++) {
+        Partial& partial = *items[i].partial;
+        Floats sum = {};
         UNROLL for (int p = 0; p < PARTS; p++) {
-            Floats weight = exp_of(scores[p] - all(largest));
+            Floats weight = exp_of(scores[i][p] - all(partial.largest));
             sum += weight;
             if (KV::FORMAT == INT8) weight *= load<Floats>(block.value_scales + p * LANES);
             store(items[i].weights + p * LANES, weight);
         }
-        const float old = exp_of(all(partial.largest - largest))[0];
-        partial.total = partial.total * old + sum_of(sum);
-        partial.largest = largest;
-        for (int64_t d = 0; old != 1.0f && d < dim; d += LANES)
-            store(partial.values + d, load<Floats>(partial.values + d) * old);
+        partial.total = partial.total * olds[i] + sum_of(sum);
+        for (int64_t d = 0; olds[i] != 1.0f && d < dim; d += LANES)
+            store(partial.values + d, load<Floats>(partial.values + d) * olds[i]);
     }
 }
 
@@ -212,17 +243,15 @@ void attend_task(const Attention& job, const AttentionTask& task) {
     const uint8_t* rows[2][KEYS];
     int current = 0;
     if (begin < stop) locate(job, pages, begin, low, end, rows[current]);
-    const int64_t lines = (task.last_head - task.first_head) * dim * KV::BYTES;
-    const int64_t values = job.pool.kv_heads * dim * KV::BYTES, at = task.first_head * dim * KV::BYTES;
+    Lines next;
+    next.first = task.first_head * dim * KV::BYTES;
+    next.length = (task.last_head - task.first_head) * dim * KV::BYTES;
+    next.second = next.first + job.pool.kv_heads * dim * KV::BYTES;
     for (int64_t block = begin; block < stop; block += KEYS, current ^= 1) {
         if (block + KEYS < stop) {
-            // The block to come is fetched while this one is worked on.
             locate(job, pages, block + KEYS, low, end, rows[current ^ 1]);
-            for (int j = 0; j < KEYS; j++)
-                for (int64_t i = 0; i < lines; i += 64) {
-                    __builtin_prefetch(rows[current ^ 1][j] + at + i, 0, 2);
-                    __builtin_prefetch(rows[current ^ 1][j] + values + at + i, 0, 2);
-                }
+            next.rows = rows[current ^ 1];
+            next.row = 0;
         }
         turned.rows = rows[current];
         for (int64_t head = task.first_head; head < task.last_head; head++) {
@@ -245,7 +274,7 @@ void attend_task(const Attention& job, const AttentionTask& task) {
                 }
             }
             if (!used) continue;
-            take_keys<KV>(turned, job.pool, head, first, last);
+            take_keys<KV>(turned, job.pool, head, first, last, next);
             attend_block<KV>(job, turned, head, items, used);
         }
         if ((block + KEYS) % SPAN == 0 && !task.partials)

@@ -77,7 +77,6 @@ void rotate(const Rotate& job, int64_t first, int64_t last) {
     const int64_t dim = pool.head_dim, half = dim / 2, turning = job.heads + pool.kv_heads;
     const int64_t width = (turning + pool.kv_heads) * dim, row_bytes = pool_row_bytes(pool);
     // Halves of heads are turned against each other, LANES or, of narrow heads, 8 numbers at a time.
-    typedef float Eight __attribute__((vector_size(32)));
     auto turn = [&](float* head, const float* cos, const float* sin, auto vector) {
         typedef decltype(vector) V;
         for (int64_t i = 0; i < half; i += sizeof(V) / 4) {
@@ -98,7 +97,7 @@ void rotate(const Rotate& job, int64_t first, int64_t last) {
             const float* sin = job.sin + row * dim;
             for (float* head = qkv; head < qkv + turning * dim; head += dim) {
                 if (half % LANES == 0) turn(head, cos, sin, Floats{});
-                else turn(head, cos, sin, Eight{});
+                else turn(head, cos, sin, Eights{});
             }
         }
         uint8_t* to = pool.data + job.slots[row] * row_bytes;

@@ -95,7 +95,7 @@ class NativeKernels:
         self._run(self._handle, ctypes.addressof(entries), len(entries), rows)
 
     def product(self, packed: Tensor, type: GGMLType, shape: tuple[int, int]) -> Product:
-        """A job that multiplies by the matrix of ``shape`` that ``pack`` gave; without ``x``, ``bias``, ``y``."""
+        """A job that multiplies by the matrix of ``shape`` that ``pack`` gave; without ``x`` and ``y``."""
         n, k = shape
         return Product(weight=packed.data_ptr(), n=n, k=k, stride=n, format=FORMATS[type.name])
 
@@ -106,7 +106,7 @@ class NativeKernels:
 
         With blocks, each 32 numbers of a row of ``x`` are rounded to 8 bits with a scale of their own (as
         ggml does); products are exact integers within a block, added up over the blocks in float32. With
-        bfloat16 on a CPU that multiplies it, ``x`` is rounded to bfloat16 and products are added up in float32.
+        bfloat16 on a CPU that multiplies it, ``x`` is rounded to bfloat16; sums are in float32 everywhere.
 
         Args:
             x: ``[..., K]``.
