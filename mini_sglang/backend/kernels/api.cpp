@@ -88,10 +88,12 @@ struct Kernels {
                 if (count * job.k < ALONE) prepare(0, count);
                 else share(count, 4 * job.k, prepare);
             }
-            share((job.n + GROUP - 1) / GROUP, group_bytes(format, job.k), [&](int64_t first, int64_t last) {
-                variant->product(format, weight, first, last, job.k, x, count, job.bias,
-                                 job.y + start * job.stride, job.n, job.stride);
-            });
+            const int64_t groups = (job.n + GROUP - 1) / GROUP, together = variant->groups_together(format);
+            share((groups + together - 1) / together, together * group_bytes(format, job.k),
+                  [&](int64_t first, int64_t last) {
+                      variant->product(format, weight, together * first, std::min(groups, together * last), job.k,
+                                       x, count, job.bias, job.y + start * job.stride, job.n, job.stride);
+                  });
         }
     }
 

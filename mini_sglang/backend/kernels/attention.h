@@ -36,7 +36,31 @@ enum { PARTS = KEYS / LANES };
 // Heads of rows whose scores, and numbers of values of how many, fit in the registers.
 enum { TALL_SCORES = LANES == 16 ? 8 : 3, TALL_VALUES = LANES == 16 ? 4 : 3, WIDE_VALUES = 4 };
 
-// A block of keys of one head, turned round, and where its values are.
+// Whether products of two bfloat16 at a time are to be had: queries and weights are then rounded to bfloat16.
+#if defined(__AVX512BF16__)
+template <class KV>
+constexpr bool PAIRED = KV::FORMAT == BF16;
+
+inline Floats add_pairs(Floats sum, const void* pairs, const void* pair) {
+    const __m512bh both = (__m512bh)_mm512_set1_epi32(load<int>(pair));
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(pairs), both);
+}
+// The numbers of two rows side by side.
+inline Ints interleaved(const uint8_t* first, const uint8_t* second) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)first));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)second));
+    return (Ints)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+#else
+template <class KV>
+constexpr bool PAIRED = false;
+
+inline Floats add_pairs(Floats sum, const void*, const void*) { return sum; }
+inline Ints interleaved(const uint8_t*, const uint8_t*) { return Ints{}; }
+#endif
+
+// A block of keys of one head, turned round, and where its values are. PAIRED keys lie two numbers in the place
+// of one.
 struct Block {
     const uint8_t* const* rows;
     float keys[MAX_HEAD_DIM][KEYS];
@@ -45,7 +69,7 @@ struct Block {
 
 // One head of one row in one block: positions from first to last of it are seen.
 struct Item {
-    const float* query;
+    const void* query;  // PAIRED ones are bfloat16
     Partial* partial;
     int first, last;
     float weights[KEYS];
@@ -70,12 +94,16 @@ struct Lines {
 template <class KV>
 inline void take_keys(Block& block, const Pool& pool, int64_t head, int low, int high, Lines& next) {
     const int64_t dim = pool.head_dim, at = head * dim * KV::BYTES;
+    constexpr int SIZE = PAIRED<KV> ? 4 : KV::BYTES;
     for (int key = low / LANES * LANES; key < (high + LANES - 1) / LANES * LANES; key += 8)
-        for (int64_t d = 0; d < dim; d += 8) {
+        for (int64_t d = 0; d < (PAIRED<KV> ? dim / 2 : dim); d += 8) {
             // Of a row as much as is read of it here, and as much again for the values.
-            next.fetch(2 * 8 * 8 * KV::BYTES / 64);
+            next.fetch(2 * 8 * 8 * SIZE / 64);
             Eights square[8];
-            UNROLL for (int j = 0; j < 8; j++) square[j] = KV::eight(block.rows[key + j] + at + d * KV::BYTES);
+            UNROLL for (int j = 0; j < 8; j++) {
+                const uint8_t* numbers = block.rows[key + j] + at + d * SIZE;
+                square[j] = PAIRED<KV> ? load<Eights>(numbers) : KV::eight(numbers);
+            }
             transpose(square);
             UNROLL for (int j = 0; j < 8; j++) memcpy(&block.keys[d + j][key], &square[j], sizeof square[j]);
         }
@@ -90,11 +118,18 @@ inline void take_keys(Block& block, const Pool& pool, int64_t head, int low, int
 template <class KV, int COUNT>
 inline void score(Item* items, const Block& block, int64_t dim, float scale) {
     Floats dots[COUNT][PARTS] = {};
-    for (int64_t d = 0; d < dim; d++) {
+    for (int64_t d = 0; d < (PAIRED<KV> ? dim / 2 : dim); d++) {
+        if constexpr (PAIRED<KV>) {
+            UNROLL for (int i = 0; i < COUNT; i++)
+                UNROLL for (int p = 0; p < PARTS; p++)
+                    dots[i][p] = add_pairs(dots[i][p], &block.keys[d][p * LANES],
+                                           (const uint16_t*)items[i].query + 2 * d);
+            continue;
+        }
         Floats keys[PARTS];
         UNROLL for (int p = 0; p < PARTS; p++) keys[p] = load<Floats>(&block.keys[d][p * LANES]);
         UNROLL for (int i = 0; i < COUNT; i++) {
-            const Floats part = all(items[i].query[d]);
+            const Floats part = all(((const float*)items[i].query)[d]);
             UNROLL for (int p = 0; p < PARTS; p++) dots[i][p] = fused(part, keys[p], dots[i][p]);
         }
     }
@@ -127,7 +162,8 @@ inline void score(Item* items, const Block& block, int64_t dim, float scale) {
             Floats weight = exp_of(scores[i][p] - all(partial.largest));
             sum += weight;
             if (KV::FORMAT == INT8) weight *= load<Floats>(block.value_scales + p * LANES);
-            store(items[i].weights + p * LANES, weight);
+            if (PAIRED<KV>) store_bfloats((uint16_t*)items[i].weights + p * LANES, weight);
+            else store(items[i].weights + p * LANES, weight);
         }
         partial.total = partial.total * olds[i] + sum_of(sum);
         for (int64_t d = 0; olds[i] != 1.0f && d < dim; d += LANES)
@@ -144,7 +180,19 @@ inline void add_values(Item* items, const Block& block, int64_t at, int64_t d) {
         first = items[i].first < first ? items[i].first : first;
         last = items[i].last > last ? items[i].last : last;
     }
-    for (int j = first; j < last; j++) {
+    if constexpr (PAIRED<KV>) {
+        for (int j = first / 2 * 2; j < last; j += 2) {
+            Ints values[WIDTH];
+            UNROLL for (int v = 0; v < WIDTH; v++) {
+                const int64_t number = at + (d + v * LANES) * KV::BYTES;
+                values[v] = interleaved(block.rows[j] + number, block.rows[j + 1] + number);
+            }
+            UNROLL for (int i = 0; i < COUNT; i++)
+                UNROLL for (int v = 0; v < WIDTH; v++)
+                    sums[i][v] = add_pairs(sums[i][v], &values[v], (const uint16_t*)items[i].weights + j);
+        }
+    }
+    for (int j = first; !PAIRED<KV> && j < last; j++) {
         Floats values[WIDTH];
         UNROLL for (int v = 0; v < WIDTH; v++)
             values[v] = KV::numbers(block.rows[j] + at + (d + v * LANES) * KV::BYTES);
@@ -243,6 +291,20 @@ void attend_task(const Attention& job, const AttentionTask& task) {
     const uint8_t* rows[2][KEYS];
     int current = 0;
     if (begin < stop) locate(job, pages, begin, low, end, rows[current]);
+    // Rounded once for all blocks.
+    uint16_t queries[PAIRED<KV> ? MAX_PARTIALS : 1][MAX_HEAD_DIM];
+    auto query_of = [&](int64_t head, int64_t row) {
+        return job.query + (begins + row) * job.query_stride + head * dim;
+    };
+    auto place_of = [&](int64_t head, int64_t row, int64_t h) {
+        return ((head - task.first_head) * (task.last_row - task.first_row) + row - task.first_row) * group + h;
+    };
+    for (int64_t head = task.first_head; PAIRED<KV> && head < task.last_head; head++)
+        for (int64_t row = task.first_row; row < task.last_row; row++)
+            for (int64_t h = 0; h < group; h++)
+                for (int64_t d = 0; d < dim; d += LANES)
+                    store_bfloats(queries[place_of(head, row, h)] + d,
+                                  load<Floats>(query_of(head * group + h, row) + d));
     Lines next;
     next.first = task.first_head * dim * KV::BYTES;
     next.length = (task.last_head - task.first_head) * dim * KV::BYTES;
@@ -264,10 +326,10 @@ void attend_task(const Attention& job, const AttentionTask& task) {
                 first = from < first ? (int)from : first;
                 last = to > last ? (int)to : last;
                 for (int64_t h = 0; h < group; h++) {
-                    const int64_t place = ((head - task.first_head) * (task.last_row - task.first_row) +
-                                           row - task.first_row) * group + h;
+                    const int64_t place = place_of(head, row, h);
                     Item& item = items[used++];
-                    item.query = job.query + (begins + row) * job.query_stride + (head * group + h) * dim;
+                    item.query = query_of(head * group + h, row);
+                    if (PAIRED<KV>) item.query = queries[place];
                     item.partial = spans + place;
                     item.first = (int)from;
                     item.last = (int)to;

@@ -170,6 +170,8 @@ struct SiluAndMul {
 // the number of rows of x.
 struct Variant {
     const char* name;
+    // Groups that product() works on together for a matrix of format.
+    int (*groups_together)(int format);
     // Bytes of rows of x as product() wants them for a matrix of format; 0 where it takes them as they are.
     int64_t (*prepared_bytes)(int format, int64_t rows, int64_t k);
     // Rows first to last of x.

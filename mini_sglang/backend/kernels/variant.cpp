@@ -15,6 +15,8 @@ constexpr bool HAS_BF16 = true;
 constexpr bool HAS_BF16 = false;
 #endif
 
+int groups_together(int format) { return is_dense(format) ? WIDE : 1; }
+
 int64_t prepared_bytes(int format, int64_t rows, int64_t k) {
     if (format == BF16 && HAS_BF16) return rows * (k + k % 2) * 2;
     if (is_dense(format)) return 0;
@@ -64,4 +66,4 @@ void product(int format, const uint8_t* packed, int64_t first, int64_t last, int
 #define TEXT(a) TEXT_(a)
 
 extern const Variant JOIN(VARIANT, _variant) = {
-    TEXT(VARIANT), prepared_bytes, prepare, product, attend, merge_spans, norm, rotate, silu_and_mul};
+    TEXT(VARIANT), groups_together, prepared_bytes, prepare, product, attend, merge_spans, norm, rotate, silu_and_mul};
