@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,10 +21,12 @@ from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
+from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.loading.progress import progress_bar
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
+from mini_sglang.backend.models.quantization import block_formats
 from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import SequenceResult, SequenceStep
 from mini_sglang.config import Settings
@@ -54,6 +56,7 @@ class ModelBackend:
         num_parameters: int,
         kernels: str,
         program: StepProgram | None = None,
+        quantization: str = "none",
     ) -> None:
         self.decoder = decoder
         self.kv = kv
@@ -61,6 +64,7 @@ class ModelBackend:
         self._sampler = sampler
         self._num_parameters = num_parameters
         self._kernels = kernels
+        self._quantization = quantization
         self._program = program
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
@@ -126,6 +130,7 @@ class ModelBackend:
             "model_type": config.family,
             "parameters": self._num_parameters,
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
+            "quantization": self._quantization,
             "device": str(self.kv.data.device),
             "threads": torch.get_num_threads(),
             "kernels": self._kernels,
@@ -176,10 +181,13 @@ def load_backend(
         config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
         context_length = _context_length(settings, config)
         num_parameters = check_tensors(checkpoint, config)
+        formats = block_formats(checkpoint, expected_tensors(config), settings.quantization)
         if notify is not None:
             name = str(dtype).removeprefix("torch.")
+            if formats:
+                name += f", weights made {settings.quantization}"
             notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {name} on {device}")
-        decoder = _load(checkpoint, config, dtype, device, kernels)
+        decoder = _load(checkpoint, config, dtype, device, kernels, formats)
     finally:
         checkpoint.close()
     per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
@@ -217,6 +225,7 @@ def load_backend(
         num_parameters,
         kernels_used,
         program,
+        settings.quantization,
     )
     logger.info("Loaded %s", backend.describe())
     return backend
@@ -243,6 +252,7 @@ def _load(
     dtype: torch.dtype,
     device: torch.device,
     kernels: NativeKernels | None,
+    formats: Mapping[str, GGMLType],
 ) -> Decoder:
     counts = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
     total = sum(counts.values())
@@ -258,4 +268,4 @@ def _load(
             shown = now
 
         with torch.inference_mode():
-            return load_decoder(checkpoint, config, dtype, device, loaded, kernels)
+            return load_decoder(checkpoint, config, dtype, device, loaded, kernels, formats)
