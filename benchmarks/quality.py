@@ -1,9 +1,9 @@
-"""What the 8-bit activations of the kernels cost: KL divergence and perplexity on real text.
+"""What 8-bit activations, and QUANTIZATION, cost: KL divergence and perplexity on real text.
 
-    python benchmarks/quality.py [--model FILE.gguf] [--text FILE] [--positions 2048]
+    python benchmarks/quality.py [--model MODEL] [--quantization int8] [--text FILE] [--positions 2048]
 
-The reference is the same file with its blocks turned into float32, on torch's operators. The text is cut
-into windows of 512 tokens, each run as one prefill.
+The reference is the same model in float32 (a GGUF's blocks made dense), on torch's operators. The text is
+cut into windows of 512 tokens, each run as one prefill.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ def log_probabilities(backend: ModelBackend, ids: list[int]) -> Tensor:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", help="a .gguf file; by default what the engine would take")
+    parser.add_argument("--model", help="by default what the engine would take")
+    parser.add_argument("--quantization", default="none", help="int8 or int4, for a dense model")
     parser.add_argument("--text", type=Path, default=DEFAULT_TEXT)
     parser.add_argument("--positions", type=int, default=4 * WINDOW)
     args = parser.parse_args()
 
     common = {"model": args.model, "device": "cpu", "dtype": "fp32", "kv_token_budget": 2 * WINDOW}
     path = resolve_model(Settings.resolve(common), notify=lambda line: print(line, file=sys.stderr)).path
-    kept = Settings.resolve({**common, "gguf_dequantize": "0"})
+    kept = Settings.resolve({**common, "gguf_dequantize": "0", "quantization": args.quantization})
     plain = Settings.resolve({**common, "gguf_dequantize": "1", "kernels": "reference"})
     backends = {"reference": load_backend(path, plain), "kernels": load_backend(path, kept)}
     print(backends["kernels"].describe())

@@ -105,6 +105,14 @@ class Settings:
         choices=("auto", "0", "1"),
         spellings=dict.fromkeys(TRUE, "1") | dict.fromkeys(FALSE, "0"),
     )
+    quantization: str = setting(
+        "Model and device",
+        "QUANTIZATION",
+        "none",
+        "weights only: makes ggml's blocks of dense matrices at load, int8 Q8_0, int4 Q4_1 (embedding and "
+        "head Q8_0); MODEL_DTYPE stays what it computes in; a GGUF's own blocks are used as they are",
+        choices=("none", "int8", "int4"),
+    )
     trust_remote_code: bool = setting(
         "Model and device",
         "TRUST_REMOTE_CODE",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,10 +22,12 @@ from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
+from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.loading.progress import progress_bar
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
+from mini_sglang.backend.models.quantization import block_formats
 from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import SequenceResult, SequenceStep
 from mini_sglang.config import Settings
@@ -56,6 +58,7 @@ class ModelBackend:
         kernels: str,
         dtype: torch.dtype,
         program: StepProgram | None = None,
+        quantization: str = "none",
     ) -> None:
         self.decoder = decoder
         self.kv = kv
@@ -64,6 +67,7 @@ class ModelBackend:
         self._num_parameters = num_parameters
         self._kernels = kernels
         self._dtype = dtype
+        self._quantization = quantization
         self._program = program
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
@@ -128,6 +132,7 @@ class ModelBackend:
             "parameters": self._num_parameters,
             "dtype": _name(self._dtype),
             "kv_dtype": _name(self.kv.dtype),
+            "quantization": self._quantization,
             "device": str(self.kv.data.device),
             "threads": torch.get_num_threads(),
             "kernels": self._kernels,
@@ -177,11 +182,15 @@ def load_backend(
         config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
         context_length = _context_length(settings, config)
         num_parameters = check_tensors(checkpoint, config)
-        dtypes = _dtypes(settings, config, device, kernels, checkpoint.quantized)
+        formats = block_formats(checkpoint, expected_tensors(config), settings.quantization)
+        in_blocks = checkpoint.quantized or bool(formats)
+        dtypes = _dtypes(settings, config, device, kernels, in_blocks)
         if notify is not None:
-            kind = "quantised blocks" if checkpoint.quantized else _name(dtypes.weights)
+            kind = "quantised blocks" if in_blocks else _name(dtypes.weights)
+            if formats:
+                kind = f"{settings.quantization} blocks"
             notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {kind} on {device}")
-        decoder = _load(checkpoint, config, dtypes, device, kernels)
+        decoder = _load(checkpoint, config, dtypes, device, kernels, formats)
     finally:
         checkpoint.close()
     per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtypes.kv)
@@ -220,6 +229,7 @@ def load_backend(
         kernels_used,
         dtypes.weights,
         program,
+        settings.quantization,
     )
     logger.info("Loaded %s", backend.describe())
     return backend
@@ -290,6 +300,7 @@ def _load(
     dtypes: _Dtypes,
     device: torch.device,
     kernels: NativeKernels | None,
+    formats: Mapping[str, GGMLType],
 ) -> Decoder:
     counts = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
     total = sum(counts.values())
@@ -305,4 +316,6 @@ def _load(
             shown = now
 
         with torch.inference_mode():
-            return load_decoder(checkpoint, config, dtypes.weights, device, loaded, kernels, dtypes.compute)
+            return load_decoder(
+                checkpoint, config, dtypes.weights, device, loaded, kernels, dtypes.compute, formats
+            )

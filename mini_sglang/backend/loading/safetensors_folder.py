@@ -95,14 +95,19 @@ class SafetensorsCheckpoint:
             )
         return DenseWeight(self.tensor(name, dtype))
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None) -> Tensor:
         entry = self._entry(name)
         if entry.dtype not in _DTYPES:
             raise ModelLoadError(
                 f"The tensor {name} of {entry.file.path} has the type {entry.dtype}; "
                 f"supported are {', '.join(_DTYPES)}."
             )
-        return entry.file.tensor(entry, _DTYPES[entry.dtype]).to(dtype)
+        stored = entry.file.tensor(entry, _DTYPES[entry.dtype])
+        return stored if dtype is None else stored.to(dtype)
+
+    def in_blocks(self, name: str) -> bool:
+        self._entry(name)
+        return False
 
     def close(self) -> None:
         for file in self._files:
