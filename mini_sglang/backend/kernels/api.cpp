@@ -143,7 +143,8 @@ struct Kernels {
             if (spans) next += spans_of(s) * job.heads;
         }
         auto attend = [&](int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; i++) variant->attend(job, tasks[i]);
+            for (int64_t i = first; i < last; i++)
+                variant->attend(job, tasks[i], i + 1 < static_cast<int64_t>(tasks.size()) ? &tasks[i + 1] : nullptr);
         };
         // Less than this is done before another thread would have begun.
         if (scores < 2048) attend(0, static_cast<int64_t>(tasks.size()));

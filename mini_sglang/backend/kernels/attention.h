@@ -77,8 +77,8 @@ struct Item {
 
 // The lines of a block to come, fetched a few at a time: many at once would keep this block's waiting.
 struct Lines {
-    const uint8_t* const* rows;
-    int64_t first, length, second;  // bytes into a row: length of them from first and from second on
+    const uint8_t* const* rows = nullptr;
+    int64_t first = 0, length = 0, second = 0;  // bytes into a row: length of them from first and from second on
     int row = KEYS;
     int64_t at = 0;
 
@@ -264,33 +264,60 @@ inline void write(const Partial& partial, float* out, int64_t dim) {
     for (int64_t d = 0; d < dim; d += LANES) store(out + d, load<Floats>(partial.values + d) / partial.total);
 }
 
-template <class KV>
-void attend_task(const Attention& job, const AttentionTask& task) {
+// What a task reads: of its sequence the positions from begin, a multiple of KEYS, to stop.
+struct Reach {
+    const int64_t* pages;
+    int64_t begins;  // the sequence's first row in the batch
+    int64_t start;   // the position of that row
+    int64_t low, end;  // positions that one of the task's rows sees, in all spans
+    int64_t begin, stop;
+};
+
+inline int64_t lowest_seen(const Attention& job, int64_t position) {
+    return job.window && position >= job.window ? position - job.window + 1 : 0;
+}
+
+inline Reach reach_of(const Attention& job, const AttentionTask& task) {
     const Sequences& sequences = *job.sequences;
-    const int64_t begins = sequences.starts[task.sequence], ends = sequences.starts[task.sequence + 1];
-    const int64_t start = sequences.lengths[task.sequence] - (ends - begins);  // position of the first row
-    const int64_t* pages = sequences.pages + task.sequence * sequences.stride;
+    Reach reach;
+    reach.pages = sequences.pages + task.sequence * sequences.stride;
+    reach.begins = sequences.starts[task.sequence];
+    reach.start = sequences.lengths[task.sequence] - (sequences.starts[task.sequence + 1] - reach.begins);
+    reach.low = lowest_seen(job, reach.start + task.first_row);
+    reach.end = reach.stop = reach.start + task.last_row;
+    reach.begin = reach.low / KEYS * KEYS;
+    if (task.partials) {
+        reach.begin = task.span * SPAN > reach.begin ? task.span * SPAN : reach.begin;
+        reach.stop = (task.span + 1) * SPAN < reach.stop ? (task.span + 1) * SPAN : reach.stop;
+    }
+    return reach;
+}
+
+// Where a block of a task lies, and its lines to be fetched.
+template <class KV>
+inline void look_ahead(const Attention& job, const AttentionTask& task, const Reach& reach, int64_t block,
+                       const uint8_t** rows, Lines& lines) {
+    const int64_t head_bytes = job.pool.head_dim * KV::BYTES;
+    locate(job, reach.pages, block, reach.low, reach.end, rows);
+    lines.rows = rows;
+    lines.first = task.first_head * head_bytes;
+    lines.length = (task.last_head - task.first_head) * head_bytes;
+    lines.second = lines.first + job.pool.kv_heads * head_bytes;
+    lines.row = 0;
+    lines.at = 0;
+}
+
+// upcoming is what the same thread will probably do next, or null.
+template <class KV>
+void attend_task(const Attention& job, const AttentionTask& task, const AttentionTask* upcoming) {
+    const Reach reach = reach_of(job, task);
+    const int64_t begins = reach.begins, start = reach.start, stop = reach.stop;
     const int64_t group = job.heads / job.pool.kv_heads, dim = job.pool.head_dim;
     const int64_t heads = (task.last_head - task.first_head) * group;
     const int64_t count = (task.last_row - task.first_row) * heads;
-    auto lowest = [&](int64_t row) {
-        const int64_t position = start + row;
-        return job.window && position >= job.window ? position - job.window + 1 : 0;
-    };
-    const int64_t low = lowest(task.first_row), end = start + task.last_row;
-    int64_t begin = low / KEYS * KEYS, stop = end;
-    if (task.partials) {
-        begin = task.span * SPAN > begin ? task.span * SPAN : begin;
-        stop = (task.span + 1) * SPAN < end ? (task.span + 1) * SPAN : end;
-    }
     // Head by head, so that the rows of one KV head follow each other.
     Partial sums[MAX_PARTIALS], spans[MAX_PARTIALS];
     for (int64_t i = 0; i < count; i++) clear(sums[i], dim), clear(spans[i], dim);
-    Block turned;
-    Item items[MAX_PARTIALS];
-    const uint8_t* rows[2][KEYS];
-    int current = 0;
-    if (begin < stop) locate(job, pages, begin, low, end, rows[current]);
     // Rounded once for all blocks.
     uint16_t queries[PAIRED<KV> ? MAX_PARTIALS : 1][MAX_HEAD_DIM];
     auto query_of = [&](int64_t head, int64_t row) {
@@ -305,21 +332,26 @@ void attend_task(const Attention& job, const AttentionTask& task) {
                 for (int64_t d = 0; d < dim; d += LANES)
                     store_bfloats(queries[place_of(head, row, h)] + d,
                                   load<Floats>(query_of(head * group + h, row) + d));
+    Block turned;
+    Item items[MAX_PARTIALS];
+    const uint8_t* rows[2][KEYS];
+    int current = 0;
     Lines next;
-    next.first = task.first_head * dim * KV::BYTES;
-    next.length = (task.last_head - task.first_head) * dim * KV::BYTES;
-    next.second = next.first + job.pool.kv_heads * dim * KV::BYTES;
-    for (int64_t block = begin; block < stop; block += KEYS, current ^= 1) {
+    if (reach.begin < stop) look_ahead<KV>(job, task, reach, reach.begin, rows[current], next);
+    for (int64_t block = reach.begin; block < stop; block += KEYS, current ^= 1) {
+        next.row = KEYS;
         if (block + KEYS < stop) {
-            locate(job, pages, block + KEYS, low, end, rows[current ^ 1]);
-            next.rows = rows[current ^ 1];
-            next.row = 0;
+            look_ahead<KV>(job, task, reach, block + KEYS, rows[current ^ 1], next);
+        } else if (upcoming) {
+            const Reach then = reach_of(job, *upcoming);
+            if (then.begin < then.stop)
+                look_ahead<KV>(job, *upcoming, then, then.begin, rows[current ^ 1], next);
         }
         turned.rows = rows[current];
         for (int64_t head = task.first_head; head < task.last_head; head++) {
             int used = 0, first = KEYS, last = 0;
             for (int64_t row = task.first_row; row < task.last_row; row++) {
-                int64_t from = lowest(row) - block, to = start + row + 1 - block;
+                int64_t from = lowest_seen(job, start + row) - block, to = start + row + 1 - block;
                 from = from < 0 ? 0 : from;
                 to = to > KEYS ? KEYS : to;
                 if (from >= to) continue;
@@ -357,12 +389,12 @@ void attend_task(const Attention& job, const AttentionTask& task) {
     }
 }
 
-void attend(const Attention& job, const AttentionTask& task) {
+void attend(const Attention& job, const AttentionTask& task, const AttentionTask* upcoming) {
     switch (job.pool.format) {
-        case F32: return attend_task<KV32>(job, task);
-        case F16: return attend_task<KV16>(job, task);
-        case BF16: return attend_task<KVB16>(job, task);
-        case INT8: return attend_task<KV8>(job, task);
+        case F32: return attend_task<KV32>(job, task, upcoming);
+        case F16: return attend_task<KV16>(job, task, upcoming);
+        case BF16: return attend_task<KVB16>(job, task, upcoming);
+        case INT8: return attend_task<KV8>(job, task, upcoming);
     }
 }
 

@@ -179,7 +179,8 @@ struct Variant {
     // Groups first to last of a packed matrix [n, k].
     void (*product)(int format, const uint8_t* packed, int64_t first, int64_t last, int64_t k, const void* x,
                     int64_t rows, const float* bias, float* y, int64_t n, int64_t stride);
-    void (*attend)(const Attention& job, const AttentionTask& task);
+    // upcoming is what the same thread will probably do next, or null.
+    void (*attend)(const Attention& job, const AttentionTask& task, const AttentionTask* upcoming);
     // All heads of row 0 of a sequence from the partials of so many spans, [spans, heads].
     void (*merge_spans)(const Attention& job, int64_t sequence, Partial* partials, int64_t spans);
     // Rows first to last.
