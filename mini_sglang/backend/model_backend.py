@@ -62,7 +62,7 @@ class ModelBackend:
     ) -> None:
         self.decoder = decoder
         self.kv = kv
-        self._attention = attention
+        self.attention = attention
         self._sampler = sampler
         self._num_parameters = num_parameters
         self._kernels = kernels
@@ -106,7 +106,7 @@ class ModelBackend:
             if self._program is not None and self._program.takes(batch):
                 hidden = self._program.forward(batch)
             else:
-                hidden = self.decoder.forward(batch, self.kv, self._attention)
+                hidden = self.decoder.forward(batch, self.kv, self.attention)
             results = [SequenceResult() for _ in steps]
             if batch.samples:
                 places = [place for place, _ in batch.samples]
@@ -257,14 +257,13 @@ def _dtypes(
     if quantized and settings.dtype == "auto" and device.type == "cpu":
         weights = torch.float32
     sizes = config.hidden_size, config.intermediate_size, config.head_dim
-    native = (
+    if (
         kernels is not None
         and kernels.fast
         and NativeOperations.fit(*sizes, torch.float32)
         and NativeAttention.fit(config.num_heads, config.num_kv_heads, config.head_dim, torch.float32)
-    )
-    if native:
-        kv = KV_DTYPES.get(settings.kv_dtype, torch.float16 if quantized else weights)
+    ):
+        kv = KV_DTYPES.get(settings.kv_dtype, kernels.half if quantized else weights)
         return _Dtypes(weights, torch.float32, kv)
     if settings.kv_dtype != "auto" and KV_DTYPES[settings.kv_dtype] != weights:
         raise InvalidValueError(

@@ -43,7 +43,7 @@ def assert_equal_steps(backend: ModelBackend) -> None:
     assert program is not None
     tables = page_ranges(backend, [64] * len(PROMPTS))
     for prompt, table in zip(PROMPTS, tables, strict=True):
-        decoder.forward(batch_of(backend, [step(prompt, 0, table, sample=True)]), kv, backend._attention)
+        decoder.forward(batch_of(backend, [step(prompt, 0, table, sample=True)]), kv, backend.attention)
     before = kv.data.clone()
 
     def run(forward: Any) -> tuple[list[Tensor], Tensor]:
@@ -62,7 +62,7 @@ def assert_equal_steps(backend: ModelBackend) -> None:
         return hidden, kv.data.clone()
 
     ours, our_kv = run(program.forward)
-    plain, plain_kv = run(lambda batch: decoder.forward(batch, kv, backend._attention))
+    plain, plain_kv = run(lambda batch: decoder.forward(batch, kv, backend.attention))
     for one, other in zip(ours, plain, strict=True):
         assert bool(one.isfinite().all()) and torch.equal(one, other)
     assert torch.equal(our_kv.nan_to_num(1e9), plain_kv.nan_to_num(1e9))
