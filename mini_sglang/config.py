@@ -76,8 +76,8 @@ class Settings:
         "Model and device",
         "KV_DTYPE",
         "auto",
-        "the type KV is kept in; beside quantised weights auto takes bf16 or fp16, whichever the "
-        "compiled CPU kernels are faster with, else the model's own; any other choice, and int8, needs the compiled CPU kernels",
+        "the type KV is kept in; beside quantised weights auto takes bf16 or fp16, what the "
+        "compiled CPU kernels are faster with, else the model's own; other choices need those kernels",
         choices=("auto", "fp16", "bf16", "fp32", "int8"),
         spellings=_DTYPE_SPELLINGS,
     )

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 # Rows of prompt logprobs at a time: a row of float32 logits is up to a megabyte.
 _LOGPROB_ROWS = 128
+# A prompt's few rows past its cached prefix are as much Python's as the kernels' without the program.
+_PROGRAM_ROWS = 128
 _DEQUANTIZE = MappingProxyType({"auto": None, "0": False, "1": True})
 
 
@@ -218,7 +220,7 @@ def load_backend(
         and isinstance(attention, NativeAttention)
         and isinstance(decoder.operations, NativeOperations)
     ):
-        program = StepProgram.build(kernels, decoder, kv, settings.max_batch_size)
+        program = StepProgram.build(kernels, decoder, kv, max(settings.max_batch_size, _PROGRAM_ROWS))
     backend = ModelBackend(
         decoder,
         kv,

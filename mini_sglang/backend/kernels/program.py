@@ -1,4 +1,4 @@
-"""A decode step written down once and replayed: the CPU's counterpart of a CUDA graph.
+"""A small step written down once and replayed: the CPU's counterpart of a CUDA graph.
 
 ``Decoder.forward`` is the same step in Python; both do the same jobs in the same order, so that their
 results are equal to the bit.
@@ -74,14 +74,14 @@ class StepProgram:
         return cls(kernels, decoder, kv, max_rows)
 
     def takes(self, batch: Batch) -> bool:
-        """Whether ``forward`` can run this step: few enough rows, all of them wanted."""
-        return len(batch.token_ids) <= self._max_rows and batch.output_rows is None
+        """Whether ``forward`` can run this step: few enough rows, decodes or of short prompts."""
+        return len(batch.token_ids) <= self._max_rows
 
     def forward(self, batch: Batch) -> Tensor:
         """``Decoder.forward`` for a batch that ``takes`` accepts.
 
         Returns:
-            ``[T, hidden_size]``, overwritten by the next call.
+            ``[R, hidden_size]``, which the next call may overwrite.
         """
         rows = len(batch.token_ids)
         decoder = self._decoder
@@ -93,7 +93,7 @@ class StepProgram:
         self._rotation[:, :rows] = decoder.rotations.at(batch.positions, max(batch.seq_lens))
         self._kernels.run_all(self._entries, rows)
         hidden: Tensor = self._normed[:rows]
-        return hidden
+        return hidden if batch.output_rows is None else hidden.index_select(0, batch.output_rows)
 
     def _norm(self, delta: Tensor | None, weight: Tensor) -> None:
         eps = self._decoder.config.norm_eps
