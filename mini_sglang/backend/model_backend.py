@@ -100,15 +100,13 @@ class ModelBackend:
                 hidden = self._program.forward(batch)
             else:
                 hidden = self.decoder.forward(batch, self.kv, self._attention)
-            results = [SequenceResult() for _ in steps]
+            sampled: dict[int, SequenceResult] = {}
             if batch.samples:
-                places = [place for place, _ in batch.samples]
-                specs = [spec for place in places if (spec := steps[place].sample) is not None]
-                rows = [row for _, row in batch.samples]
+                places, rows = zip(*batch.samples, strict=True)
                 picked = hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=device)]
-                sampled = self._sampler.sample(self.decoder.logits(picked), specs)
-                for place, result in zip(places, sampled, strict=True):
-                    results[place] = result
+                chosen = self._sampler.sample(self.decoder.logits(picked), batch.specs)
+                sampled = dict(zip(places, chosen, strict=True))
+            results = [sampled.get(place) or SequenceResult() for place in range(len(steps))]
             for place, first, stop in batch.prompts:
                 step = steps[place]
                 results[place].prompt_logprobs = self._prompt_logprobs(
