@@ -284,9 +284,7 @@ def _argmax_results(x: Tensor) -> list[SequenceResult]:
     """The results of rows that take the argmax: what most steps come to."""
     ids, peaks = argmax_items(x)
     return [
-        SequenceResult(token_id=token_id)
-        if math.isfinite(peak)
-        else SequenceResult(error=_bad_logits(peak))
+        SequenceResult(token_id=token_id) if math.isfinite(peak) else SequenceResult(error=_bad_logits(peak))
         for token_id, peak in zip(ids, peaks, strict=True)
     ]
 

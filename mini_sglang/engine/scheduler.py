@@ -154,8 +154,11 @@ class Scheduler:
         if not limits.enabled or request.wants_prompt_logprobs or not prefilling:
             return False
         known = -1
+        start = request.tokens[:_WORTH_WAITING_TOKENS]
         for other in prefilling:
             if other.namespace != request.namespace or other.num_prompt > limits.max_prompt_tokens:
+                continue
+            if other.tokens[:_WORTH_WAITING_TOKENS] != start:
                 continue
             shared = _common_prefix(request.tokens, other.tokens)
             if shared < _WORTH_WAITING_TOKENS:
