@@ -69,6 +69,17 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     return top, x.gather(1, top.unsqueeze(1))
 
 
+def argmax_items(x: Tensor) -> tuple[list[int], list[float]]:
+    """What ``argmax`` gives, as lists."""
+    if x.device.type != "cpu":
+        top, peak = argmax(x)
+        return top.tolist(), peak[:, 0].tolist()
+    # Without torch's operators, each of which costs as much as reading dozens of items one by one.
+    values = x.numpy()
+    ids: list[int] = values.argmax(-1).tolist()
+    return ids, [values.item(row, token_id) for row, token_id in enumerate(ids)]
+
+
 def largest(x: Tensor, count: int) -> Tensor:
     """The ``count`` largest values of each row, descending, ``[R, count]``. Any rows."""
     if x.device.type != "cpu":

@@ -65,12 +65,12 @@ class ModelBackend:
         self.decoder = decoder
         self.kv = kv
         self.attention = attention
-        self._sampler = sampler
+        self.sampler = sampler
         self._num_parameters = num_parameters
         self._kernels = kernels
         self._dtype = dtype
         self._quantization = quantization
-        self._program = program
+        self.program = program
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
     @property
@@ -105,19 +105,17 @@ class ModelBackend:
         with torch.inference_mode():
             device = self.kv.data.device
             batch = Batch.build(steps, self._limits, device)
-            if self._program is not None and self._program.takes(batch):
-                hidden = self._program.forward(batch)
+            if self.program is not None and self.program.takes(batch):
+                hidden = self.program.forward(batch)
             else:
                 hidden = self.decoder.forward(batch, self.kv, self.attention)
-            results = [SequenceResult() for _ in steps]
+            sampled: dict[int, SequenceResult] = {}
             if batch.samples:
-                places = [place for place, _ in batch.samples]
-                specs = [spec for place in places if (spec := steps[place].sample) is not None]
-                rows = [row for _, row in batch.samples]
+                places, rows = zip(*batch.samples, strict=True)
                 picked = hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=device)]
-                sampled = self._sampler.sample(self.decoder.logits(picked), specs)
-                for place, result in zip(places, sampled, strict=True):
-                    results[place] = result
+                chosen = self.sampler.sample(self.decoder.logits(picked), batch.specs)
+                sampled = dict(zip(places, chosen, strict=True))
+            results = [sampled.get(place) or SequenceResult() for place in range(len(steps))]
             for place, first, stop in batch.prompts:
                 step = steps[place]
                 results[place].prompt_logprobs = self._prompt_logprobs(
@@ -150,7 +148,7 @@ class ModelBackend:
         logprobs: list[TokenLogprob] = []
         for first in range(0, len(hidden), _LOGPROB_ROWS):
             rows = slice(first, first + _LOGPROB_ROWS)
-            logprobs += self._sampler.prompt_logprobs(self.decoder.logits(hidden[rows]), targets[rows], top)
+            logprobs += self.sampler.prompt_logprobs(self.decoder.logits(hidden[rows]), targets[rows], top)
         return logprobs
 
 

@@ -34,7 +34,7 @@ class StepProgram:
 
     def __init__(self, kernels: NativeKernels, decoder: Decoder, kv: KVPool, max_rows: int) -> None:
         config = decoder.config
-        self._kernels = kernels
+        self.kernels = kernels
         self._decoder = decoder
         self._kv = kv
         self._max_rows = max_rows
@@ -46,7 +46,7 @@ class StepProgram:
         self._attended = torch.empty(max_rows, config.num_heads * config.head_dim)
         self._gate_up = torch.empty(max_rows, 2 * config.intermediate_size)
         self._inner = torch.empty(max_rows, config.intermediate_size)
-        self._jobs: list[Job] = []
+        self.jobs: list[Job] = []
         delta: Tensor | None = None
         for index, layer in enumerate(decoder.layers):
             self._norm(delta, layer.input_norm)
@@ -55,11 +55,11 @@ class StepProgram:
             self._multiply(layer.o, layer.o_bias, self._attended, self._delta)
             self._norm(self._delta, layer.post_norm)
             self._multiply(layer.gate_up, layer.gate_up_bias, self._normed, self._gate_up)
-            self._jobs.append(SiluAndMul.of(self._gate_up, self._inner))
+            self.jobs.append(SiluAndMul.of(self._gate_up, self._inner))
             self._multiply(layer.down, layer.down_bias, self._inner, self._delta)
             delta = self._delta
         self._norm(delta, decoder.final_norm)
-        self._entries = (Entry * len(self._jobs))(*map(Entry.of, self._jobs))
+        self._entries = (Entry * len(self.jobs))(*map(Entry.of, self.jobs))
 
     @classmethod
     def build(cls, kernels: NativeKernels, decoder: Decoder, kv: KVPool, max_rows: int) -> StepProgram | None:
@@ -91,13 +91,13 @@ class StepProgram:
         self._slots[:rows] = batch.slot_mapping
         self._hidden[:rows] = decoder.embedding.rows(batch.token_ids)
         self._rotation[:, :rows] = decoder.rotations.at(batch.positions, max(batch.seq_lens))
-        self._kernels.run_all(self._entries, rows)
+        self.kernels.run_all(self._entries, rows)
         hidden: Tensor = self._normed[:rows]
         return hidden if batch.output_rows is None else hidden.index_select(0, batch.output_rows)
 
     def _norm(self, delta: Tensor | None, weight: Tensor) -> None:
         eps = self._decoder.config.norm_eps
-        self._jobs.append(Norm.of(self._hidden, delta, weight, self._normed, eps))
+        self.jobs.append(Norm.of(self._hidden, delta, weight, self._normed, eps))
 
     def _multiply(self, weight: Weight, bias: Tensor | None, x: Tensor, out: Tensor) -> None:
         assert bias is None or bias.is_contiguous()
@@ -109,12 +109,12 @@ class StepProgram:
             product.y = out[:, first:].data_ptr()
             product.stride = out.shape[1]
             first += product.n
-        self._jobs += products
+        self.jobs += products
 
     def _attend(self, index: int, head_norm: Tensor | None) -> None:
         config, kv = self._decoder.config, self._kv
         qkv = self._qkv.view(self._max_rows, -1, config.head_dim)
         rotation = self._rotation if config.rope_layers[index] else None
-        self._jobs.append(Rotate.of(qkv, head_norm, rotation, self._slots, kv, index, config.norm_eps))
+        self.jobs.append(Rotate.of(qkv, head_norm, rotation, self._slots, kv, index, config.norm_eps))
         query, window = qkv[:, : config.num_heads], config.windows[index]
-        self._jobs.append(Attention.of(self._sequences, kv, index, query, self._attended, window))
+        self.jobs.append(Attention.of(self._sequences, kv, index, query, self._attended, window))

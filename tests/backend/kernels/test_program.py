@@ -39,7 +39,7 @@ def batch_of(backend: ModelBackend, steps: list[SequenceStep]) -> Batch:
 @torch.inference_mode()
 def assert_equal_steps(backend: ModelBackend) -> None:
     """Decodes of several sizes, and a short prefill of which every row is wanted."""
-    program, decoder, kv = backend._program, backend.decoder, backend.kv
+    program, decoder, kv = backend.program, backend.decoder, backend.kv
     assert program is not None
     tables = page_ranges(backend, [64] * len(PROMPTS))
     for prompt, table in zip(PROMPTS, tables, strict=True):
@@ -72,7 +72,7 @@ def assert_equal_steps(backend: ModelBackend) -> None:
 def test_a_dense_model(case: str, tmp_path: Path) -> None:
     family, overrides = CASES[case]
     backend = load(save_tiny_model(tmp_path, family, **overrides))
-    assert (backend._program is not None) == FAST
+    assert (backend.program is not None) == FAST
     if FAST:
         assert_equal_steps(backend)
 
@@ -84,14 +84,14 @@ def test_a_model_in_blocks(family: str, others: dict[str, gguf.GGMLQuantizationT
     path = write_gguf(tmp_path / "m.gguf", tiny_model(family), architecture, Q4_1, others=others)
     backend = load(path, gguf_dequantize=0)
     assert isinstance(backend.decoder.layers[0].qkv, StackedWeight) == bool(others)
-    assert (backend._program is not None) == FAST
+    assert (backend.program is not None) == FAST
     if FAST:
         assert_equal_steps(backend)
 
 
 def test_what_it_takes(tmp_path: Path) -> None:
     backend = load(save_tiny_model(tmp_path), max_batch_size=2)
-    program = backend._program
+    program = backend.program
     assert (program is not None) == FAST
     if program is None:
         return
