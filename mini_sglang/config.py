@@ -68,7 +68,7 @@ class Settings:
         ("MODEL_DTYPE", "TORCH_DTYPE"),
         "auto",
         "the type of plain weights and of what is computed with them; auto takes bf16 where the device "
-        "multiplies it, else fp16 on a GPU and fp32 on a CPU; the compiled CPU kernels add up in fp32 throughout",
+        "multiplies it, else fp16 on a GPU and fp32 on a CPU; the compiled CPU kernels add up in fp32",
         choices=("auto", "fp16", "bf16", "fp32"),
         spellings=_DTYPE_SPELLINGS,
     )
@@ -76,8 +76,8 @@ class Settings:
         "Model and device",
         "KV_DTYPE",
         "auto",
-        "the type KV is kept in; auto takes fp16 beside quantised weights on the compiled CPU kernels, else the "
-        "model's own; another than that, and int8, need the compiled CPU kernels",
+        "the type KV is kept in; auto takes fp16 beside quantised weights on the compiled CPU kernels, else "
+        "the model's own; another than that, and int8, need the compiled CPU kernels",
         choices=("auto", "fp16", "bf16", "fp32", "int8"),
         spellings=_DTYPE_SPELLINGS,
     )

@@ -15,7 +15,7 @@ _MAX_HEAD_DIM, _MAX_GROUP = 256, 32
 
 
 class NativeAttention:
-    """``Attention`` of float32 queries on the CPU, over a pool of any dtype, for the sizes that ``fit`` names."""
+    """``Attention`` of float32 queries on the CPU, over a pool of any dtype, for the sizes of ``fit``."""
 
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels

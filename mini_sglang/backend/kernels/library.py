@@ -46,7 +46,7 @@ class NativeKernels:
             variant: use this instruction set rather than the best one.
 
         Raises:
-            BuildError: the library cannot be loaded, or this CPU has not that variant.
+            BuildError: the library cannot be loaded, or has not that variant for this CPU.
         """
         try:
             lib = ctypes.CDLL(str(library))
@@ -70,7 +70,7 @@ class NativeKernels:
         self._run = lib.kernels_run
         self._handle: int | None = lib.kernels_open(threads, variant.encode())
         if self._handle is None:
-            raise BuildError(f"this CPU has no {variant}" if variant else "threads cannot be started")
+            raise BuildError(f"no {variant} kernels for this CPU" if variant else "threads cannot be started")
         # At the interpreter's exit another thread may still be inside a kernel.
         self._finalizer = weakref.finalize(self, lib.kernels_close, self._handle)
         self._finalizer.atexit = False
@@ -95,7 +95,7 @@ class NativeKernels:
         self._run(self._handle, ctypes.addressof(entries), len(entries), rows)
 
     def product(self, packed: Tensor, type: GGMLType, shape: tuple[int, int]) -> Product:
-        """A job that multiplies by the matrix of ``shape`` that ``pack`` gave; without ``x``, ``bias``, ``y``."""
+        """A job that multiplies by the matrix of ``shape`` that ``pack`` gave; x, bias and y are not set."""
         n, k = shape
         return Product(weight=packed.data_ptr(), n=n, k=k, stride=n, format=FORMATS[type.name])
 
@@ -106,7 +106,7 @@ class NativeKernels:
 
         With blocks, each 32 numbers of a row of ``x`` are rounded to 8 bits with a scale of their own (as
         ggml does); products are exact integers within a block, added up over the blocks in float32. With
-        bfloat16 on a CPU that multiplies it, ``x`` is rounded to bfloat16 and products are added up in float32.
+        bfloat16 on a CPU that multiplies it, ``x`` is rounded to bfloat16 and products add up in float32.
 
         Args:
             x: ``[..., K]``.

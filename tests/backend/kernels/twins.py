@@ -18,10 +18,9 @@ FORMATS = {kind.name: kind for kind in (GGML_TYPES[i] for i in (2, 3, 8, 12, 14)
 def runnable_variants(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     """The instruction sets that this CPU has, by what the system says of it."""
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    needs = {
-        "avx2": {"avx2", "fma", "f16c"},
-        "avx512vnni": {"avx2", "fma", "f16c", "avx512_vnni", "avx512vl"},
-    }
+    avx2 = {"avx2", "fma", "f16c"}
+    vnni = avx2 | {"avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512_vnni"}
+    needs = {"avx2": avx2, "avx512vnni": vnni, "avx512bf16": vnni | {"avx512_bf16"}}
     return ["generic", *(name for name, needed in needs.items() if needed <= flags)]
 
 
