@@ -33,8 +33,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def read_bandwidth(kernels: NativeKernels, rounds: int) -> float:
     """GB/s of the better of two plain readers, the best round: torch's sum, and the float32 product."""
     block = torch.ones(POOL_BYTES // 4)
-    matrix, x = block.view(-1, 4096), torch.ones(1, 4096)
-    readers: list[Callable[[], Tensor]] = [block.sum, lambda: kernels.dense(matrix, x, None)]
+    matrix, x = accelerate(DenseWeight(block.view(-1, 4096)), kernels), torch.ones(1, 4096)
+    readers: list[Callable[[], Tensor]] = [block.sum, lambda: matrix.linear(x)]
     return max(block.nbytes / seconds(reader, rounds, min) / 1e9 for reader in readers)
 
 
@@ -69,7 +69,8 @@ def main() -> int:
 
     threads = choose_threads(args.threads)
     torch.set_num_threads(threads)
-    kernels = NativeKernels(build_library(Settings.resolve().cache_path / "kernels"), threads, args.variant)
+    library = build_library(Settings.resolve().cache_path / "kernels", all_variants=bool(args.variant))
+    kernels = NativeKernels(library, threads, args.variant)
     bandwidth = read_bandwidth(kernels, args.rounds)
     n, k = args.shape
     print(f"{kernels.variant}, {threads} threads, N={n}, K={k}, read bandwidth {bandwidth:.1f} GB/s")
@@ -81,7 +82,7 @@ def main() -> int:
         plain[kind.name] = QuantizedWeight(blocks.random_(0, 60, generator=generator), kind, torch.float32)
     for name, weight in plain.items():
         copies = max(2, POOL_BYTES // weight.nbytes)
-        fast = [accelerate(again(weight), kernels) for _ in range(copies)]
+        fast = [accelerate(again(weight), kernels, torch.float32) for _ in range(copies)]
         slow = [again(weight) for _ in range(copies)]
         for rows in ROWS:
             ours = seconds(products(fast, rows, k), args.rounds)

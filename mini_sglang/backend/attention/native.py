@@ -11,7 +11,7 @@ from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.pool import KVPool
 
 # MAX_HEAD_DIM and MAX_PARTIALS of kernels.h.
-_MAX_HEAD_DIM, _MAX_GROUP = 256, 32
+_MAX_HEAD_DIM, _MAX_GROUP = 256, 48
 
 
 class NativeAttention:

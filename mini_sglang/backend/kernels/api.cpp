@@ -171,7 +171,8 @@ private:
 
 extern "C" {
 
-// Null where this CPU has not that variant, or the threads cannot be started; an empty name takes the best.
+// Null where the library has not that variant for this CPU, or the threads cannot be started; an empty name
+// takes the best.
 void* kernels_open(int threads, const char* variant) {
     const Variant* found = find_variant(variant);
     try {

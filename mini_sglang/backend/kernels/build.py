@@ -1,7 +1,7 @@
 """Compiling the C++ sources of this package at first use, and finding the result again.
 
-The library has a generic variant in it and those for the CPU's instruction sets; which one runs is chosen
-when it is opened, by what the CPU reports then.
+The library has a generic variant in it and the best one for the CPU's instruction sets; which one runs is
+chosen when it is opened, by what the CPU reports then.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx512vnni")
 _AVX2_FEATURES = frozenset({"avx2", "fma", "f16c"})
 _AVX512_FEATURES = _AVX2_FEATURES | {"avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512_vnni"}
-# The instruction sets of variant.cpp: flags of the compiler, and what Linux calls the features they need.
+# The instruction sets of variant.cpp, from the slowest to the fastest: flags of the compiler, and what Linux
+# calls the features they need.
 _VARIANTS: Mapping[str, tuple[Sequence[str], frozenset[str]]] = MappingProxyType(
     {
         "generic": ((), frozenset()),
@@ -55,23 +56,29 @@ class BuildError(Exception):
 
 
 def build_library(
-    cache: Path, notify: Callable[[str], None] | None = None, env: Mapping[str, str] = os.environ
+    cache: Path,
+    notify: Callable[[str], None] | None = None,
+    env: Mapping[str, str] = os.environ,
+    *,
+    all_variants: bool = False,
 ) -> Path:
     """The shared library for this machine, compiled unless ``cache`` has it.
 
-    It is found by a hash of the sources, the compiler's path and version, the flags, and the CPU's features.
-    Several processes may call this at once: one compiles, the others wait.
+    It is found by a hash of the sources, the compiler's path and version, the flags, the variants in it, and
+    the CPU's features. Several processes may call this at once: one compiles, the others wait.
 
     Args:
         cache: a folder, made if it is not there.
         notify: called with a line for the user before compiling, which takes some seconds.
         env: ``CXX`` names the compiler; else ``c++``, ``g++`` or ``clang++`` of ``PATH``.
+        all_variants: every variant that this CPU can run, not only the best and the generic one.
 
     Raises:
         BuildError: no compiler, a compiler that fails, or a folder that cannot be written.
     """
     compiler = _find_compiler(env)
-    key = _key(compiler)
+    variants = _variants(all_variants)
+    key = _key(compiler, variants)
     library = cache / f"kernels-{key}.so"
     try:
         if library.is_file():
@@ -82,7 +89,7 @@ def build_library(
                 name = Path(compiler[0]).name
                 if notify is not None:
                     notify(f"Compiling the CPU kernels with {name}, once for this machine")
-                _compile(compiler, library)
+                _compile(compiler, library, variants)
     except Timeout:
         raise BuildError(f"another process holds {cache / 'build.lock'}") from None
     except OSError as error:
@@ -103,24 +110,27 @@ def _find_compiler(env: Mapping[str, str]) -> list[str]:
     raise BuildError("no C++ compiler found")
 
 
-def _key(compiler: Sequence[str]) -> str:
+def _key(compiler: Sequence[str], variants: Mapping[str, Sequence[str]]) -> str:
     digest = hashlib.sha256()
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
         digest.update(f"{source.name}\0".encode() + source.read_bytes() + b"\0")
     version = _run([*compiler, "--version"])
-    for part in (*compiler, version, *_FLAGS, repr(_variants()), *_cpu_features()):
+    for part in (*compiler, version, *_FLAGS, repr(variants), *_cpu_features()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:20]
 
 
-def _variants() -> dict[str, Sequence[str]]:
-    """The variants worth compiling here, and their flags; all of x86 where the features are unknown."""
+def _variants(all_variants: bool) -> dict[str, Sequence[str]]:
+    """The variants to compile, and their flags; all of x86 where the CPU's features are unknown."""
     features = set(_cpu_features()[2:])
-    return {
+    runnable = {
         name: flags
         for name, (flags, needed) in _VARIANTS.items()
         if not needed or (platform.machine() in _X86 and (not features or needed <= features))
     }
+    if all_variants or not features:
+        return runnable
+    return {name: runnable[name] for name in ("generic", [*runnable][-1])}
 
 
 def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
@@ -133,12 +143,12 @@ def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return [platform.machine(), platform.processor(), *sorted(flags.partition(":")[2].split())]
 
 
-def _compile(compiler: Sequence[str], library: Path) -> None:
+def _compile(compiler: Sequence[str], library: Path, variants: Mapping[str, Sequence[str]]) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         folder = Path(name)
         commands = [
             [*compiler, *_FLAGS, *flags, f"-DVARIANT={variant}", "-c", str(SOURCES / "variant.cpp"), "-o"]
-            for variant, flags in _variants().items()
+            for variant, flags in variants.items()
         ]
         commands.append([*compiler, *_FLAGS, "-c", str(SOURCES / "api.cpp"), "-o"])
         objects = [str(folder / f"{number}.o") for number in range(len(commands))]

@@ -191,7 +191,7 @@ struct Variant {
 
 extern const Variant generic_variant;
 #if defined(__x86_64__)
-// Null where build.py left it out, since this machine's CPU could not run it.
+// Null where build.py left it out: this machine's CPU cannot run it, or has a better one.
 extern const Variant avx2_variant __attribute__((weak));
 extern const Variant avx512vnni_variant __attribute__((weak));
 extern const Variant avx512bf16_variant __attribute__((weak));

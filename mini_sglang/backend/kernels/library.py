@@ -47,7 +47,7 @@ class NativeKernels:
             variant: use this instruction set rather than the best one.
 
         Raises:
-            BuildError: the library cannot be loaded, or this CPU has not that variant.
+            BuildError: the library cannot be loaded, or has not that variant for this CPU.
         """
         try:
             lib = ctypes.CDLL(str(library))
@@ -71,7 +71,7 @@ class NativeKernels:
         self._run = lib.kernels_run
         self._handle: int | None = lib.kernels_open(threads, variant.encode())
         if self._handle is None:
-            raise BuildError(f"this CPU has no {variant}" if variant else "threads cannot be started")
+            raise BuildError(f"no {variant} kernels for this CPU" if variant else "threads cannot be started")
         # At the interpreter's exit another thread may still be inside a kernel.
         self._finalizer = weakref.finalize(self, lib.kernels_close, self._handle)
         self._finalizer.atexit = False
