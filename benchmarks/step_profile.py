@@ -3,8 +3,9 @@
     python benchmarks/step_profile.py [--model MODEL] [--streams 1 16 64] [--context 200] [--threads 2]
 
 An engine without its thread runs decode steps of so many requests; every part is the median over the steps,
-of the wall clock. The kernels' parts are run again by themselves, each kind in one call, so their sum may differ
-from the whole. The last line is the least that the bytes read by one step take at the measured bandwidth.
+of the wall clock. The kernels' parts are run again by themselves, each kind in one call: their sum may
+differ from the whole. The last line is the least that reading the step's bytes takes at the measured
+bandwidth.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from mini_sglang.backend.loading.source import resolve_model
 from mini_sglang.backend.model_backend import ModelBackend, load_backend
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
-from mini_sglang.text.detokenizer import Detokenizer
 from mini_sglang.text.tokenizer import load_tokenizer
 
 
@@ -101,7 +101,7 @@ def profile(
     ):
         watch.wrap(owner, method, name)
     tokenizer = load_tokenizer(path, cache_dir=settings.cache_path)
-    texts = [Detokenizer(tokenizer) for _ in range(streams)]
+    texts = [tokenizer.detokenizer() for _ in range(streams)]
     generator = torch.Generator().manual_seed(0)
     params = SamplingParams(max_new_tokens=steps + 8, temperature=0, ignore_eos=True)
     for number in range(streams):
@@ -115,7 +115,7 @@ def profile(
         events = core.step()
         start = time.perf_counter()
         for event in events:
-            texts[int(event.request_id)].append(event.token_ids)
+            texts[int(event.request_id)].push(event.token_ids)
         watch.now["text"] = time.perf_counter() - start
         watch.close_step()
     parts = kernel_times(program, kernels, streams, 9)

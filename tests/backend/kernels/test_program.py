@@ -104,4 +104,4 @@ def test_what_it_takes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{"kernels": "reference"}, {"dtype": "bf16"}])
 def test_other_models_have_none(tmp_path: Path, settings: dict[str, str]) -> None:
-    assert load(save_tiny_model(tmp_path), **settings)._program is None
+    assert load(save_tiny_model(tmp_path), **settings).program is None
