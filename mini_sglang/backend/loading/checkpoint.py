@@ -142,8 +142,10 @@ class GGUFCheckpoint:
             raise ModelLoadError(
                 f"The tensor {name} of {self.path} has {rows} rows; it must have {heads} heads of even size."
             )
-        # Row 2i + j of a head in the file is row j * (head_dim / 2) + i in transformers.
-        return blocks.view(heads, rows // heads // 2, 2, -1).transpose(1, 2).reshape(rows, -1)
+        # Row 2i + j of a head in the file is row j * (head_dim / 2) + i in transformers. Copied by numpy, in
+        # this thread: see ``stack_rows``.
+        pairs = blocks.numpy().reshape(heads, rows // heads // 2, 2, -1)
+        return torch.from_numpy(pairs.transpose(0, 2, 1, 3).reshape(rows, -1))
 
     def _interleaved_heads(self, name: str) -> int:
         """The number of heads whose rows llama.cpp's converter reordered, 0 where it did not."""
