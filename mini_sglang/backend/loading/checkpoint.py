@@ -53,6 +53,9 @@ class Checkpoint(Protocol):
             ModelLoadError: it is of a type that is not supported.
         """
 
+    def release(self) -> None:
+        """Give back memory that only holds the file's bytes which were read so far. Changes no tensor."""
+
     def close(self) -> None:
         """Let go of the files."""
 
@@ -117,6 +120,9 @@ class GGUFCheckpoint:
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         tensor = self._tensor(name)
         return dequantize(self._blocks(name, tensor), tensor.type, dtype).view(tensor.shape)
+
+    def release(self) -> None:
+        self._file.release()
 
     def close(self) -> None:
         self._file.close()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini_sglang.backend.loading.gguf import map_file
+from mini_sglang.backend.loading.mapped import map_file, release_read
 from mini_sglang.backend.weights import DenseWeight, Weight
 from mini_sglang.errors import ModelLoadError, shorten
 
@@ -102,6 +102,10 @@ class SafetensorsCheckpoint:
                 f"supported are {', '.join(_DTYPES)}."
             )
         return entry.file.tensor(entry, _DTYPES[entry.dtype]).to(dtype)
+
+    def release(self) -> None:
+        for file in self._files:
+            release_read(file.buffer)
 
     def close(self) -> None:
         for file in self._files:
