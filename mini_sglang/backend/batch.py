@@ -92,7 +92,7 @@ class Batch:
         table = _page_table(ordered, ends, limits)
         page_of_row = table[sequence, positions // limits.page_size]
         slots[:] = page_of_row * limits.page_size + positions % limits.page_size
-        if len(np.unique(slots)) != len(slots):
+        if (np.diff(np.sort(slots)) == 0).any():
             raise InvalidValueError("pages", "shared by two writers", "written by one sequence at a time")
         opened = _opened_pages(table, starts, ends, limits.page_size)
         output_rows, samples, prompts = _outputs(ordered, order, query_starts.tolist())
