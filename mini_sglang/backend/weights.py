@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -254,7 +255,11 @@ def stack_rows(weights: Sequence[Weight]) -> Weight:
             return DenseWeight(torch.cat([cast(DenseWeight, weight).tensor for weight in weights]))
         quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
         if len(quantized) == len(weights) and len({weight.type for weight in quantized}) == 1:
-            blocks = torch.cat([weight.blocks for weight in quantized])
+            # By numpy, which copies in this thread. torch would share out each of these hundreds of small
+            # copies, and wait for its other threads, which takes long on a machine whose cores are busy.
+            parts = [weight.blocks for weight in quantized]
+            on_cpu = all(part.device.type == "cpu" for part in parts)
+            blocks = torch.from_numpy(np.concatenate(parts)) if on_cpu else torch.cat(parts)
             return QuantizedWeight(blocks, quantized[0].type, first.dtype)
     return StackedWeight(weights)
 

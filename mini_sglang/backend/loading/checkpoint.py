@@ -61,6 +61,9 @@ class Checkpoint(Protocol):
     def in_blocks(self, name: str) -> bool:
         """Whether a parameter is stored in quantised blocks."""
 
+    def release(self) -> None:
+        """Give back memory that only holds the file's bytes which were read so far. Changes no tensor."""
+
     def close(self) -> None:
         """Let go of the files."""
 
@@ -135,6 +138,9 @@ class GGUFCheckpoint:
     def in_blocks(self, name: str) -> bool:
         return self._tensor(name).type.quantized
 
+    def release(self) -> None:
+        self._file.release()
+
     def close(self) -> None:
         self._file.close()
 
@@ -159,8 +165,10 @@ class GGUFCheckpoint:
             raise ModelLoadError(
                 f"The tensor {name} of {self.path} has {rows} rows; it must have {heads} heads of even size."
             )
-        # Row 2i + j of a head in the file is row j * (head_dim / 2) + i in transformers.
-        return blocks.view(heads, rows // heads // 2, 2, -1).transpose(1, 2).reshape(rows, -1)
+        # Row 2i + j of a head in the file is row j * (head_dim / 2) + i in transformers. Copied by numpy, in
+        # this thread: see ``stack_rows``.
+        pairs = blocks.numpy().reshape(heads, rows // heads // 2, 2, -1)
+        return torch.from_numpy(pairs.transpose(0, 2, 1, 3).reshape(rows, -1))
 
     def _interleaved_heads(self, name: str) -> int:
         """The number of heads whose rows llama.cpp's converter reordered, 0 where it did not."""

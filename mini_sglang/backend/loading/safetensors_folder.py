@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini_sglang.backend.loading.gguf import map_file
+from mini_sglang.backend.loading.mapped import map_file, release_read
 from mini_sglang.backend.weights import DenseWeight, Weight
 from mini_sglang.errors import ModelLoadError, shorten
 
@@ -108,6 +108,10 @@ class SafetensorsCheckpoint:
     def in_blocks(self, name: str) -> bool:
         self._entry(name)
         return False
+
+    def release(self) -> None:
+        for file in self._files:
+            release_read(file.buffer)
 
     def close(self) -> None:
         for file in self._files:

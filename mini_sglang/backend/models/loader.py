@@ -127,6 +127,7 @@ def load_decoder(
         return torch.cat([vector(f"{prefix}{name}.bias") for name in names]) if biased else None
 
     embedding = placed(matrix(_EMBEDDING))
+    checkpoint.release()
     layers: list[LayerWeights] = []
     qkv, gate_up = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
     for index in range(config.num_layers):
@@ -155,6 +156,7 @@ def load_decoder(
                 down_bias=biases(mlp, ("down_proj",), config.mlp_bias),
             )
         )
+        checkpoint.release()
     final_norm = vector(_FINAL_NORM)
     lm_head = embedding if config.tied_embeddings else placed(matrix(_LM_HEAD))
     return Decoder(config, embedding, layers, final_norm, lm_head, _operations(config, compute, kernels))
