@@ -22,7 +22,8 @@ def load(folder: Path, **settings: object) -> ModelBackend:
     """A float32 CPU backend whose pool is full of NaN, so that reading an unwritten slot shows."""
     defaults = {"dtype": "fp32", "device": "cpu", "kv_token_budget": 2048, "page_size_tokens": 16}
     backend = load_backend(folder, Settings.resolve({**defaults, **settings}, env={}))
-    backend.kv.data.fill_(torch.nan)
+    # All bits set: NaN as a number of every dtype, and as a scale of int8.
+    backend.kv.data.view(torch.uint8).fill_(255)
     return backend
 
 

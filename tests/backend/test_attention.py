@@ -16,7 +16,7 @@ from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.step import SequenceStep
 
-HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
 NUM_SLOTS = 512
 CPU = torch.device("cpu")
 

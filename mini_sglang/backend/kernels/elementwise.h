@@ -53,20 +53,20 @@ inline void store_heads(const float* from, int format, int64_t heads, int64_t di
     for (int64_t i = 0; format == F16 && i < count; i += LANES) store_halves(to + 2 * i, load<Floats>(from + i));
     for (int64_t i = 0; format == BF16 && i < count; i += LANES) store_bfloats(to + 2 * i, load<Floats>(from + i));
     for (int64_t h = 0; format == INT8 && h < heads; h++, from += dim, to += dim) {
-        Floats top = {};
+        // As in quantize_block: the scale of a head that is not finite is not, of one below 2^-100 it is 0.
+        Ints top = {};
         for (int64_t i = 0; i < dim; i += LANES) {
-            const Floats v = load<Floats>(from + i);
-            top = larger(v, top), top = larger(-v, top);
+            const Ints bits = load<Ints>(from + i) & 0x7fffffff;
+            top = bits > top ? bits : top;
         }
-        const float scale = largest_of(top) / 127.0f;
-        const Floats inverse = all(scale > 0.0f ? 1.0f / scale : 0.0f);
+        int32_t largest = 0;
+        for (int i = 0; i < LANES; i++) largest = top[i] > largest ? top[i] : largest;
+        const float magnitude = from_bits((uint32_t)largest);
+        const float scale = magnitude < 0x1p-100f ? 0.0f : magnitude / 127.0f;
+        const Floats inverse = all(magnitude < 0x1p-100f ? 0.0f : 127.0f / magnitude);
         for (int64_t i = 0; i < dim; i += LANES) {
-            // As in quantize_block; what is not finite becomes the scale's business.
-            Floats shifted = load<Floats>(from + i) * inverse + 12582912.0f;
-            Ints q = (Ints)shifted - 0x4b400000;
-            q = q > 127 ? 127 - Ints{} : q;
-            q = q < -127 ? -127 - Ints{} : q;
-            store_bytes((int8_t*)to + i, q);
+            const Floats shifted = load<Floats>(from + i) * inverse + 12582912.0f;
+            store_bytes((int8_t*)to + i, (Ints)shifted - 0x4b400000);
         }
         scales[h] = scale;
     }

@@ -1,18 +1,24 @@
-"""The compiled attention against the brute-force twin, and its promise: the same bits in any company."""
+"""The compiled attention against a softmax in float64, and its promise: the same bits in any company."""
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import pairwise
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mini_sglang.backend.attention.native import NativeAttention
-from mini_sglang.backend.kernels.jobs import Attention, SequenceTable
 from mini_sglang.backend.kernels.library import NativeKernels
+from tests.backend.kernels.sequences import KV_DTYPES, Part, Sequence, attend
+from tests.backend.kernels.twins import VARIANTS
 from tests.backend.test_attention import DECODES, SCENES, Scene
+
+DTYPES = pytest.mark.parametrize("dtype", KV_DTYPES, ids=str)
+SHAPES = [(9, 3, 64), (4, 4, 16), (14, 2, 64), (32, 1, 16), (8, 2, 128), (2, 1, 256), (6, 2, 48)]
+# Below, at and beyond one span of 512 positions, and several.
+LONG = (511, 512, 513, 1100, 2050)
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 32, 100])
@@ -33,92 +39,137 @@ def test_a_sequence_of_nan_leaves_its_neighbours_alone(kernels: NativeKernels) -
     assert [bool(part.isnan().any()) for part in out] == [False, True, False, False, False]
 
 
-class Sequence:
-    """Keys, values and queries of every position of one sequence, for steps of any cut."""
-
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, length: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.kv_heads = kv_heads
-        self.kv = torch.randn(length, 2 * kv_heads * head_dim, generator=generator) * 2
-        self.query = torch.randn(length, heads, head_dim, generator=generator) * 2
-
-
-def attend(
-    kernels: NativeKernels,
-    parts: list[tuple[Sequence, int, int]],
-    page_size: int,
-    window: int | None,
-    seed: int,
-) -> list[Tensor]:
-    """One step: of each sequence the positions from first to last, its pages scattered over a pool of NaN."""
-    counts = [-(-last // page_size) for _, _, last in parts]
-    order = np.random.default_rng(seed).permutation(sum(counts))
-    pool = torch.full((sum(counts) * page_size, parts[0][0].kv.shape[1]), torch.nan)
-    pages = np.zeros((len(parts), max(counts)), dtype=np.int64)
-    taken = 0
-    for row, count, (sequence, _, last) in zip(pages, counts, parts, strict=True):
-        row[:count] = order[taken : taken + count]
-        taken += count
-        slots = (row[:count, None] * page_size + np.arange(page_size)).ravel()[:last]
-        pool[torch.from_numpy(slots)] = sequence.kv[:last]
-    rows = [last - first for _, first, last in parts]
-    table = SequenceTable()
-    table.set(pages, [0, *accumulate(rows)], [last for _, _, last in parts])
-    query = torch.cat([sequence.query[first:last] for sequence, first, last in parts])
-    kv = pool.view(len(pool), 2, parts[0][0].kv_heads, -1)
-    out = query.new_empty(len(query), query[0].numel())
-    kernels.run(Attention.of(table, kv, query, out, page_size, window), len(query))
-    return list(out.split(rows))
-
-
-SHAPES = [(9, 3, 64), (4, 4, 16), (14, 2, 64), (32, 1, 8), (8, 2, 128), (2, 1, 256), (6, 2, 40)]
-
-
-@pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_row_has_the_same_bits_in_a_chunk_as_a_decode_and_among_others(
-    kernels: NativeKernels, shape: tuple[int, int, int], window: int | None
-) -> None:
-    sequences = [Sequence(*shape, length, seed) for seed, length in enumerate((131, 40, 7, 96, 1, 64))]
-    whole = [
-        attend(kernels, [(sequence, 0, len(sequence.kv))], 16, window, seed=1)[0] for sequence in sequences
-    ]
-    assert all(bool(out.isfinite().all()) for out in whole)
-    decodes = [(sequence, len(sequence.kv) - 1, len(sequence.kv)) for sequence in sequences]
-    for page_size in (1, 16):
-        for out, expected in zip(attend(kernels, decodes, page_size, window, 2), whole, strict=True):
-            assert torch.equal(out[-1], expected[-1])
-        first = sequences[0]
-        cuts = [0, 1, 30, 33, 97, 131]
-        for start, stop in pairwise(cuts):
-            mixed = [*decodes[1:4], (first, start, stop), *decodes[4:]]
-            out = attend(kernels, mixed, page_size, window, 3)[3]
-            assert torch.equal(out, whole[0][start:stop])
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_softmax_in_float64(kernels: NativeKernels, shape: tuple[int, int, int]) -> None:
-    heads, kv_heads, head_dim = shape
-    sequence = Sequence(*shape, length=150, seed=9)
-    keys, values = sequence.kv.view(-1, 2, kv_heads, head_dim).double().unbind(1)
-    shared = torch.arange(heads) // (heads // kv_heads)
-    scores = torch.einsum("qhd,khd->hqk", sequence.query.double(), keys[:, shared]) * head_dim**-0.5
-    scores.masked_fill_(torch.ones(150, 150).triu(1).bool(), -torch.inf)
-    expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values[:, shared]).flatten(1)
-    out = attend(kernels, [(sequence, 0, 150)], 16, None, seed=4)[0]
+def near(out: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(out, expected.float(), rtol=2e-5, atol=2e-5)
 
 
-def test_extreme_scores(kernels: NativeKernels) -> None:
-    sequence = Sequence(2, 1, 8, length=70, seed=5)
-    sequence.query *= 1e4
-    out = attend(kernels, [(sequence, 0, 70)], 16, None, seed=4)[0]
-    scores = (sequence.query[-1].double() @ sequence.kv[:, :8].double().T) * 8**-0.5
-    expected = scores.softmax(-1) @ sequence.kv[:, 8:].double()
-    torch.testing.assert_close(out[-1], expected.flatten().float(), rtol=1e-4, atol=1e-4)
-    sequence.kv[:, :8] = 0
-    out = attend(kernels, [(sequence, 0, 70)], 16, None, seed=4)[0]
-    torch.testing.assert_close(out[-1, :8], sequence.kv[:, 8:].mean(0))
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_a_softmax_of_the_stored_numbers(
+    kernels: NativeKernels, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    sequence = Sequence(shape, 150, 9, dtype)
+    for window in (None, 40):
+        out = attend(kernels, [(sequence, 0, 150)], 16, window, seed=4)[0]
+        near(out, sequence.attended(list(range(150)), window))
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [None, 50, 600, 1000])
+def test_equals_a_softmax_over_several_spans(
+    kernels: NativeKernels, window: int | None, dtype: torch.dtype
+) -> None:
+    shape = (4, 2, 16)
+    sequences = [Sequence(shape, length, length, dtype) for length in LONG]
+    chunks: list[Part] = [(s, len(s.query) - 40, len(s.query)) for s in sequences]
+    for sequence, out in zip(sequences, attend(kernels, chunks, 16, window, 5), strict=True):
+        length = len(sequence.query)
+        near(out, sequence.attended(list(range(length - 40, length)), window))
+    # One decode has its spans shared out; many read all heads of a span together.
+    for many in (sequences[-1:], sequences):
+        decodes: list[Part] = [(s, len(s.query) - 1, len(s.query)) for s in many]
+        for sequence, out in zip(many, attend(kernels, decodes, 16, window, 6), strict=True):
+            near(out, sequence.attended([len(sequence.query) - 1], window))
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_row_has_the_same_bits_in_a_chunk_as_a_decode_and_among_others(
+    kernels: NativeKernels, shape: tuple[int, int, int], window: int | None, dtype: torch.dtype
+) -> None:
+    sequences = [Sequence(shape, length, i, dtype) for i, length in enumerate((131, 40, 7, 96, 1, 64))]
+    whole = [attend(kernels, [(s, 0, len(s.query))], 16, window, seed=1)[0] for s in sequences]
+    assert all(bool(out.isfinite().all()) for out in whole)
+    decodes: list[Part] = [(s, len(s.query) - 1, len(s.query)) for s in sequences]
+    for page_size in (1, 16):
+        for out, expected in zip(attend(kernels, decodes, page_size, window, 2), whole, strict=True):
+            assert torch.equal(out[-1], expected[-1])
+        for start, stop in pairwise([0, 1, 30, 33, 97, 131]):
+            mixed: list[Part] = [*decodes[1:4], (sequences[0], start, stop), *decodes[4:]]
+            assert torch.equal(attend(kernels, mixed, page_size, window, 3)[3], whole[0][start:stop])
+
+
+@DTYPES
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("window", [None, 50, 511, 512, 513, 1000, 1600])
+def test_a_row_of_several_spans_has_the_same_bits_however_it_is_computed(
+    library: Path, variant: str, window: int | None, dtype: torch.dtype
+) -> None:
+    shape = (6, 2, 16)
+    sequences = [Sequence(shape, length, length, dtype) for length in LONG]
+    decodes: list[Part] = [(s, len(s.query) - 1, len(s.query)) for s in sequences]
+    results: list[list[Tensor]] = []
+    for threads in (1, 2, 3):
+        kernels = NativeKernels(library, threads, variant)
+        results.append([attend(kernels, [decode], 16, window, 7)[0] for decode in decodes])
+        results.append(attend(kernels, decodes, 16, window, 8))
+        # Rows before and after it, and neighbours of other lengths.
+        rows = (1, 2, 7, 40, 64)
+        chunks: list[Part] = [
+            (s, len(s.query) - count, len(s.query)) for s, count in zip(sequences, rows, strict=True)
+        ]
+        results.append([out[-1:] for out in attend(kernels, chunks, 1, window, 9)])
+        mixed = [chunks[3], decodes[4], decodes[0], chunks[1], decodes[2]]
+        outs = attend(kernels, mixed, 16, window, 10)
+        results.append([outs[place][-1:] for place in (2, 3, 4, 0, 1)])
+    for result in results:
+        for out, expected in zip(result, results[0], strict=True):
+            assert bool(out.isfinite().all()) and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_every_row_of_a_long_chunk_is_the_decode_at_its_place(kernels: NativeKernels, page_size: int) -> None:
+    sequence = Sequence((2, 1, 16), 1100, 3, torch.float16)
+    for window in (None, 530):
+        (whole,) = attend(kernels, [(sequence, 0, 1100)], page_size, window, 1)
+        for rows in (range(505, 550), range(1020, 1030)):
+            decodes: list[Part] = [(sequence, row, row + 1) for row in rows]
+            out = torch.cat(attend(kernels, decodes, page_size, window, 2))
+            assert torch.equal(out, whole[rows.start : rows.stop])
+            for row in (rows[0], rows[-1]):
+                (one,) = attend(kernels, [(sequence, row, row + 1)], page_size, window, 3)
+                assert torch.equal(one[0], whole[row])
+
+
+@DTYPES
+def test_a_long_sequence_of_nan_leaves_its_neighbours_alone(
+    kernels: NativeKernels, dtype: torch.dtype
+) -> None:
+    sequences = [Sequence((4, 2, 16), length, length, dtype) for length in (1100, 40, 2050)]
+    decodes: list[Part] = [(s, len(s.query) - 1, len(s.query)) for s in sequences]
+    clean = attend(kernels, decodes, 16, None, 1)
+    for place in (0, 700, 1099):
+        broken = Sequence((4, 2, 16), 1100, 1100, dtype)
+        kv = torch.randn(1100, 2, 2, 16)
+        kv[place] = torch.nan
+        broken.keep(kv)
+        outs = attend(kernels, [(broken, 1099, 1100), *decodes[1:]], 16, None, 1)
+        assert outs[0].isnan().all()
+        for out, expected in zip(outs[1:], clean[1:], strict=True):
+            assert torch.equal(out, expected)
+        # Positions outside of the window, and those to come, are not read.
+        for parts in ([(broken, 1099, 1100)], [(broken, 1090, 1100)]):
+            (out,) = attend(kernels, parts, 16, 300, 1)
+            assert bool(out.isnan().any()) == (place == 1099)
+        (out,) = attend(kernels, [(broken, 650, 660)], 16, 600, 1)
+        assert bool(out.isfinite().all())
+
+
+@DTYPES
+def test_extreme_scores(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    for length in (70, 1100):
+        sequence = Sequence((2, 1, 16), length, 5, dtype)
+        sequence.query *= 1e4
+        (out,) = attend(kernels, [(sequence, length - 3, length)], 16, None, seed=4)
+        expected = sequence.attended(list(range(length - 3, length)))
+        torch.testing.assert_close(out, expected.float(), rtol=1e-3, atol=1e-3)
+        kv = sequence.exact.float()
+        kv[:, 0] = 0
+        sequence.keep(kv)
+        for first in (length - 3, length - 1):
+            (out,) = attend(kernels, [(sequence, first, length)], 16, None, seed=4)
+            near(out[-1, :16], sequence.exact[:, 1, 0].mean(0))
 
 
 @pytest.mark.parametrize(
@@ -126,8 +177,11 @@ def test_extreme_scores(kernels: NativeKernels) -> None:
     [
         (9, 3, 64, torch.float32, True),
         (9, 3, 64, torch.bfloat16, False),
-        (4, 4, 20, torch.float32, False),
+        (4, 4, 8, torch.float32, False),
+        (4, 4, 24, torch.float32, False),
+        (4, 4, 256, torch.float32, True),
         (4, 4, 512, torch.float32, False),
+        (32, 1, 64, torch.float32, True),
         (64, 1, 64, torch.float32, False),
     ],
 )

@@ -1,0 +1,96 @@
+"""Sequences of random keys, values and queries, laid out in a KV pool by hand, and attention over them."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mini_sglang.backend.kernels.jobs import Attention, SequenceTable
+from mini_sglang.backend.kernels.library import NativeKernels
+from mini_sglang.backend.kv.pool import KVPool
+
+KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+# A number of positions from first to last of a sequence, its rows in one step.
+Part = tuple["Sequence", int, int]
+
+
+class Sequence:
+    """Keys, values and queries of every position of one sequence, for steps of any cut.
+
+    Attributes:
+        query: ``[length, heads, head_dim]`` float32.
+        stored: the rows as the pool has them, uint8 ``[length, bytes]``.
+        exact: the numbers that those bytes are, float64 ``[length, 2, kv_heads, head_dim]``.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], length: int, seed: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        heads, self.kv_heads, self.head_dim = shape
+        self.dtype = dtype
+        generator = torch.Generator().manual_seed(seed)
+        self.query = torch.randn(length, heads, self.head_dim, generator=generator) * 2
+        self.keep(torch.randn(length, 2, self.kv_heads, self.head_dim, generator=generator) * 2)
+
+    def keep(self, kv: Tensor) -> None:
+        """Round keys and values ``[length, 2, kv_heads, head_dim]`` to the dtype."""
+        if self.dtype != torch.int8:
+            rounded = kv.to(self.dtype)
+            self.stored, self.exact = rounded.flatten(1).view(torch.uint8), rounded.double()
+            return
+        scales = kv.abs().amax(-1, keepdim=True) / 127
+        codes = (kv / scales).round().nan_to_num(0).to(torch.int8)
+        parts = [codes.flatten(1), scales.flatten(1)]
+        self.stored = torch.cat([part.view(torch.uint8) for part in parts], 1)
+        self.exact = codes.double() * scales.double()
+
+    def attended(self, rows: list[int], window: int | None = None) -> Tensor:
+        """What ``rows`` get, by a softmax in float64: ``[R, heads * head_dim]``."""
+        heads = self.query.shape[1]
+        keys, values = self.exact[:, :, torch.arange(heads) // (heads // self.kv_heads)].unbind(1)
+        outs = []
+        for row in rows:
+            seen = slice(0 if window is None else max(0, row - window + 1), row + 1)
+            scores = torch.einsum("hd,khd->hk", self.query[row].double(), keys[seen]) * self.head_dim**-0.5
+            outs.append(torch.einsum("hk,khd->hd", scores.softmax(-1), values[seen]).flatten())
+        return torch.stack(outs)
+
+
+def attend(
+    kernels: NativeKernels, parts: list[Part], page_size: int, window: int | None, seed: int
+) -> list[Tensor]:
+    """One step: of each sequence the rows from first to last, its pages scattered over a pool of NaN."""
+    counts = [-(-last // page_size) for _, _, last in parts]
+    some = parts[0][0]
+    kv = KVPool(
+        num_layers=1,
+        num_pages=sum(counts),
+        page_size=page_size,
+        kv_heads=some.kv_heads,
+        head_dim=some.head_dim,
+        dtype=some.dtype,
+        device=torch.device("cpu"),
+    )
+    # All bits set: NaN as a number of every dtype, and as a scale.
+    kv.data.view(torch.uint8).fill_(255)
+    order = np.random.default_rng(seed).permutation(sum(counts))
+    pages = np.zeros((len(parts), max(counts)), dtype=np.int64)
+    taken = 0
+    for row, count, (sequence, _, last) in zip(pages, counts, parts, strict=True):
+        row[:count] = order[taken : taken + count]
+        taken += count
+        slots = (row[:count, None] * page_size + np.arange(page_size)).ravel()[:last]
+        kv.rows(0).view(torch.uint8)[torch.from_numpy(slots)] = sequence.stored[:last]
+    rows = [last - first for _, first, last in parts]
+    table = SequenceTable()
+    table.set(pages, [0, *accumulate(rows)], [last for _, _, last in parts])
+    # Queries lie among keys and values, as in a fused product.
+    heads = some.query.shape[1]
+    wide = torch.full((sum(rows), heads + 2 * some.kv_heads, some.head_dim), torch.nan)
+    wide[:, :heads] = torch.cat([sequence.query[first:last] for sequence, first, last in parts])
+    out = torch.full((sum(rows), heads * some.head_dim), torch.nan)
+    kernels.run(Attention.of(table, kv, 0, wide[:, :heads], out, window), len(out))
+    return list(out.split(rows))
