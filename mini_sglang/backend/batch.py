@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -67,8 +68,8 @@ class Batch:
         Raises:
             InvalidValueError: a step that breaks the contract of ``SequenceStep``. Nothing has run then.
         """
-        # Plain lists where there is one number for each sequence: between two steps, when the weights have
-        # driven its code out of the caches, an operator of numpy or torch costs as much as 50 items.
+        # In lists: between two steps, when the weights have driven their code out of the caches, an operator
+        # of numpy or torch costs as much as a hundred items of a list.
         size = limits.page_size
         counts = [len(step.token_ids) for step in steps]
         if not counts or min(counts) < 1:
@@ -78,35 +79,45 @@ class Batch:
         if num_decodes < len(counts):
             order += [place for place, count in enumerate(counts) if count > 1]
         ordered = [steps[place] for place in order]
-        lengths = [counts[place] for place in order]
         starts = [step.start for step in ordered]
-        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        ends = [steps[place].start + counts[place] for place in order]
         if min(starts) < 0 or max(ends) > limits.context_length:
             allowed = f"from 0 to {limits.context_length}"
             raise InvalidValueError("positions", (min(starts), max(ends)), allowed)
-        query_starts = [0, *accumulate(lengths)]
         table = _page_table(ordered, ends, limits)
-        rows = _rows(ordered, query_starts, num_decodes, table, limits)
+
+        token_ids = [step.token_ids[0] for step in ordered[:num_decodes]]
+        positions = starts[:num_decodes]
+        slots = [step.pages[step.start // size] * size + step.start % size for step in ordered[:num_decodes]]
+        for step, end in zip(ordered[num_decodes:], ends[num_decodes:], strict=True):
+            token_ids += step.token_ids
+            positions += range(step.start, end)
+            slots += _slots(step.pages, step.start, end, size)
+        if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
+            bad = min(token_ids) if min(token_ids) < 0 else max(token_ids)
+            raise InvalidValueError("token id", bad, f"from 0 to {limits.vocab_size - 1}")
+        if len(set(slots)) < len(slots):
+            raise InvalidValueError("pages", "shared by two writers", "written by one sequence at a time")
         opened = [
             step.pages[end // size]
             for step, start, end in zip(ordered, starts, ends, strict=True)
             if end % size and start <= end - end % size
         ]
+        query_starts = [0, *accumulate([counts[place] for place in order])]
         output_rows, samples, prompts = _outputs(ordered, order, query_starts)
-        # One transfer for the three arrays of the step.
-        token_ids, positions, slot_mapping = torch.from_numpy(rows).to(device).unbind()
+        on_device = _tensors(token_ids, positions, slots, device)
         return cls(
             page_size=size,
             order=order,
             num_decodes=num_decodes,
-            token_ids=token_ids,
-            positions=positions,
-            slot_mapping=slot_mapping,
+            token_ids=on_device[0],
+            positions=on_device[1],
+            slot_mapping=on_device[2],
             query_starts=query_starts,
             seq_lens=ends,
             page_table=table,
             opened_pages=_indices(opened, device) if opened else None,
-            output_rows=None if len(output_rows) == query_starts[-1] else _indices(output_rows, device),
+            output_rows=None if len(output_rows) == len(slots) else _indices(output_rows, device),
             samples=samples,
             specs=[step.sample for step in ordered if step.sample is not None],
             prompts=prompts,
@@ -116,55 +127,38 @@ class Batch:
 def _page_table(steps: Sequence[SequenceStep], ends: Sequence[int], limits: Limits) -> IntArray:
     needed = [-(-end // limits.page_size) for end in ends]
     width = max(needed)
-    rows: list[bytes] = []
+    rows: list[array[int]] = []
     for step, count in zip(steps, needed, strict=True):
         pages = step.pages
         if len(pages) < count:
             raise InvalidValueError("pages", f"{len(pages)} pages", f"at least {count} pages here")
-        # Copies: a view of the engine's array would forbid it to append while the view lives.
-        rows.append(pages[:count].tobytes())
-        if count < width:
-            rows.append(pages[:1].tobytes() * (width - count))
-    table = np.frombuffer(b"".join(rows), dtype=np.int32)
-    _check_below("page", table.view(np.uint32), limits.num_pages)
-    return table.astype(np.int64).reshape(len(steps), width)
+        # A copy: a view of the engine's array would forbid it to append while the view lives.
+        rows.append(pages[:count] + pages[:1] * (width - count))
+    # As unsigned numbers, of which negative ones are the largest.
+    table = array("I", b"".join(rows))
+    if max(table) >= limits.num_pages:
+        bad = next(page for row in rows for page in row if not 0 <= page < limits.num_pages)
+        raise InvalidValueError("page", bad, f"from 0 to {limits.num_pages - 1}")
+    return np.frombuffer(table, dtype=np.uint32).astype(np.int64).reshape(len(steps), width)
 
 
-def _rows(
-    steps: Sequence[SequenceStep],
-    query_starts: Sequence[int],
-    num_decodes: int,
-    table: IntArray,
-    limits: Limits,
-) -> IntArray:
-    """Token ids, positions and slots, ``[3, T]``."""
-    size = limits.page_size
-    rows = np.empty((3, query_starts[-1]), dtype=np.int64)
-    decodes = steps[:num_decodes]
-    rows[:, :num_decodes] = (
-        [step.token_ids[0] for step in decodes],
-        [step.start for step in decodes],
-        [step.pages[step.start // size] * size + step.start % size for step in decodes],
-    )
-    for index in range(num_decodes, len(steps)):
-        step = steps[index]
-        token_ids, positions, slots = rows[:, query_starts[index] : query_starts[index + 1]]
-        token_ids[:] = step.token_ids
-        positions[:] = np.arange(step.start, step.start + len(positions))
-        slots[:] = table[index, positions // size] * size + positions % size
-    _check_below("token id", rows[0].view(np.uint64), limits.vocab_size)
-    if len(set(rows[2].tolist())) < rows.shape[1]:
-        raise InvalidValueError("pages", "shared by two writers", "written by one sequence at a time")
-    return rows
+def _slots(pages: array[int], start: int, end: int, page_size: int) -> Iterator[int]:
+    """Where positions ``start`` to ``end`` lie."""
+    for page in range(start // page_size, -(-end // page_size)):
+        first = page * page_size
+        offset = pages[page] * page_size - first
+        yield from range(max(start, first) + offset, min(end, first + page_size) + offset)
 
 
-def _check_below(name: str, values: npt.NDArray[np.unsignedinteger], limit: int) -> None:
-    """``values`` are signed numbers seen as unsigned ones, so that negative ones are above all others."""
-    highest = int(values.max())
-    if highest >= limit:
-        bits = 8 * values.itemsize
-        bad = highest - (1 << bits) if highest >> (bits - 1) else highest
-        raise InvalidValueError(name, bad, f"from 0 to {limit - 1}")
+def _tensors(
+    token_ids: list[int], positions: list[int], slots: list[int], device: torch.device
+) -> Sequence[Tensor]:
+    numbers, length = array("q", token_ids + positions + slots), len(slots)
+    if device.type != "cpu":
+        # One transfer for the three arrays of the step.
+        return torch.frombuffer(numbers, dtype=torch.int64).to(device).view(3, length).unbind()
+    starts = (0, 8 * length, 16 * length)
+    return [torch.frombuffer(numbers, dtype=torch.int64, count=length, offset=start) for start in starts]
 
 
 def _indices(values: list[int], device: torch.device) -> Tensor:

@@ -69,15 +69,14 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     return top, x.gather(1, top.unsqueeze(1))
 
 
-def argmax_items(x: Tensor) -> tuple[list[int], list[float]]:
-    """What ``argmax`` gives, as lists."""
-    if x.device.type != "cpu":
-        top, peak = argmax(x)
-        return top.tolist(), peak[:, 0].tolist()
-    # Without torch's operators, each of which costs as much as reading dozens of items one by one.
-    values = x.numpy()
-    ids: list[int] = values.argmax(-1).tolist()
-    return ids, [values.item(row, token_id) for row, token_id in enumerate(ids)]
+def argmax_items(logits: Tensor) -> list[tuple[int, float]]:
+    """What ``argmax`` says of each row of ``logits``, of any type: index and value."""
+    if not logits.is_cpu or logits.dtype != torch.float32:
+        top, peak = argmax(usable(logits))
+        return list(zip(top.tolist(), peak[:, 0].tolist(), strict=True))
+    # One operator of torch: most steps come here, where each costs as much as dozens of items of a list.
+    values = logits.numpy()
+    return [(index, values.item(row, index)) for row, index in enumerate(values.argmax(-1).tolist())]
 
 
 def largest(x: Tensor, count: int) -> Tensor:

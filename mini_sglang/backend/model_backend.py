@@ -112,7 +112,8 @@ class ModelBackend:
             sampled: dict[int, SequenceResult] = {}
             if batch.samples:
                 places, rows = zip(*batch.samples, strict=True)
-                picked = hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=device)]
+                # Without prompts, tokens are chosen after all the output rows, in their order.
+                picked = hidden[torch.tensor(rows, device=device)] if batch.prompts else hidden
                 chosen = self.sampler.sample(self.decoder.logits(picked), batch.specs)
                 sampled = dict(zip(places, chosen, strict=True))
             results = [sampled.get(place) or SequenceResult() for place in range(len(steps))]

@@ -95,17 +95,17 @@ class Sampler:
         Raises:
             ValueError: the shape of ``logits`` does not fit ``specs`` or the vocabulary.
         """
-        if logits.ndim != 2 or logits.shape[0] != len(specs) or logits.shape[1] < self._vocab_size:
+        shape = logits.shape
+        if len(shape) != 2 or shape[0] != len(specs) or shape[1] < self._vocab_size:
             wanted = f"[{len(specs)}, at least {self._vocab_size}]"
-            raise ValueError(f"logits have shape {list(logits.shape)}; it must be {wanted}.")
+            raise ValueError(f"logits have shape {list(shape)}; it must be {wanted}.")
         if not specs:
             return []
-        x = usable(logits)
-        if x.shape[1] > self._vocab_size:
-            x = x[:, : self._vocab_size]
+        if shape[1] > self._vocab_size:
+            logits = logits[:, : self._vocab_size]
         if all(map(_takes_argmax, specs)):
-            return _argmax_results(x)
-        return self._sample(x, specs)
+            return _argmax_results(logits)
+        return self._sample(usable(logits), specs)
 
     def prompt_logprobs(self, logits: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
         """``prompt_logprobs`` within the vocabulary, for ``logits`` that may have the head's padding."""
@@ -280,12 +280,10 @@ def _takes_argmax(spec: SampleSpec) -> bool:
     return spec.params.greedy and not spec.params.logprobs and not adjusts(spec)
 
 
-def _argmax_results(x: Tensor) -> list[SequenceResult]:
-    """The results of rows that take the argmax: what most steps come to."""
-    ids, peaks = argmax_items(x)
+def _argmax_results(logits: Tensor) -> list[SequenceResult]:
     return [
-        SequenceResult(token_id=token_id) if math.isfinite(peak) else SequenceResult(error=_bad_logits(peak))
-        for token_id, peak in zip(ids, peaks, strict=True)
+        SequenceResult(token_id) if math.isfinite(peak) else SequenceResult(error=_bad_logits(peak))
+        for token_id, peak in argmax_items(logits)
     ]
 
 

@@ -21,7 +21,7 @@ from mini_sglang.backend.quant import dequantize
 from mini_sglang.errors import ModelLoadError
 
 if TYPE_CHECKING:
-    from mini_sglang.backend.kernels.jobs import Product
+    from mini_sglang.backend.kernels.jobs import Embed, Product
     from mini_sglang.backend.kernels.library import NativeKernels
 
 # Rows of a quantised matrix are made dense this many weights at a time, 4 MiB in float32.
@@ -56,6 +56,10 @@ class Weight(ABC):
 
         ``None`` where it is not theirs alone. ``n`` of each is its share of ``out_features``.
         """
+        return None
+
+    def lookup(self) -> Embed | None:
+        """A job of the compiled kernels that does what ``rows`` does; without ``ids`` and ``out``."""
         return None
 
     @abstractmethod
@@ -171,6 +175,11 @@ class PackedWeight(Weight):
         if self.dtype != torch.float32:
             return None
         return [self._kernels.product(self.packed, self.type, self.shape)]
+
+    def lookup(self) -> Embed | None:
+        if self.dtype != torch.float32:
+            return None
+        return self._kernels.lookup(self.packed, self.type, self.shape)
 
     def rows(self, ids: Tensor) -> Tensor:
         picked = self._kernels.unpack(self.packed, self.type, self.shape, ids.reshape(-1))

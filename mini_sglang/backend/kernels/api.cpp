@@ -97,6 +97,7 @@ struct Kernels {
         }
     }
 
+    void run(const Embed& job, int64_t rows) { each_row(job, rows, job.k, variant->embed); }
     void run(const Norm& job, int64_t rows) { each_row(job, rows, job.width, variant->norm); }
     void run(const Rotate& job, int64_t rows) {
         each_row(job, rows, (job.heads + 2 * job.pool.kv_heads) * job.pool.head_dim, variant->rotate);
@@ -200,6 +201,7 @@ void kernels_run(void* handle, const Entry* entries, int64_t count, int64_t rows
             case ATTENTION: kernels.run(*static_cast<const Attention*>(job)); break;
             case NORM: kernels.run(*static_cast<const Norm*>(job), rows); break;
             case ROTATE: kernels.run(*static_cast<const Rotate*>(job), rows); break;
+            case EMBED: kernels.run(*static_cast<const Embed*>(job), rows); break;
             case SILU_AND_MUL: kernels.run(*static_cast<const SiluAndMul*>(job), rows); break;
         }
     }

@@ -24,6 +24,21 @@ struct BFloat16 {
     }
 };
 
+template <class N>
+void dense_rows(const Embed& job, int64_t first, int64_t last) {
+    constexpr int VECTOR = (N::FORMAT == F32 ? 4 : 2) * N::COLUMNS * LANES;
+    for (int64_t row = first; row < last; row++) {
+        const int64_t id = job.ids[row];
+        const int lane = id % GROUP % LANES, half = id % GROUP / LANES;
+        const uint8_t* w = (const uint8_t*)job.weight + id / GROUP * group_bytes(N::FORMAT, job.k);
+        for (int64_t c = 0; c < job.k; c += N::COLUMNS, w += HALVES * VECTOR) {
+            Floats columns[N::COLUMNS];
+            N::load_columns(w + half * VECTOR, columns);
+            for (int i = 0; i < N::COLUMNS && c + i < job.k; i++) job.out[row * job.k + c + i] = columns[i][lane];
+        }
+    }
+}
+
 // So many rows of x, and groups, whose sums fit in the registers.
 enum { TALL = LANES == 16 ? 8 : 6, WIDE = LANES == 16 ? 3 : 1 };
 

@@ -91,10 +91,11 @@ void rotate(const Rotate& job, int64_t first, int64_t last) {
         float* qkv = job.qkv + row * width;
         for (int64_t h = 0; job.head_norm && h < turning; h++)
             normed(qkv + h * dim, job.head_norm + h * dim, qkv + h * dim, dim, job.eps);
-        if (job.cos) {
-            // The first half of the sine is negated.
-            const float* cos = job.cos + row * dim;
-            const float* sin = job.sin + row * dim;
+        if (job.turns) {
+            const int64_t* positions = job.turns->positions;
+            const int64_t position = positions ? positions[row] : row;
+            const float* cos = job.turns->cos + position * dim;
+            const float* sin = job.turns->sin + position * dim;
             for (float* head = qkv; head < qkv + turning * dim; head += dim) {
                 if (half % LANES == 0) turn(head, cos, sin, Floats{});
                 else turn(head, cos, sin, Eights{});

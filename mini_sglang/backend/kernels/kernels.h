@@ -64,7 +64,7 @@ enum { PANEL = 16 };
 
 // What one call does, each with its struct, to the first rows of x: jobs.py has the same. A recorded step is
 // a list of these whose addresses stay the same from step to step.
-enum Kind { PRODUCT, ATTENTION, NORM, ROTATE, SILU_AND_MUL };
+enum Kind { PRODUCT, ATTENTION, NORM, ROTATE, SILU_AND_MUL, EMBED };
 
 struct Entry {
     int64_t kind;
@@ -146,17 +146,29 @@ struct Norm {
 };
 
 // Norms the heads of q and k in qkv [rows, heads + 2 kv_heads, head_dim] with head_norm [heads + kv_heads,
-// head_dim], rotates them, and writes k and v to their slots. head_norm or cos may be null; cos and sin are
-// [rows, head_dim].
+// head_dim], rotates them, and writes k and v to their slots. head_norm or turns may be null.
+struct Turns {
+    const float* cos;  // [positions, head_dim]
+    const float* sin;  // the same, of which the first half is negated
+    const int64_t* positions;  // of each row; null where the tables have a row for each
+};
+
 struct Rotate {
     float* qkv;
     const float* head_norm;
-    const float* cos;
-    const float* sin;
+    const Turns* turns;
     const int64_t* slots;
     Pool pool;
     int64_t heads;
     float eps;
+};
+
+// The rows ids of a packed matrix [n, k] as float32 [rows, k]. An id that is no row is not to be asked for.
+struct Embed {
+    const void* weight;
+    const int64_t* ids;
+    float* out;
+    int64_t k, format;
 };
 
 // SiLU(gate) * up for gate_up [rows, 2, width], width a multiple of 16.
@@ -179,6 +191,8 @@ struct Variant {
     // Groups first to last of a packed matrix [n, k].
     void (*product)(int format, const uint8_t* packed, int64_t first, int64_t last, int64_t k, const void* x,
                     int64_t rows, const float* bias, float* y, int64_t n, int64_t stride);
+    // Rows first to last.
+    void (*embed)(const Embed&, int64_t first, int64_t last);
     // upcoming is what the same thread will probably do next, or null.
     void (*attend)(const Attention& job, const AttentionTask& task, const AttentionTask* upcoming);
     // All heads of row 0 of a sequence from the partials of so many spans, [spans, heads].

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mini_sglang.backend.huge_pages import Arena
 from mini_sglang.backend.kernels.build import BuildError, build_library
-from mini_sglang.backend.kernels.jobs import FORMATS, Entry, Job, Product
+from mini_sglang.backend.kernels.jobs import FORMATS, Embed, Entry, Job, Product
 from mini_sglang.backend.loading.ggml_types import GGMLType
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,10 @@ class NativeKernels:
         """A job that multiplies by the matrix of ``shape`` that ``pack`` gave; without ``x`` and ``y``."""
         n, k = shape
         return Product(weight=packed.data_ptr(), n=n, k=k, stride=n, format=FORMATS[type.name])
+
+    def lookup(self, packed: Tensor, type: GGMLType, shape: tuple[int, int]) -> Embed:
+        """A job that takes rows of the matrix that ``pack`` gave; without ``ids`` and ``out``."""
+        return Embed(weight=packed.data_ptr(), k=shape[1], format=FORMATS[type.name])
 
     def multiply(
         self, packed: Tensor, type: GGMLType, shape: tuple[int, int], x: Tensor, bias: Tensor | None

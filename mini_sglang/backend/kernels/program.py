@@ -19,6 +19,7 @@ from mini_sglang.backend.kernels.jobs import (
     Rotate,
     SequenceTable,
     SiluAndMul,
+    Turns,
 )
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.pool import KVPool
@@ -40,13 +41,18 @@ class StepProgram:
         self._max_rows = max_rows
         self._sequences = SequenceTable()
         self._slots = torch.zeros(max_rows, dtype=torch.int64)
-        self._rotation = torch.empty(2, max_rows, config.head_dim)
+        self._turns = Turns()
         self._hidden, self._normed, self._delta = torch.empty(3, max_rows, config.hidden_size)
         self._qkv = torch.empty(max_rows, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
         self._attended = torch.empty(max_rows, config.num_heads * config.head_dim)
         self._gate_up = torch.empty(max_rows, 2 * config.intermediate_size)
         self._inner = torch.empty(max_rows, config.intermediate_size)
+        # Where the kernels cannot, torch looks the rows up.
+        self._embed = decoder.embedding.lookup()
         self.jobs: list[Job] = []
+        if self._embed is not None:
+            self._embed.out = self._hidden.data_ptr()
+            self.jobs.append(self._embed)
         delta: Tensor | None = None
         for index, layer in enumerate(decoder.layers):
             self._norm(delta, layer.input_norm)
@@ -89,8 +95,11 @@ class StepProgram:
             self._kv.open_pages(batch.opened_pages)
         self._sequences.set(batch.page_table, batch.query_starts, batch.seq_lens)
         self._slots[:rows] = batch.slot_mapping
-        self._hidden[:rows] = decoder.embedding.rows(batch.token_ids)
-        self._rotation[:, :rows] = decoder.rotations.at(batch.positions, max(batch.seq_lens))
+        self._turns.set(decoder.rotations.table(max(batch.seq_lens)), batch.positions)
+        if self._embed is None:
+            self._hidden[:rows] = decoder.embedding.rows(batch.token_ids)
+        else:
+            self._embed.ids = batch.token_ids.data_ptr()
         self.kernels.run_all(self._entries, rows)
         hidden: Tensor = self._normed[:rows]
         return hidden if batch.output_rows is None else hidden.index_select(0, batch.output_rows)
@@ -114,7 +123,7 @@ class StepProgram:
     def _attend(self, index: int, head_norm: Tensor | None) -> None:
         config, kv = self._decoder.config, self._kv
         qkv = self._qkv.view(self._max_rows, -1, config.head_dim)
-        rotation = self._rotation if config.rope_layers[index] else None
-        self.jobs.append(Rotate.of(qkv, head_norm, rotation, self._slots, kv, index, config.norm_eps))
+        turns = self._turns if config.rope_layers[index] else None
+        self.jobs.append(Rotate.of(qkv, head_norm, turns, self._slots, kv, index, config.norm_eps))
         query, window = qkv[:, : config.num_heads], config.windows[index]
         self.jobs.append(Attention.of(self._sequences, kv, index, query, self._attended, window))

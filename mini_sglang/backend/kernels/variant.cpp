@@ -58,6 +58,19 @@ void product(int format, const uint8_t* packed, int64_t first, int64_t last, int
     }
 }
 
+void embed(const Embed& job, int64_t first, int64_t last) {
+    switch (job.format) {
+        case F32: return dense_rows<Float32>(job, first, last);
+        case F16: return dense_rows<Float16>(job, first, last);
+        case BF16: return dense_rows<BFloat16>(job, first, last);
+        case Q4_0: return block_rows<TileQ4_0>(job, first, last);
+        case Q4_1: return block_rows<TileQ4_1>(job, first, last);
+        case Q8_0: return block_rows<TileQ8_0>(job, first, last);
+        case Q4_K: return block_rows<TileQ4_K>(job, first, last);
+        case Q6_K: return block_rows<TileQ6_K>(job, first, last);
+    }
+}
+
 }  // namespace
 
 #define JOIN_(a, b) a##b
@@ -66,4 +79,4 @@ void product(int format, const uint8_t* packed, int64_t first, int64_t last, int
 #define TEXT(a) TEXT_(a)
 
 extern const Variant JOIN(VARIANT, _variant) = {
-    TEXT(VARIANT), groups_together, prepared_bytes, prepare, product, attend, merge_spans, norm, rotate, silu_and_mul};
+    TEXT(VARIANT), groups_together, prepared_bytes, prepare, product, embed, attend, merge_spans, norm, rotate, silu_and_mul};

@@ -268,6 +268,7 @@ inline Ints dot(const Codes* w, const int8_t* q, int32_t first) {
 }
 
 // Signed codes as unsigned ones, 128 larger; their dot product begins at minus 128 times the sum of q.
+inline int signed_code(uint8_t code) { return code - 128; }
 inline Codes signed_codes(const uint8_t* p) { return _mm512_xor_si512(codes(p), _mm512_set1_epi8(-128)); }
 inline Ints signed_dot(const Codes* w, const int8_t* q, int32_t from_128) {
     return dot<8, 255>(w, q, from_128);
@@ -310,6 +311,7 @@ inline Ints dot(const Codes* w, const int8_t* q, int32_t first) {
     return (Ints)total;
 }
 
+inline int signed_code(uint8_t code) { return (int8_t)code; }
 inline Codes signed_codes(const uint8_t* p) { return codes(p); }
 
 // |w| as unsigned, -128 too, times x with the sign of w: two such products just fit in 16 bits.
@@ -371,6 +373,7 @@ inline Ints dot(const Codes* w, const int8_t* q, int32_t first) {
     return plain_dot<uint8_t, COUNT, COUNT>(w, q, first);
 }
 
+inline int signed_code(uint8_t code) { return (int8_t)code; }
 inline Codes signed_codes(const uint8_t* p) { return codes(p); }
 inline Ints signed_dot(const Codes* w, const int8_t* q, int32_t) { return plain_dot<int8_t, 8, 2>(w, q, 0); }
 
