@@ -34,16 +34,16 @@ struct KV8 {
 
 enum { PARTS = KEYS / LANES };
 // Heads of rows whose scores, and numbers of values of how many, fit in the registers.
-enum { TALL_SCORES = LANES == 16 ? 8 : 3, TALL_VALUES = LANES == 16 ? 4 : 3, WIDE_VALUES = 4 };
+enum { TALL_SCORES = LANES == 16 ? 12 : 6, TALL_VALUES = LANES == 16 ? 6 : 3, WIDE_VALUES = 4 };
 
 // Whether products of two bfloat16 at a time are to be had: queries and weights are then rounded to bfloat16.
 #if defined(__AVX512BF16__)
 template <class KV>
 constexpr bool PAIRED = KV::FORMAT == BF16;
 
-inline Floats add_pairs(Floats sum, const void* pairs, const void* pair) {
-    const __m512bh both = (__m512bh)_mm512_set1_epi32(load<int>(pair));
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(pairs), both);
+inline Ints pair_everywhere(const void* pair) { return (Ints)_mm512_set1_epi32(load<int>(pair)); }
+inline Floats add_pairs(Floats sum, Ints pairs, Ints pair) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)pair);
 }
 // The numbers of two rows side by side.
 inline Ints interleaved(const uint8_t* first, const uint8_t* second) {
@@ -55,15 +55,39 @@ inline Ints interleaved(const uint8_t* first, const uint8_t* second) {
 template <class KV>
 constexpr bool PAIRED = false;
 
-inline Floats add_pairs(Floats sum, const void*, const void*) { return sum; }
+inline Ints pair_everywhere(const void*) { return Ints{}; }
+inline Floats add_pairs(Floats sum, Ints, Ints) { return sum; }
 inline Ints interleaved(const uint8_t*, const uint8_t*) { return Ints{}; }
 #endif
 
+// 2^x for x <= 0, to some units in the last place; 0 below -126. NaN stays NaN.
+inline Floats power_of_two(Floats x) {
+    constexpr float factors[] = {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f,
+                                 2.40226507e-1f, 6.93147182e-1f, 1.0f};
+    x = larger(all(-200.0f), x);  // of -infinity the rest would be none
+#if defined(__AVX512VNNI__)
+    const Floats n = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const Floats shifted = x + shift, n = shifted - shift;
+#endif
+    const Floats r = x - n;
+    Floats p = all(factors[0]);
+    UNROLL for (int i = 1; i < 7; i++) p = fused(p, r, all(factors[i]));
+#if defined(__AVX512VNNI__)
+    return x < all(-126.0f) ? Floats{} : (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return x < all(-126.0f) ? Floats{} : p * (Floats)(((Ints)shifted - (Ints)shift + 127) << 23);
+#endif
+}
+
 // A block of keys of one head, turned round, and where its values are. PAIRED keys lie two numbers in the place
-// of one.
+// of one, and so do values, two rows of them, where many items use them.
 struct Block {
     const uint8_t* const* rows;
     float keys[MAX_HEAD_DIM][KEYS];
+    Ints values[KEYS / 2 * MAX_HEAD_DIM / LANES];
+    bool has_values;
     float key_scales[KEYS], value_scales[KEYS];  // of INT8 alone
 };
 
@@ -115,64 +139,74 @@ inline void take_keys(Block& block, const Pool& pool, int64_t head, int low, int
     }
 }
 
+// scale is to the base 2.
 template <class KV, int COUNT>
 inline void score(Item* items, const Block& block, int64_t dim, float scale) {
-    Floats dots[COUNT][PARTS] = {};
-    for (int64_t d = 0; d < (PAIRED<KV> ? dim / 2 : dim); d++) {
-        if constexpr (PAIRED<KV>) {
-            UNROLL for (int i = 0; i < COUNT; i++)
-                UNROLL for (int p = 0; p < PARTS; p++)
-                    dots[i][p] = add_pairs(dots[i][p], &block.keys[d][p * LANES],
-                                           (const uint16_t*)items[i].query + 2 * d);
-            continue;
+    int first = KEYS, last = 0;
+    for (int i = 0; i < COUNT; i++) {
+        first = items[i].first < first ? items[i].first : first;
+        last = items[i].last > last ? items[i].last : last;
+    }
+    // Vectors of keys that somebody sees, two at a time.
+    const int begin = first / (2 * LANES) * 2, end = (last + LANES - 1) / LANES;
+    Floats scores[COUNT][PARTS];
+    for (int part = begin; part < end; part += 2) {
+        Floats dots[COUNT][2] = {};
+        const float* keys = &block.keys[0][part * LANES];
+        for (int64_t d = 0; d < (PAIRED<KV> ? dim / 2 : dim); d++, keys += KEYS) {
+            Floats vectors[2];
+            UNROLL for (int p = 0; p < 2; p++) vectors[p] = load<Floats>(keys + p * LANES);
+            UNROLL for (int i = 0; i < COUNT; i++) {
+                if constexpr (PAIRED<KV>) {
+                    const Ints pair = pair_everywhere((const uint16_t*)items[i].query + 2 * d);
+                    UNROLL for (int p = 0; p < 2; p++) dots[i][p] = add_pairs(dots[i][p], (Ints)vectors[p], pair);
+                } else {
+                    const Floats number = all(((const float*)items[i].query)[d]);
+                    UNROLL for (int p = 0; p < 2; p++) dots[i][p] = fused(number, vectors[p], dots[i][p]);
+                }
+            }
         }
-        Floats keys[PARTS];
-        UNROLL for (int p = 0; p < PARTS; p++) keys[p] = load<Floats>(&block.keys[d][p * LANES]);
-        UNROLL for (int i = 0; i < COUNT; i++) {
-            const Floats part = all(((const float*)items[i].query)[d]);
-            UNROLL for (int p = 0; p < PARTS; p++) dots[i][p] = fused(part, keys[p], dots[i][p]);
-        }
+        UNROLL for (int i = 0; i < COUNT; i++)
+            UNROLL for (int p = 0; p < 2; p++) scores[i][part + p] = dots[i][p] * scale;
     }
     // What the sums so far are worth beside the new largest score.
     float shifts[LANES] = {}, olds[LANES];
-    Floats scores[COUNT][PARTS];
-    UNROLL for (int i = 0; i < COUNT; i++) {
+    for (int i = 0; i < COUNT; i++) {
         Partial& partial = *items[i].partial;
         Floats top = all(partial.largest);
-        UNROLL for (int p = 0; p < PARTS; p++) {
-            Floats scaled = dots[i][p] * scale;
-            if (KV::FORMAT == INT8) scaled *= load<Floats>(block.key_scales + p * LANES);
-            if (items[i].first > 0 || items[i].last < KEYS) {
+        for (int p = begin; p < end; p++) {
+            Floats& some = scores[i][p];
+            if (KV::FORMAT == INT8) some *= load<Floats>(block.key_scales + p * LANES);
+            if (items[i].first > p * LANES || items[i].last < (p + 1) * LANES) {
                 const Ints index = lane_numbers() + p * LANES;
                 const Ints seen = (index >= items[i].first) & (index < items[i].last);
-                scaled = seen ? scaled : all(-__builtin_inff());
+                some = seen ? some : all(-__builtin_inff());
             }
-            scores[i][p] = scaled;
-            top = larger(scaled, top);
+            top = larger(some, top);
         }
         const float largest = largest_of(top);
         shifts[i] = partial.largest - largest;
         partial.largest = largest;
     }
-    store(olds, exp_of(load<Floats>(shifts)));
-    UNROLL for (int i = 0; i < COUNT; i++) {
+    store(olds, power_of_two(load<Floats>(shifts)));
+    for (int i = 0; i < COUNT; i++) {
         Partial& partial = *items[i].partial;
-        Floats sum = {};
-        UNROLL for (int p = 0; p < PARTS; p++) {
-            Floats weight = exp_of(scores[i][p] - all(partial.largest));
+        Floats sum = load<Floats>(partial.totals) * olds[i];
+        for (int p = begin; p < end; p++) {
+            Floats weight = power_of_two(scores[i][p] - all(partial.largest));
             sum += weight;
             if (KV::FORMAT == INT8) weight *= load<Floats>(block.value_scales + p * LANES);
-            if (PAIRED<KV>) store_bfloats((uint16_t*)items[i].weights + p * LANES, weight);
+            if (PAIRED<KV>) store_factors((uint16_t*)items[i].weights + p * LANES, weight);
             else store(items[i].weights + p * LANES, weight);
         }
-        partial.total = partial.total * olds[i] + sum_of(sum);
+        store(partial.totals, sum);
         for (int64_t d = 0; olds[i] != 1.0f && d < dim; d += LANES)
             store(partial.values + d, load<Floats>(partial.values + d) * olds[i]);
     }
 }
 
 template <class KV, int COUNT, int WIDTH>
-inline void add_values(Item* items, const Block& block, int64_t at, int64_t d) {
+inline void add_values(Item* items, const Block& block, int64_t at, int64_t dim, int64_t d) {
     Floats sums[COUNT][WIDTH];
     int first = KEYS, last = 0;
     UNROLL for (int i = 0; i < COUNT; i++) {
@@ -185,11 +219,13 @@ inline void add_values(Item* items, const Block& block, int64_t at, int64_t d) {
             Ints values[WIDTH];
             UNROLL for (int v = 0; v < WIDTH; v++) {
                 const int64_t number = at + (d + v * LANES) * KV::BYTES;
-                values[v] = interleaved(block.rows[j] + number, block.rows[j + 1] + number);
+                values[v] = block.has_values ? block.values[(j / 2 * dim + d) / LANES + v]
+                                             : interleaved(block.rows[j] + number, block.rows[j + 1] + number);
             }
-            UNROLL for (int i = 0; i < COUNT; i++)
-                UNROLL for (int v = 0; v < WIDTH; v++)
-                    sums[i][v] = add_pairs(sums[i][v], &values[v], (const uint16_t*)items[i].weights + j);
+            UNROLL for (int i = 0; i < COUNT; i++) {
+                const Ints pair = pair_everywhere((const uint16_t*)items[i].weights + j);
+                UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = add_pairs(sums[i][v], values[v], pair);
+            }
         }
     }
     for (int j = first; !PAIRED<KV> && j < last; j++) {
@@ -209,18 +245,26 @@ template <class KV, int COUNT>
 inline void add_all_values(Item* items, const Block& block, int64_t at, int64_t dim) {
     int64_t d = 0;
     for (; d + WIDE_VALUES * LANES <= dim; d += WIDE_VALUES * LANES)
-        add_values<KV, COUNT, WIDE_VALUES>(items, block, at, d);
-    for (; d < dim; d += LANES) add_values<KV, COUNT, 1>(items, block, at, d);
+        add_values<KV, COUNT, WIDE_VALUES>(items, block, at, dim, d);
+    for (; d < dim; d += LANES) add_values<KV, COUNT, 1>(items, block, at, dim, d);
 }
 
 // The heads of rows in items, all of one KV head.
 template <class KV>
-void attend_block(const Attention& job, const Block& block, int64_t head, Item* items, int count) {
+void attend_block(const Attention& job, Block& block, int64_t head, Item* items, int count) {
     const int64_t dim = job.pool.head_dim, at = (job.pool.kv_heads + head) * dim * KV::BYTES;
+    const float scale = job.scale * 1.44269504f;
+    block.has_values = PAIRED<KV> && count > 2 * TALL_VALUES;
+    for (int j = 0; block.has_values && j < KEYS; j += 2)
+        for (int64_t d = 0; d < dim; d += LANES) {
+            const int64_t number = at + d * KV::BYTES;
+            block.values[(j / 2 * dim + d) / LANES] =
+                interleaved(block.rows[j] + number, block.rows[j + 1] + number);
+        }
     int i = 0;
-    for (; i + TALL_SCORES <= count; i += TALL_SCORES) score<KV, TALL_SCORES>(items + i, block, dim, job.scale);
-    for (; i + 3 <= count; i += 3) score<KV, 3>(items + i, block, dim, job.scale);
-    for (; i < count; i++) score<KV, 1>(items + i, block, dim, job.scale);
+    for (; i + TALL_SCORES <= count; i += TALL_SCORES) score<KV, TALL_SCORES>(items + i, block, dim, scale);
+    for (; i + 3 <= count; i += 3) score<KV, 3>(items + i, block, dim, scale);
+    for (; i < count; i++) score<KV, 1>(items + i, block, dim, scale);
     i = 0;
     for (; i + TALL_VALUES <= count; i += TALL_VALUES) add_all_values<KV, TALL_VALUES>(items + i, block, at, dim);
     for (; i + 3 <= count; i += 3) add_all_values<KV, 3>(items + i, block, at, dim);
@@ -244,24 +288,28 @@ inline void locate(const Attention& job, const int64_t* pages, int64_t block, in
 
 inline void clear(Partial& partial, int64_t dim) {
     partial.largest = -__builtin_inff();
-    partial.total = 0.0f;
+    memset(partial.totals, 0, sizeof partial.totals);
     memset(partial.values, 0, (size_t)dim * sizeof(float));
 }
 
 // Adds a later span to an earlier one and clears it.
 inline void merge(Partial& sum, Partial& span, int64_t dim) {
-    if (span.total == 0.0f && span.largest == -__builtin_inff()) return;
+    if (span.largest == -__builtin_inff() && sum_of(load<Floats>(span.totals)) == 0.0f) return;
     const float largest = span.largest > sum.largest ? span.largest : sum.largest;
-    const float old = exp_of(all(sum.largest - largest))[0], now = exp_of(all(span.largest - largest))[0];
-    sum.total = sum.total * old + span.total * now;
+    const float old = power_of_two(all(sum.largest - largest))[0];
+    const float now = power_of_two(all(span.largest - largest))[0];
+    auto add = [&](float* to, const float* from) {
+        store(to, load<Floats>(to) * old + load<Floats>(from) * now);
+    };
+    add(sum.totals, span.totals);
     sum.largest = largest;
-    for (int64_t d = 0; d < dim; d += LANES)
-        store(sum.values + d, load<Floats>(sum.values + d) * old + load<Floats>(span.values + d) * now);
+    for (int64_t d = 0; d < dim; d += LANES) add(sum.values + d, span.values + d);
     clear(span, dim);
 }
 
 inline void write(const Partial& partial, float* out, int64_t dim) {
-    for (int64_t d = 0; d < dim; d += LANES) store(out + d, load<Floats>(partial.values + d) / partial.total);
+    const float total = sum_of(load<Floats>(partial.totals));
+    for (int64_t d = 0; d < dim; d += LANES) store(out + d, load<Floats>(partial.values + d) / total);
 }
 
 // What a task reads: of its sequence the positions from begin, a multiple of KEYS, to stop.
@@ -318,22 +366,20 @@ void attend_task(const Attention& job, const AttentionTask& task, const Attentio
     // Head by head, so that the rows of one KV head follow each other.
     Partial sums[MAX_PARTIALS], spans[MAX_PARTIALS];
     for (int64_t i = 0; i < count; i++) clear(sums[i], dim), clear(spans[i], dim);
-    // Rounded once for all blocks.
-    uint16_t queries[PAIRED<KV> ? MAX_PARTIALS : 1][MAX_HEAD_DIM];
-    auto query_of = [&](int64_t head, int64_t row) {
-        return job.query + (begins + row) * job.query_stride + head * dim;
-    };
-    auto place_of = [&](int64_t head, int64_t row, int64_t h) {
-        return ((head - task.first_head) * (task.last_row - task.first_row) + row - task.first_row) * group + h;
-    };
-    for (int64_t head = task.first_head; PAIRED<KV> && head < task.last_head; head++)
-        for (int64_t row = task.first_row; row < task.last_row; row++)
-            for (int64_t h = 0; h < group; h++)
-                for (int64_t d = 0; d < dim; d += LANES)
-                    store_bfloats(queries[place_of(head, row, h)] + d,
-                                  load<Floats>(query_of(head * group + h, row) + d));
-    Block turned;
+    // Head by head too; queries that are rounded are so once for all blocks.
     Item items[MAX_PARTIALS];
+    uint16_t queries[PAIRED<KV> ? MAX_PARTIALS : 1][MAX_HEAD_DIM];
+    int64_t place = 0;
+    for (int64_t head = task.first_head * group; head < task.last_head * group; head += group)
+        for (int64_t row = task.first_row; row < task.last_row; row++)
+            for (int64_t h = 0; h < group; h++, place++) {
+                const float* query = job.query + (begins + row) * job.query_stride + (head + h) * dim;
+                for (int64_t d = 0; PAIRED<KV> && d < dim; d += LANES)
+                    store_factors(queries[place] + d, load<Floats>(query + d));
+                items[place].query = PAIRED<KV> ? (const void*)queries[place] : query;
+                items[place].partial = spans + place;
+            }
+    Block turned;
     const uint8_t* rows[2][KEYS];
     int current = 0;
     Lines next;
@@ -348,28 +394,26 @@ void attend_task(const Attention& job, const AttentionTask& task, const Attentio
                 look_ahead<KV>(job, *upcoming, then, then.begin, rows[current ^ 1], next);
         }
         turned.rows = rows[current];
-        for (int64_t head = task.first_head; head < task.last_head; head++) {
-            int used = 0, first = KEYS, last = 0;
-            for (int64_t row = task.first_row; row < task.last_row; row++) {
-                int64_t from = lowest_seen(job, start + row) - block, to = start + row + 1 - block;
-                from = from < 0 ? 0 : from;
-                to = to > KEYS ? KEYS : to;
-                if (from >= to) continue;
-                first = from < first ? (int)from : first;
-                last = to > last ? (int)to : last;
-                for (int64_t h = 0; h < group; h++) {
-                    const int64_t place = place_of(head, row, h);
-                    Item& item = items[used++];
-                    item.query = query_of(head * group + h, row);
-                    if (PAIRED<KV>) item.query = queries[place];
-                    item.partial = spans + place;
-                    item.first = (int)from;
-                    item.last = (int)to;
-                }
-            }
-            if (!used) continue;
+        // Of later rows a block begins and ends later: those that see some of it follow each other.
+        int64_t first_row = task.last_row, last_row = task.first_row;
+        int first = KEYS, last = 0;
+        for (int64_t row = task.first_row; row < task.last_row; row++) {
+            int64_t from = lowest_seen(job, start + row) - block, to = start + row + 1 - block;
+            from = from < 0 ? 0 : from;
+            to = to > KEYS ? KEYS : to;
+            if (from >= to) continue;
+            first_row = row < first_row ? row : first_row;
+            last_row = row + 1;
+            first = from < first ? (int)from : first;
+            last = to > last ? (int)to : last;
+            for (int64_t i = (row - task.first_row) * group; i < count; i += (task.last_row - task.first_row) * group)
+                for (int64_t h = 0; h < group; h++) items[i + h].first = (int)from, items[i + h].last = (int)to;
+        }
+        for (int64_t head = task.first_head; first_row < last_row && head < task.last_head; head++) {
+            const int64_t rows_before = (head - task.first_head) * (task.last_row - task.first_row);
             take_keys<KV>(turned, job.pool, head, first, last, next);
-            attend_block<KV>(job, turned, head, items, used);
+            attend_block<KV>(job, turned, head, items + (rows_before + first_row - task.first_row) * group,
+                             (int)((last_row - first_row) * group));
         }
         if ((block + KEYS) % SPAN == 0 && !task.partials)
             for (int64_t i = 0; i < count; i++) merge(sums[i], spans[i], dim);
@@ -380,7 +424,7 @@ void attend_task(const Attention& job, const AttentionTask& task, const Attentio
         const int64_t place = head * group + i % group;
         if (task.partials) {
             task.partials[place].largest = spans[i].largest;
-            task.partials[place].total = spans[i].total;
+            memcpy(task.partials[place].totals, spans[i].totals, sizeof spans[i].totals);
             memcpy(task.partials[place].values, spans[i].values, (size_t)dim * sizeof(float));
             continue;
         }

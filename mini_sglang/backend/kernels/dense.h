@@ -113,12 +113,12 @@ void to_bfloats(const float* x, int64_t first, int64_t last, int64_t k, uint16_t
     for (int64_t row = first; row < last; row++) {
         const float* from = x + row * k;
         uint16_t* to = out + row * width;
-        for (int64_t i = 0; i < whole; i += LANES) store_bfloats(to + i, load<Floats>(from + i));
+        for (int64_t i = 0; i < whole; i += LANES) store_factors(to + i, load<Floats>(from + i));
         if (whole == k) continue;
         float rest[LANES] = {};
         uint16_t rounded[LANES];
         memcpy(rest, from + whole, (size_t)(k - whole) * sizeof *rest);
-        store_bfloats(rounded, load<Floats>(rest));
+        store_factors(rounded, load<Floats>(rest));
         memcpy(to + whole, rounded, (size_t)(width - whole) * sizeof *to);
     }
 }

@@ -83,7 +83,7 @@ struct Product {
 
 // Keys are taken KEYS at a time and added up SPAN at a time; both begin at multiples of themselves.
 // MAX_PARTIALS heads of rows are worked on together.
-enum { KEYS = 32, SPAN = 512, MAX_HEAD_DIM = 256, MAX_PARTIALS = 48 };
+enum { KEYS = 64, SPAN = 512, MAX_HEAD_DIM = 256, MAX_PARTIALS = 48 };
 
 // What the attention of every layer of a step is told: sequence s has the rows starts[s] to starts[s + 1] and
 // lengths[s] positions after them; its pages are row s of pages, [sequences, stride].
@@ -120,10 +120,11 @@ struct Attention {
     float scale;
 };
 
-// One head of one row so far: the largest score, and the sums of its weights and of weighted values.
+// One head of one row so far: the largest score, to the base 2, and the sums of its weights and of weighted
+// values.
 struct Partial {
     float largest;
-    float total;
+    float totals[GROUP];  // each of every LANES-th key
     float values[MAX_HEAD_DIM];
 };
 

@@ -193,6 +193,15 @@ inline void write_group(const Floats* sums, const float* bias, float* y, int64_t
     for (int64_t i = 0; i < valid; i++) y[i] = bias ? out[i] + bias[i] : out[i];
 }
 
+// The same for products of bfloat16, which take numbers below the normal ones for zeros.
+inline void store_factors(void* p, Floats v) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+    store_bfloats(p, v);
+#endif
+}
+
 // All lanes to one, folding the vector in half each time.
 template <class Fold>
 inline float folded(Floats v, Fold fold) {
