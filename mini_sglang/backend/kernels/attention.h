@@ -85,6 +85,7 @@ inline Floats power_of_two(Floats x) {
 // of one, and so do values, two rows of them, where many items use them.
 struct Block {
     const uint8_t* const* rows;
+    int first, last;  // keys that somebody sees
     float keys[MAX_HEAD_DIM][KEYS];
     Ints values[KEYS / 2 * MAX_HEAD_DIM / LANES];
     bool has_values;
@@ -114,12 +115,12 @@ struct Lines {
     }
 };
 
-// The keys from low to high at least; those of positions outside may be numbers of anything finite.
+// The keys that somebody sees; those of positions outside may be anything.
 template <class KV>
-inline void take_keys(Block& block, const Pool& pool, int64_t head, int low, int high, Lines& next) {
+inline void take_keys(Block& block, const Pool& pool, int64_t head, Lines& next) {
     const int64_t dim = pool.head_dim, at = head * dim * KV::BYTES;
     constexpr int SIZE = PAIRED<KV> ? 4 : KV::BYTES;
-    for (int key = low / LANES * LANES; key < (high + LANES - 1) / LANES * LANES; key += 8)
+    for (int key = block.first / LANES * LANES; key < (block.last + LANES - 1) / LANES * LANES; key += 8)
         for (int64_t d = 0; d < (PAIRED<KV> ? dim / 2 : dim); d += 8) {
             // Of a row as much as is read of it here, and as much again for the values.
             next.fetch(2 * 8 * 8 * SIZE / 64);
@@ -142,13 +143,8 @@ inline void take_keys(Block& block, const Pool& pool, int64_t head, int low, int
 // scale is to the base 2.
 template <class KV, int COUNT>
 inline void score(Item* items, const Block& block, int64_t dim, float scale) {
-    int first = KEYS, last = 0;
-    for (int i = 0; i < COUNT; i++) {
-        first = items[i].first < first ? items[i].first : first;
-        last = items[i].last > last ? items[i].last : last;
-    }
-    // Vectors of keys that somebody sees, two at a time.
-    const int begin = first / (2 * LANES) * 2, end = (last + LANES - 1) / LANES;
+    // Vectors of keys that somebody sees, two at a time; add_values may take the weights of any of them.
+    const int begin = block.first / (2 * LANES) * 2, end = (block.last + LANES - 1) / LANES;
     Floats scores[COUNT][PARTS];
     for (int part = begin; part < end; part += 2) {
         Floats dots[COUNT][2] = {};
@@ -394,9 +390,10 @@ void attend_task(const Attention& job, const AttentionTask& task, const Attentio
                 look_ahead<KV>(job, *upcoming, then, then.begin, rows[current ^ 1], next);
         }
         turned.rows = rows[current];
+        turned.first = KEYS;
+        turned.last = 0;
         // Of later rows a block begins and ends later: those that see some of it follow each other.
         int64_t first_row = task.last_row, last_row = task.first_row;
-        int first = KEYS, last = 0;
         for (int64_t row = task.first_row; row < task.last_row; row++) {
             int64_t from = lowest_seen(job, start + row) - block, to = start + row + 1 - block;
             from = from < 0 ? 0 : from;
@@ -404,14 +401,14 @@ void attend_task(const Attention& job, const AttentionTask& task, const Attentio
             if (from >= to) continue;
             first_row = row < first_row ? row : first_row;
             last_row = row + 1;
-            first = from < first ? (int)from : first;
-            last = to > last ? (int)to : last;
+            turned.first = from < turned.first ? (int)from : turned.first;
+            turned.last = to > turned.last ? (int)to : turned.last;
             for (int64_t i = (row - task.first_row) * group; i < count; i += (task.last_row - task.first_row) * group)
                 for (int64_t h = 0; h < group; h++) items[i + h].first = (int)from, items[i + h].last = (int)to;
         }
         for (int64_t head = task.first_head; first_row < last_row && head < task.last_head; head++) {
             const int64_t rows_before = (head - task.first_head) * (task.last_row - task.first_row);
-            take_keys<KV>(turned, job.pool, head, first, last, next);
+            take_keys<KV>(turned, job.pool, head, next);
             attend_block<KV>(job, turned, head, items + (rows_before + first_row - task.first_row) * group,
                              (int)((last_row - first_row) * group));
         }
