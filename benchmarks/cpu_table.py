@@ -21,7 +21,7 @@ from typing import Any
 
 from peers.machine import busy_seconds, machine
 from peers.process import PeerError, Process
-from peers.report import RowReport, Run, as_json, lines
+from peers.report import QUIET, RowReport, Run, as_json, lines
 from peers.rows import Ids, Reply, Row, Side, Text, all_rows
 
 REST = 0.4
@@ -78,7 +78,7 @@ class Table:
 
     def turn(self, row: Row, side: Side, process: Process, text: Text, turn: int) -> Run:
         prompts = side.task.prompts(text, turn)
-        time.sleep(REST)
+        rest(self.args.wait)
         if side.task.fresh:
             start = time.perf_counter()
             process = self.start(row, side)
@@ -156,6 +156,17 @@ class Table:
         return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def rest(wait: float) -> None:
+    """Let threads that spin go to sleep; then wait for other processes, at most ``wait`` seconds."""
+    end = time.perf_counter() + wait
+    time.sleep(REST)
+    while time.perf_counter() < end:
+        busy = busy_seconds()
+        time.sleep(REST)
+        if busy_seconds() - busy < QUIET * REST:
+            break
+
+
 def settings_of(weights: str) -> dict[str, Any]:
     if weights in ("bf16", "fp32"):
         return {"dtype": weights}
@@ -185,6 +196,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the rows")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--wait", type=float, default=0, metavar="SECONDS", help="before each turn, for a quiet machine"
+    )
     parser.add_argument(
         "--reference", action="store_true", help="count ids equal to float32 Hugging Face's too"
     )

@@ -30,6 +30,7 @@ class Process:
         self, module: str, python: str, options: Mapping[str, Any], env: Mapping[str, str] | None = None
     ) -> None:
         self.name = module
+        self._python = python
         command = [python, str(HERE / f"run_{module}.py"), json.dumps(options)]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
@@ -66,9 +67,8 @@ class Process:
             status = self._process.wait()
             self._said.seek(0)
             words = [said.strip() for said in self._said if said.strip()]
-            raise PeerError(
-                f"{self.name}: its process ended with status {status}: {(words or ['silently'])[-1]}"
-            )
+            last = (words or ["it said nothing"])[-1]
+            raise PeerError(f"{self.name}: its process ({self._python}) ended with status {status}: {last}")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise PeerError(f"{self.name}: {reply['error']}")

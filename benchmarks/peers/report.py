@@ -15,7 +15,7 @@ OVERHEAD_BYTES = 400e6
 """What memory may take beside the model's file and the KV pool."""
 
 QUIET = 0.15
-"""Cores that others may keep busy during a run; with more, threads that spin for each other crawl."""
+"""Cores that others may keep busy; with more, threads that wait for each other by spinning crawl."""
 
 
 @dataclass

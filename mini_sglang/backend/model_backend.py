@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 # Rows of prompt logprobs at a time: a row of float32 logits is up to a megabyte.
 _LOGPROB_ROWS = 128
-# A prompt's few rows past its cached prefix are as much Python's as the kernels' without the program.
-_PROGRAM_ROWS = 128
+# Of a recorded step: its buffers take tens of KB a row.
+_PROGRAM_ROWS = 1024
 _DEQUANTIZE = MappingProxyType({"auto": None, "0": False, "1": True})
 
 
@@ -219,7 +219,8 @@ def load_backend(
         and isinstance(attention, NativeAttention)
         and isinstance(decoder.operations, NativeOperations)
     ):
-        program = StepProgram.build(kernels, decoder, kv, max(settings.max_batch_size, _PROGRAM_ROWS))
+        rows = max(settings.max_batch_size, min(settings.max_prefill_tokens, _PROGRAM_ROWS))
+        program = StepProgram.build(kernels, decoder, kv, rows)
     backend = ModelBackend(
         decoder,
         kv,

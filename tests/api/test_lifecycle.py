@@ -16,7 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from mini_sglang.backend.device import choose_dtype
 from tests.api.serving import LIMIT_S, Server, read_response, settle
 
 LONG: dict[str, Any] = {"prompt": "long", "max_new_tokens": 3800, "ignore_eos": True, "stream": True}
@@ -82,6 +84,7 @@ def test_clients_that_leave_while_they_wait_in_the_queue(shared: Server) -> None
 
 def test_leaving_at_any_moment_leaks_nothing(shared: Server) -> None:
     process = psutil.Process(shared.process.pid)
+    settle(lambda: len(process.children()) == 2, "the grammars' helpers, each with its pipes")
     settle(lambda: shared.running() == 0, "an idle engine")
     before = process.num_fds()
     for number in range(40):
@@ -167,7 +170,7 @@ def test_sigterm_lets_what_runs_finish_and_refuses_the_rest(own: Any) -> None:
 
 @pytest.mark.parametrize("command", [(), UVICORN], ids=["serve", "uvicorn"])
 def test_what_outlives_the_drain_ends_with_an_error(own: Any, command: tuple[str, ...]) -> None:
-    server = own(*command, DRAIN_TIMEOUT="0.3").wait_ready()
+    server = own(*command, DRAIN_TIMEOUT="0.1").wait_ready()
     with (
         server.open("POST", "/generate", LONG) as streamed,
         server.open("POST", "/generate", LONG | {"stream": False}) as whole,
@@ -214,7 +217,7 @@ def test_the_banner_says_what_is_served_and_its_line_works(own: Any) -> None:
     for part in (
         "tiny (local)",
         "cpu",
-        "float32",
+        str(choose_dtype("auto", torch.device("cpu"))).removeprefix("torch."),
         "1, each in a thread",
         "16384 KV tokens",
         f":{server.port}",

@@ -153,7 +153,7 @@ def test_a_full_queue_refuses_at_once_and_the_rest_completes(tiny_model: Path) -
 
 def test_waiting_too_long_is_told_with_a_status(tiny_model: Path) -> None:
     with serving(tiny_model, max_inflight_per_engine=1, queue_timeout=0.1) as client:
-        long = {"prompt": "x", "max_new_tokens": 600, "ignore_eos": True}
+        long = {"prompt": "x", "max_new_tokens": 3800, "ignore_eos": True}
         first = threading.Thread(target=client.ask, kwargs=long)
         first.start()
         settle(lambda: client.service.in_flight == 1, "the first request")
@@ -162,8 +162,8 @@ def test_waiting_too_long_is_told_with_a_status(tiny_model: Path) -> None:
 
 
 def test_a_deadline_is_504_or_an_error_event(tiny_model: Path) -> None:
-    long = {"prompt": "x", "max_new_tokens": 3000, "ignore_eos": True}
-    with serving(tiny_model, request_timeout=0.5) as client:
+    long = {"prompt": "x", "max_new_tokens": 3800, "ignore_eos": True}
+    with serving(tiny_model, request_timeout=0.1) as client:
         whole = client.post("/generate", json=long)
         assert whole.status_code == 504 and "REQUEST_TIMEOUT" in whole.text
         last = client.lines(**long)[-1]

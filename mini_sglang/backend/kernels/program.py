@@ -1,4 +1,4 @@
-"""A small step written down once and replayed: the CPU's counterpart of a CUDA graph.
+"""A step written down once and replayed: the CPU's counterpart of a CUDA graph.
 
 ``Decoder.forward`` is the same step in Python; both do the same jobs in the same order, so that their
 results are equal to the bit.
@@ -54,10 +54,12 @@ class StepProgram:
             self._embed.out = self._hidden.data_ptr()
             self.jobs.append(self._embed)
         delta: Tensor | None = None
+        wanted_from = 0
         for index, layer in enumerate(decoder.layers):
             self._norm(delta, layer.input_norm)
             self._multiply(layer.qkv, layer.qkv_bias, self._normed, self._qkv)
             self._attend(index, layer.qk_norm)
+            wanted_from = len(self.jobs)
             self._multiply(layer.o, layer.o_bias, self._attended, self._delta)
             self._norm(self._delta, layer.post_norm)
             self._multiply(layer.gate_up, layer.gate_up_bias, self._normed, self._gate_up)
@@ -65,7 +67,11 @@ class StepProgram:
             self._multiply(layer.down, layer.down_bias, self._inner, self._delta)
             delta = self._delta
         self._norm(delta, decoder.final_norm)
-        self._entries = (Entry * len(self.jobs))(*map(Entry.of, self.jobs))
+        # The last ones are for the rows alone whose hidden states are wanted.
+        self._entries, self._last_entries = (
+            (Entry * len(jobs))(*map(Entry.of, jobs))
+            for jobs in (self.jobs[:wanted_from], self.jobs[wanted_from:])
+        )
 
     @classmethod
     def build(cls, kernels: NativeKernels, decoder: Decoder, kv: KVPool, max_rows: int) -> StepProgram | None:
@@ -80,14 +86,14 @@ class StepProgram:
         return cls(kernels, decoder, kv, max_rows)
 
     def takes(self, batch: Batch) -> bool:
-        """Whether ``forward`` can run this step: few enough rows, decodes or of short prompts."""
+        """Whether ``forward`` can run this step: few enough rows."""
         return len(batch.token_ids) <= self._max_rows
 
     def forward(self, batch: Batch) -> Tensor:
         """``Decoder.forward`` for a batch that ``takes`` accepts.
 
         Returns:
-            ``[R, hidden_size]``, which the next call may overwrite.
+            ``[R, hidden_size]``, which the next call overwrites.
         """
         rows = len(batch.token_ids)
         decoder = self._decoder
@@ -101,8 +107,13 @@ class StepProgram:
         else:
             self._embed.ids = batch.token_ids.data_ptr()
         self.kernels.run_all(self._entries, rows)
+        if batch.output_rows is not None:
+            rows = len(batch.output_rows)
+            for buffer in (self._hidden, self._attended):
+                buffer[:rows] = buffer.index_select(0, batch.output_rows)
+        self.kernels.run_all(self._last_entries, rows)
         hidden: Tensor = self._normed[:rows]
-        return hidden if batch.output_rows is None else hidden.index_select(0, batch.output_rows)
+        return hidden
 
     def _norm(self, delta: Tensor | None, weight: Tensor) -> None:
         eps = self._decoder.config.norm_eps

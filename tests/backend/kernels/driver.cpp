@@ -1,0 +1,168 @@
+// Every job of the kernels, on numbers that are the same everywhere; prints lines of a name and the result's
+// bytes in hexadecimal. test_other_machines.py compiles it.
+
+#include "kernels.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+extern "C" {
+void* kernels_open(int threads, const char* variant);
+void kernels_close(void* handle);
+void kernels_run(void* handle, const Entry* entries, int64_t count, int64_t rows);
+int64_t kernels_packed_bytes(int format, int64_t n, int64_t k);
+void kernels_pack(void* handle, int format, const uint8_t* rows, uint8_t* packed, int64_t n, int64_t k);
+bool kernels_unpack(int format, const uint8_t* packed, const int64_t* ids, uint8_t* out, int64_t count,
+                    int64_t n, int64_t k);
+}
+
+namespace {
+
+struct Random {
+    uint64_t state;
+    uint32_t bits() {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        return (uint32_t)(state >> 32);
+    }
+    float number() { return (float)(int32_t)bits() * 0x1p-30f; }  // from -2 to 2
+};
+
+std::vector<float> numbers(Random& random, int64_t count) {
+    std::vector<float> out((size_t)count);
+    for (float& number : out) number = random.number();
+    return out;
+}
+
+void print(const std::string& name, const void* bytes, size_t count) {
+    printf("%s ", name.c_str());
+    for (size_t i = 0; i < count; i++) printf("%02x", ((const uint8_t*)bytes)[i]);
+    printf("\n");
+}
+
+void print(const std::string& name, const std::vector<float>& values) {
+    print(name, values.data(), values.size() * sizeof(float));
+}
+
+template <class Job>
+void run(void* kernels, Kind kind, const Job& job, int64_t rows) {
+    const Entry entry = {kind, &job};
+    kernels_run(kernels, &entry, 1, rows);
+}
+
+// Random bytes, dense numbers and scales of either sign and of a size to be added up.
+std::vector<uint8_t> matrix(Random& random, int format, int64_t n, int64_t k) {
+    const Layout layout = layout_of(format);
+    std::vector<uint8_t> out((size_t)(n * (k / layout.source_columns) * layout.source_bytes));
+    for (uint8_t& byte : out) byte = (uint8_t)random.bits();
+    for (size_t at = 0; at < out.size(); at += (size_t)layout.source_bytes) {
+        uint8_t* block = &out[at];
+        // A number of either sign whose highest byte is one of so many from first.
+        auto top = [&](int first, uint32_t many) {
+            const uint32_t bits = random.bits();
+            return (uint8_t)((first + (int)(bits % many)) | (int)(bits >> 24 & 0x80));
+        };
+        if (format == F32) {
+            const float number = random.number();
+            memcpy(block, &number, 4);
+        } else if (format == F16) {
+            block[1] = top(0x38, 8);
+        } else if (format == BF16) {
+            block[1] = top(0x3f, 1);
+        } else {
+            uint8_t* scales = block + (format == Q6_K ? 208 : 0);
+            scales[1] = top(0x24, 8);
+            if (format == Q4_1 || format == Q4_K) scales[3] = top(0x24, 8);
+        }
+    }
+    return out;
+}
+
+void products(void* kernels, int format, const std::string& name) {
+    Random random = {(uint64_t)format + 1};
+    const int64_t n = 37, k = is_dense(format) ? 45 : 512, most = 21;
+    const std::vector<uint8_t> rows = matrix(random, format, n, k);
+    std::vector<uint8_t> packed((size_t)kernels_packed_bytes(format, n, k)), back(rows.size());
+    kernels_pack(kernels, format, rows.data(), packed.data(), n, k);
+    print("packed " + name, packed.data(), packed.size());
+    std::vector<int64_t> ids;
+    for (int64_t i = 0; i < n; i++) ids.push_back(i);
+    const bool known = kernels_unpack(format, packed.data(), ids.data(), back.data(), n, n, k);
+    printf("unpacked %s %s\n", name.c_str(), known && back == rows ? "01" : "00");
+    const std::vector<float> x = numbers(random, most * k), bias = numbers(random, n);
+    for (int64_t count : {(int64_t)1, (int64_t)5, most}) {
+        std::vector<float> y((size_t)(count * n));
+        Product job = {packed.data(), x.data(), bias.data(), y.data(), n, k, n, format};
+        run(kernels, PRODUCT, job, count);
+        print("product " + name + " " + std::to_string(count), y);
+    }
+}
+
+// Keys and values to scattered pages, then attention: a decode of several spans, a chunk, a short decode.
+void attention(void* kernels, int format, const std::string& name) {
+    Random random = {(uint64_t)format + 100};
+    const int64_t heads = 4, kv_heads = 2, dim = 32, width = (heads + 2 * kv_heads) * dim, page = 16;
+    const int64_t lengths[] = {1100, 600, 7}, starts[] = {0, 1, 41, 42}, stride = 70;
+    std::vector<int64_t> pages, slots;
+    for (int64_t s = 0; s < 3; s++)
+        for (int64_t i = 0; i < stride; i++) pages.push_back((i * 3 + s) % (3 * stride));
+    for (int64_t s = 0; s < 3; s++)
+        for (int64_t i = 0; i < lengths[s]; i++)
+            slots.push_back(pages[(size_t)(s * stride + i / page)] * page + i % page);
+    Pool pool = {nullptr, format, kv_heads, dim};
+    std::vector<uint8_t> data((size_t)(3 * stride * page * pool_row_bytes(pool)), 0xff);
+    pool.data = data.data();
+    const int64_t total = (int64_t)slots.size();
+    std::vector<float> qkv = numbers(random, total * width), cos = numbers(random, total * dim);
+    std::vector<float> sin = numbers(random, total * dim);
+    std::vector<float> head_norm = numbers(random, (heads + kv_heads) * dim);
+    Rotate write = {qkv.data(), head_norm.data(), cos.data(), sin.data(), slots.data(), pool, heads, 1e-5f};
+    run(kernels, ROTATE, write, total);
+    print("rotate " + name, qkv.data(), (size_t)(50 * width) * sizeof(float));
+    print("pool " + name, data.data(), (size_t)(50 * pool_row_bytes(pool)));
+    // The rows of queries: the last of each sequence.
+    std::vector<float> query, out((size_t)(42 * heads * dim));
+    for (int64_t s = 0, end = 0; s < 3; s++) {
+        end += lengths[s];
+        const float* last = qkv.data() + end * width;
+        query.insert(query.end(), last - (starts[s + 1] - starts[s]) * width, last);
+    }
+    const Sequences sequences = {pages.data(), starts, lengths, 3, stride};
+    for (int64_t window : {0, 50, 530}) {
+        Attention job = {&sequences, pool, query.data(), out.data(), heads, page, window, width, 0.17f};
+        run(kernels, ATTENTION, job, 42);
+        print("attention " + name + " " + std::to_string(window), out);
+    }
+}
+
+void between(void* kernels) {
+    Random random = {7};
+    const int64_t rows = 5, width = 80;
+    std::vector<float> x = numbers(random, rows * width), out((size_t)(rows * width));
+    const std::vector<float> delta = numbers(random, rows * width), weight = numbers(random, width);
+    run(kernels, NORM, Norm{x.data(), delta.data(), weight.data(), out.data(), width, 1e-5f}, rows);
+    print("norm", out);
+    const std::vector<float> gate_up = numbers(random, rows * 2 * width);
+    run(kernels, SILU_AND_MUL, SiluAndMul{gate_up.data(), out.data(), width}, rows);
+    print("silu", out);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    void* kernels = argc == 3 ? kernels_open(atoi(argv[1]), argv[2]) : nullptr;
+    if (!kernels) return 1;
+    const struct {
+        int format;
+        const char* name;
+    } formats[] = {{F32, "F32"},   {F16, "F16"},   {BF16, "BF16"}, {Q4_0, "Q4_0"},
+                   {Q4_1, "Q4_1"}, {Q8_0, "Q8_0"}, {Q4_K, "Q4_K"}, {Q6_K, "Q6_K"}};
+    for (const auto& one : formats) products(kernels, one.format, one.name);
+    for (const auto& one : formats)
+        if (is_dense(one.format)) attention(kernels, one.format, one.name);
+    attention(kernels, INT8, "INT8");
+    between(kernels);
+    kernels_close(kernels);
+}
