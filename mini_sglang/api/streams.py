@@ -201,9 +201,9 @@ class AsyncStream(_Answer):
         params: SamplingParams,
         calls: LoopCalls,
     ) -> None:
-        self._bell = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         # Raises in the engine's thread where the loop was closed; the request is dropped then.
-        ring = partial(calls.put, self._bell.set)
+        ring = partial(calls.put, self._wake)
         super().__init__(thread, tokenizer, request_id, prompt_ids, params, ring)
 
     def __aiter__(self) -> AsyncStream:
@@ -221,15 +221,18 @@ class AsyncStream(_Answer):
         return self._whole()
 
     async def _next_event(self, patient: bool = False) -> TokenEvent:
-        self._bell.clear()
         try:
             while (event := self._inbox.take(patient=patient)) is None:
-                await self._bell.wait()
-                self._bell.clear()
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
         except asyncio.CancelledError:
             self._end()
             raise
         return event
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def aclose(self) -> None:
         self._end()

@@ -150,14 +150,13 @@ class EngineCore:
 
     def request_of(self, work: Work) -> Request:
         """Wrap up checked work for ``add``."""
-        assert work.params.seed is not None
         return Request(
             request_id=work.request_id,
             tokens=list(work.prompt_ids),
             num_prompt=len(work.prompt_ids),
             params=work.params,
             max_new_tokens=work.max_new_tokens,
-            seed=work.params.seed,
+            seed=work.seed,
             eos_ids=self._eos_ids,
             prefill_only=work.prefill_only,
             namespace=work.namespace,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 
 from mini_sglang.config import Settings
 from mini_sglang.engine.handle import EngineInfo, Work
@@ -37,10 +36,11 @@ def make_work(
     return Work(
         request_id=request_id,
         prompt_ids=tuple(prompt_ids),
-        params=params if params.seed is not None else replace(params, seed=secrets.randbits(63)),
+        params=params,
         max_new_tokens=_cap_new_tokens(info, settings, len(prompt_ids), params, prefill_only),
         prefill_only=prefill_only,
         namespace=namespace,
+        seed=secrets.randbits(63) if params.seed is None else params.seed,
     )
 
 
