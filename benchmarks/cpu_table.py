@@ -3,6 +3,8 @@
     python benchmarks/cpu_table.py ROW … [--rounds 5] [--reference] [--json FILE]
     python benchmarks/cpu_table.py --list
 
+``starter_files.py`` and ``random_model.py`` make the models, but for the Q4_1 GGUF.
+
 A row is WORK/WEIGHTS (``one-stream/q4_1``); the name of a work is all its rows. Every engine has a process of
 its own; all get the same token ids, greedy, end-of-text ignored, and give equally many. They take turns, the
 order turned round each round after one to warm up, with a pause between, in which threads that spin go to
@@ -217,7 +219,12 @@ def parse() -> argparse.Namespace:
             default=os.environ.get(variable, sys.executable),
             help=f"an interpreter that has {title} (or {variable}); by default this one",
         )
-    parser.add_argument("--vllm-preload", default="", metavar="PATHS", help="LD_PRELOAD of vLLM")
+    parser.add_argument(
+        "--vllm-preload",
+        default="",
+        metavar="PATHS",
+        help="LD_PRELOAD of vLLM, which asks for libiomp5 and tcmalloc",
+    )
     parser.add_argument("--openvino-property", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of ours")
     return parser.parse_args()

@@ -120,10 +120,12 @@ def lines(report: RowReport) -> Iterator[str]:
         rate, name = (
             (report.bandwidth, "GB/s read") if row.share == "bandwidth" else (report.matrix, "GFLOP/s bf16")
         )
+        share = report.median(ours) / allowed
+        lowest = share * statistics.median(rate) / max(rate)
         yield (
             f"  {statistics.median(rate):.1f} {name} ({min(rate):.1f} to {max(rate):.1f}) "
             f"allow {allowed:.1f} {unit}: "
-            f"{report.median(ours) / allowed:.1%}, to reach ≥ 75%"
+            f"{share:.1%}, to reach ≥ 75% (of the best round's {lowest:.1%})"
         )
     others = [run.reply["others"] for run in report.runs if "others" in run.reply]
     if others and max(others) > QUIET:

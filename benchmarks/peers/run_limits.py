@@ -18,7 +18,7 @@ from protocol import serve
 READ_BYTES = 256 << 20
 SIZES = ((1000, 576, 1536), (1024, 1024, 1024), (2048, 2048, 2048))
 """Rows, columns and depth of the products: one of the starter model's, and two that suit any library."""
-REPEATS = 12
+REPEATS = 30
 
 
 class Limits:
