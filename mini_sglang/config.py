@@ -76,8 +76,8 @@ class Settings:
         "Model and device",
         "KV_DTYPE",
         "auto",
-        "the type KV is kept in; auto takes fp16 beside quantised weights on the compiled CPU kernels, else "
-        "the model's own; another than that, and int8, need the compiled CPU kernels",
+        "the type KV is kept in; beside quantised weights auto takes bf16 or fp16, what the "
+        "compiled CPU kernels are faster with, else the model's own; other choices need those kernels",
         choices=("auto", "fp16", "bf16", "fp32", "int8"),
         spellings=_DTYPE_SPELLINGS,
     )
@@ -104,6 +104,14 @@ class Settings:
         "auto keeps them where every one has a fast kernel, which rounds activations to 8 bits",
         choices=("auto", "0", "1"),
         spellings=dict.fromkeys(TRUE, "1") | dict.fromkeys(FALSE, "0"),
+    )
+    quantization: str = setting(
+        "Model and device",
+        "QUANTIZATION",
+        "none",
+        "weights only: makes ggml's blocks of dense matrices at load, int8 Q8_0, int4 Q4_1 (embedding and "
+        "head Q8_0); MODEL_DTYPE stays what it computes in; a GGUF's own blocks are used as they are",
+        choices=("none", "int8", "int4"),
     )
     trust_remote_code: bool = setting(
         "Model and device",

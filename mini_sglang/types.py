@@ -263,9 +263,11 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenEvent:
-    """What the engine tells about one request after one step.
+    """What the engine tells about one request after one step. Not to be changed once it is made.
+
+    Not frozen, which would make it take four times as long to make, for every token of every request.
 
     ``finish`` is set on the last event of a request and on no other. ``token_ids`` holds what this
     step added (none for a request that ended without a token, one for an ordinary decode).

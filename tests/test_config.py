@@ -67,6 +67,7 @@ def test_both_names_of_a_variable_work(variable: str) -> None:
         ("DOWNLOAD_TIMEOUT", "nan"),
         ("DOWNLOAD_TIMEOUT", "inf"),
         ("MODEL_DTYPE", "int3"),
+        ("QUANTIZATION", "int3"),
         ("KV_TOKEN_BUDGET", "-1"),
     ],
 )

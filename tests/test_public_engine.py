@@ -193,7 +193,8 @@ def test_async_twins_answer_the_same_and_cancel(engine: Engine) -> None:
         text = "".join([delta.text async for delta in engine.astream("async 0", greedy(10))])
         assert text == engine.tokenizer.decode(alone[0])
         task = asyncio.create_task(engine.agenerate("run on", LONG))
-        await asyncio.sleep(0.05)
+        while not engine.stats()["running"]:
+            await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

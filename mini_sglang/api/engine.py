@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from mini_sglang.api.loading import find_model, load_core
+from mini_sglang.api.mailbox import LoopCalls
 from mini_sglang.api.streams import AsyncStream, Stream
 from mini_sglang.config import Settings
 from mini_sglang.errors import EngineError, InvalidValueError
@@ -67,6 +68,7 @@ class Engine:
         self.description: dict[str, Any] = core.info.description
         self._thread = EngineThread(core)
         self._ids = itertools.count()
+        self._loop_calls: LoopCalls | None = None  # of the loop that used the engine last
 
     # A str is itself a sequence of str; the first overload is the one that counts for it.
     @overload
@@ -218,7 +220,10 @@ class Engine:
         return Stream(self._thread, self.tokenizer, self._next_id(), ids, params)
 
     def _open_async(self, ids: list[int], params: SamplingParams) -> AsyncStream:
-        return AsyncStream(self._thread, self.tokenizer, self._next_id(), ids, params)
+        loop, calls = asyncio.get_running_loop(), self._loop_calls
+        if calls is None or calls.loop is not loop:
+            calls = self._loop_calls = LoopCalls(loop)
+        return AsyncStream(self._thread, self.tokenizer, self._next_id(), ids, params, calls)
 
 
 def _pair_up(prompts: Any, params: Any) -> tuple[bool, list[tuple[Prompt, SamplingParams]]]:

@@ -78,10 +78,13 @@ def load_core(
         ModelLoadError: the weights are damaged, incomplete or of a kind that is not supported.
         InvalidValueError: a setting that this model or machine cannot honour.
     """
-    # torch takes a second or more to import: only once the model is found and its tokenizer reads.
     from mini_sglang.backend.grammar import GrammarCompiler
-    from mini_sglang.backend.model_backend import load_backend
+    from mini_sglang.backend.openmp import sleeping_openmp
     from mini_sglang.engine.engine import EngineCore
+
+    # torch takes a second or more to import: only once the model is found and its tokenizer reads.
+    with sleeping_openmp():
+        from mini_sglang.backend.model_backend import load_backend
 
     files, tokenizer = model.files, model.tokenizer
     backend = load_backend(files.path, settings, notify=notify, sharing=sharing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mini_sglang.api.errors import DeadlineError
@@ -19,29 +19,6 @@ if TYPE_CHECKING:
     from mini_sglang.engine.handle import Work
 
 logger = logging.getLogger(__name__)
-
-
-class Mailbox:
-    """Carries events to the event loop, which is woken once for all that came since it last looked."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._items: deque[tuple[ServedStream, TokenEvent]] = deque()
-        self._woken = False
-
-    def put(self, stream: ServedStream, event: TokenEvent) -> None:
-        """From any thread. Raises where the loop is closed, upon which the engine drops the request."""
-        self._items.append((stream, event))
-        # In this order: whoever finds the flag up put its event before the loop took it down.
-        if not self._woken:
-            self._woken = True
-            self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        self._woken = False
-        while self._items:
-            stream, event = self._items.popleft()
-            stream.receive(event)
 
 
 class ServedStream:
@@ -91,11 +68,11 @@ class ServedStream:
             self._timer = asyncio.get_running_loop().call_later(left, self._expire, timeout)
 
     def sink(self, event: TokenEvent) -> None:
-        """For the pool, from any thread."""
-        self._service.mailbox.put(self, event)
+        """For the pool, from any thread; raises where the loop is closed."""
+        self._service.loop_calls.put(partial(self.receive, event))
 
     def receive(self, event: TokenEvent) -> None:
-        """One event, on the loop; called by the mailbox."""
+        """One event, on the loop."""
         if event.finish is not None and not self._confirmed:
             self._confirmed = True
             self._service.forget(self)

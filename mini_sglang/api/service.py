@@ -1,7 +1,7 @@
 """What every HTTP door uses: prompts in, streams of deltas out. There is no HTTP in it.
 
 Everything here runs on one event loop, but for the text work, which has threads of its own, and
-``Mailbox.put``, which the engines' threads call.
+``LoopCalls.put``, which the engines' threads call.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mini_sglang.api.jsonbody import parse_json
 from mini_sglang.api.loading import prepare_quietly
+from mini_sglang.api.mailbox import LoopCalls
 from mini_sglang.api.metrics import Metrics
 from mini_sglang.api.schemas import Form
-from mini_sglang.api.served import Mailbox, ServedStream
+from mini_sglang.api.served import ServedStream
 from mini_sglang.config import Settings
 from mini_sglang.engine.limits import make_work
 from mini_sglang.errors import EngineError, InvalidValueError, UnavailableError
@@ -68,7 +69,7 @@ class Service:
         self.metrics = Metrics()
         self.started_at = time.time()
         self.draining = False
-        self.mailbox = Mailbox(asyncio.get_running_loop())
+        self.loop_calls = LoopCalls(asyncio.get_running_loop())
         self._grammars = grammars
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="mini-sglang-text")
         # Threads of their own: a compile may take a second, for which no prompt should wait.

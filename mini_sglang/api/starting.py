@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from mini_sglang.engine.pool import EnginePool
     from mini_sglang.engine.wire import Setup
     from mini_sglang.text.tokenizer import Tokenizer
+
+# How long at most the preparation for grammars waits for an engine's first step, and how often it looks.
+_FIRST_STEP_SECONDS = 10.0
+_LOOK_SECONDS = 0.05
 
 CHILD = "mini_sglang.api.starting:make_core"
 
@@ -118,10 +123,16 @@ def _load_served(model: FoundModel, settings: Settings, notify: Notify) -> Engin
     sharing = max(1, settings.num_engines)
     # Grammars go unchecked here: the server has tried every one before it sends it.
     core, grammars = load_core(model, settings, notify, sharing=sharing, check_grammars=False)
-    # Beside its first steps, so that nobody waits: a large vocabulary's tree takes a while to build.
-    threading.Thread(
-        target=prepare_quietly, args=(grammars,), name="mini-sglang-prepare", daemon=True
-    ).start()
+
+    def prepare() -> None:
+        # Nobody is served before the first step is done, so it has the cores to itself.
+        deadline = time.monotonic() + _FIRST_STEP_SECONDS
+        while not core.counters.steps and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+        prepare_quietly(grammars)
+
+    # Beside the steps after that, so that nobody waits: a large vocabulary's tree takes a while to build.
+    threading.Thread(target=prepare, name="mini-sglang-prepare", daemon=True).start()
     return core
 
 

@@ -6,24 +6,25 @@ import asyncio
 import logging
 import queue
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from mini_sglang.api.mailbox import Inbox
 from mini_sglang.errors import EngineError
 from mini_sglang.text.stream import TextStream
 from mini_sglang.types import Delta, FinishReason, Output, SamplingParams, TokenEvent, TokenLogprob, Usage
 
 if TYPE_CHECKING:
-    from mini_sglang.engine.handle import Sink
+    from mini_sglang.api.mailbox import LoopCalls
     from mini_sglang.engine.worker import EngineThread
     from mini_sglang.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-class _Answer(ABC):
+class _Answer:
     """The caller's end of a request: turns token events into deltas and keeps the whole.
 
     A stop string is found here, above the engine, which is then told to end the request; what it
@@ -37,6 +38,7 @@ class _Answer(ABC):
         request_id: str,
         prompt_ids: list[int],
         params: SamplingParams,
+        ring: Callable[[], None],
     ) -> None:
         # Raises on a prompt that cannot run, before there is anything to close.
         request = thread.core.make_request(request_id, prompt_ids, params)
@@ -46,7 +48,6 @@ class _Answer(ABC):
         self.request_id = request_id
         self._text = TextStream(tokenizer, params)
         self._started = time.perf_counter()
-        self._first_token_at: float | None = None
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -54,11 +55,10 @@ class _Answer(ABC):
         self._usage = Usage(0, 0, 0)
         self._finish: FinishReason | None = None
         self._logs = logger.isEnabledFor(logging.INFO)
-        thread.submit(request, self._open_mailbox())
-
-    @abstractmethod
-    def _open_mailbox(self) -> Sink:
-        """Make the queue that the request's events wait in; returns what puts them there."""
+        # Who wants the whole need not be told of each token, where no text can end it and no log is kept.
+        self._patient = not params.stop and not self._logs
+        self._inbox = Inbox(ring)
+        thread.submit(request, self._inbox.put)
 
     def _take(self, event: TokenEvent) -> Delta:
         """Turn one event into a delta; the last one has ``finish_reason``.
@@ -66,11 +66,19 @@ class _Answer(ABC):
         Raises:
             EngineError: the request failed in the engine.
         """
+        text = self._add(event)
+        usage = None if self._finish is None else self._usage
+        return Delta(text, event.token_ids, event.logprobs, self._finish, usage)
+
+    def _add(self, event: TokenEvent) -> str:
+        """Take in one event; gives the text it adds, and sets ``_finish`` and ``_usage`` at the end.
+
+        Raises:
+            EngineError: the request failed in the engine.
+        """
         if event.error is not None:
             self._finish = FinishReason.ERROR
             raise EngineError(f"request {self.request_id} failed: {event.error}")
-        if event.token_ids and self._first_token_at is None:
-            self._first_token_at = time.perf_counter()
         self._token_ids.extend(event.token_ids)
         self._logprobs.extend(event.logprobs)
         if event.prompt_logprobs:
@@ -83,14 +91,11 @@ class _Answer(ABC):
         else:
             self._finish = event.finish
         self._texts.append(text)
-        usage = None
         if self._finish is not None:
-            usage = Usage(event.prompt_tokens, len(self._token_ids), event.cached_tokens)
-            self._usage = usage
-        delta = Delta(text, event.token_ids, event.logprobs, self._finish, usage)
+            self._usage = Usage(event.prompt_tokens, len(self._token_ids), event.cached_tokens)
         if self._logs:
-            self._log(delta)
-        return delta
+            self._log(event, text)
+        return text
 
     def _whole(self) -> Output:
         assert self._finish is not None
@@ -110,24 +115,24 @@ class _Answer(ABC):
             self._finish = FinishReason.ABORT
             self._thread.abort(self.request_id)
 
-    def _log(self, delta: Delta) -> None:
-        for token_id in delta.token_ids:
+    def _log(self, event: TokenEvent, text: str) -> None:
+        for token_id in event.token_ids:
             logger.info(
                 "decode request=%s token=%d text=%r",
                 self.request_id,
                 token_id,
                 self._tokenizer.token_text(token_id),
             )
-        if delta.text:
-            logger.info("chunk request=%s text=%r", self.request_id, delta.text)
-        if delta.usage is not None:
+        if text:
+            logger.info("chunk request=%s text=%r", self.request_id, text)
+        if self._finish is not None:
             seconds = time.perf_counter() - self._started
-            first = (self._first_token_at or time.perf_counter()) - self._started
-            usage = delta.usage
+            first = (self._inbox.first_token_at or time.perf_counter()) - self._started
+            usage = self._usage
             logger.info(
                 "done request=%s reason=%s tokens=%d seconds=%.3f tokens/s=%.1f ttft=%.3f prompt=%d "
                 "prefix_hit_tokens=%d prefix_miss_tokens=%d",
-                self.request_id, delta.finish_reason, usage.completion_tokens, seconds,
+                self.request_id, self._finish, usage.completion_tokens, seconds,
                 usage.completion_tokens / max(seconds, 1e-9), first, usage.prompt_tokens,
                 usage.cached_tokens, usage.prompt_tokens - usage.cached_tokens,
             )  # fmt: skip
@@ -140,20 +145,32 @@ class Stream(_Answer, Iterator[Delta]):
     aborts the request.
     """
 
-    def _open_mailbox(self) -> Sink:
-        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
-        return self._events.put
+    def __init__(
+        self,
+        thread: EngineThread,
+        tokenizer: Tokenizer,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+    ) -> None:
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        super().__init__(thread, tokenizer, request_id, prompt_ids, params, partial(self._bell.put, None))
 
     def __next__(self) -> Delta:
         if self._finish is not None:
             raise StopIteration
-        return self._take(self._events.get())
+        return self._take(self._next_event())
 
     def output(self) -> Output:
         """Wait for the end; the whole answer, deltas taken before included."""
-        for _ in self:
-            pass
+        while self._finish is None:
+            self._add(self._next_event(self._patient))
         return self._whole()
+
+    def _next_event(self, patient: bool = False) -> TokenEvent:
+        while (event := self._inbox.take(patient=patient)) is None:
+            self._bell.get()
+        return event
 
     def close(self) -> None:
         self._end()
@@ -168,22 +185,26 @@ class Stream(_Answer, Iterator[Delta]):
 
     def __del__(self) -> None:
         # Not set where the constructor refused the prompt.
-        if getattr(self, "_events", None) is not None:
+        if hasattr(self, "_inbox"):
             self._end()
 
 
 class AsyncStream(_Answer):
     """``Stream`` for asyncio: ``async for``, ``await output()``, ``await aclose()``."""
 
-    def _open_mailbox(self) -> Sink:
-        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        loop, events = asyncio.get_running_loop(), self._events
-
-        def put(event: TokenEvent) -> None:
-            # Raises in the engine's thread where the loop was closed; the request is dropped then.
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        return put
+    def __init__(
+        self,
+        thread: EngineThread,
+        tokenizer: Tokenizer,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        calls: LoopCalls,
+    ) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+        # Raises in the engine's thread where the loop was closed; the request is dropped then.
+        ring = partial(calls.put, self._wake)
+        super().__init__(thread, tokenizer, request_id, prompt_ids, params, ring)
 
     def __aiter__(self) -> AsyncStream:
         return self
@@ -191,17 +212,27 @@ class AsyncStream(_Answer):
     async def __anext__(self) -> Delta:
         if self._finish is not None:
             raise StopAsyncIteration
-        try:
-            return self._take(await self._events.get())
-        except asyncio.CancelledError:
-            self._end()
-            raise
+        return self._take(await self._next_event())
 
     async def output(self) -> Output:
         """Wait for the end; the whole answer, deltas taken before included."""
-        async for _ in self:
-            pass
+        while self._finish is None:
+            self._add(await self._next_event(self._patient))
         return self._whole()
+
+    async def _next_event(self, patient: bool = False) -> TokenEvent:
+        try:
+            while (event := self._inbox.take(patient=patient)) is None:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+        except asyncio.CancelledError:
+            self._end()
+            raise
+        return event
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def aclose(self) -> None:
         self._end()

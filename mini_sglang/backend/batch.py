@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mini_sglang.backend.step import SequenceStep
+from mini_sglang.backend.step import SampleSpec, SequenceStep
 from mini_sglang.errors import InvalidValueError
 
 IntArray = npt.NDArray[np.int64]
@@ -41,7 +42,7 @@ class Batch:
         page_table: ``[S, P]``; places past a sequence's own pages repeat its first page.
         opened_pages: pages whose first slot is written in this step and whose last is not.
         output_rows: ``[R]`` int64, the rows whose hidden state is needed; ``None`` is all of them.
-        samples: (place in the caller's list, output row) of each token to choose.
+        samples: (place in the caller's list, output row) of each token to choose; ``specs`` say how.
         prompts: (place in the caller's list, first output row, last + 1) of each run of prompt logprobs.
     """
 
@@ -57,6 +58,7 @@ class Batch:
     opened_pages: Tensor | None
     output_rows: Tensor | None
     samples: list[tuple[int, int]]
+    specs: list[SampleSpec]
     prompts: list[tuple[int, int, int]]
 
     @classmethod
@@ -66,82 +68,106 @@ class Batch:
         Raises:
             InvalidValueError: a step that breaks the contract of ``SequenceStep``. Nothing has run then.
         """
+        # In lists: between two steps, when the weights have driven their code out of the caches, an operator
+        # of numpy or torch costs as much as a hundred items of a list.
+        size = limits.page_size
         counts = [len(step.token_ids) for step in steps]
         if not counts or min(counts) < 1:
             raise InvalidValueError("token_ids", counts, "at least one token for each of at least one step")
-        order = sorted(range(len(steps)), key=lambda i: counts[i] > 1)
-        ordered = [steps[i] for i in order]
-        lengths = np.array([counts[i] for i in order], dtype=np.int64)
-        starts = np.array([step.start for step in ordered], dtype=np.int64)
-        ends = starts + lengths
-        if starts.min() < 0 or ends.max() > limits.context_length:
-            raise InvalidValueError(
-                "positions", (int(starts.min()), int(ends.max())), f"from 0 to {limits.context_length}"
-            )
-        query_starts = np.concatenate(([0], np.cumsum(lengths)))
-        flat = np.empty((3, int(query_starts[-1])), dtype=np.int64)
-        token_ids, positions, slots = flat
-        token_ids[:] = np.fromiter(
-            chain.from_iterable(step.token_ids for step in ordered), dtype=np.int64, count=len(token_ids)
-        )
-        if token_ids.min() < 0 or token_ids.max() >= limits.vocab_size:
-            bad = token_ids.min() if token_ids.min() < 0 else token_ids.max()
-            raise InvalidValueError("token id", int(bad), f"from 0 to {limits.vocab_size - 1}")
-        sequence = np.repeat(np.arange(len(ordered)), lengths)
-        positions[:] = np.arange(len(positions)) - (query_starts[:-1] - starts)[sequence]
+        order = [place for place, count in enumerate(counts) if count == 1]
+        num_decodes = len(order)
+        if num_decodes < len(counts):
+            order += [place for place, count in enumerate(counts) if count > 1]
+        ordered = [steps[place] for place in order]
+        starts = [step.start for step in ordered]
+        ends = [steps[place].start + counts[place] for place in order]
+        if min(starts) < 0 or max(ends) > limits.context_length:
+            allowed = f"from 0 to {limits.context_length}"
+            raise InvalidValueError("positions", (min(starts), max(ends)), allowed)
         table = _page_table(ordered, ends, limits)
-        page_of_row = table[sequence, positions // limits.page_size]
-        slots[:] = page_of_row * limits.page_size + positions % limits.page_size
-        if len(np.unique(slots)) != len(slots):
+
+        token_ids = [step.token_ids[0] for step in ordered[:num_decodes]]
+        positions = starts[:num_decodes]
+        slots = [step.pages[step.start // size] * size + step.start % size for step in ordered[:num_decodes]]
+        for step, end in zip(ordered[num_decodes:], ends[num_decodes:], strict=True):
+            token_ids += step.token_ids
+            positions += range(step.start, end)
+            slots += _slots(step.pages, step.start, end, size)
+        if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
+            bad = min(token_ids) if min(token_ids) < 0 else max(token_ids)
+            raise InvalidValueError("token id", bad, f"from 0 to {limits.vocab_size - 1}")
+        if len(set(slots)) < len(slots):
             raise InvalidValueError("pages", "shared by two writers", "written by one sequence at a time")
-        opened = _opened_pages(table, starts, ends, limits.page_size)
-        output_rows, samples, prompts = _outputs(ordered, order, query_starts.tolist())
-        rows = None if len(output_rows) == len(slots) else torch.from_numpy(output_rows).to(device)
-        # One transfer for the three arrays of the step.
-        on_device = torch.from_numpy(flat).to(device)
+        opened = [
+            step.pages[end // size]
+            for step, start, end in zip(ordered, starts, ends, strict=True)
+            if end % size and start <= end - end % size
+        ]
+        query_starts = [0, *accumulate([counts[place] for place in order])]
+        output_rows, samples, prompts = _outputs(ordered, order, query_starts)
+        on_device = _tensors(token_ids, positions, slots, device)
         return cls(
-            page_size=limits.page_size,
+            page_size=size,
             order=order,
-            num_decodes=int((lengths == 1).sum()),
+            num_decodes=num_decodes,
             token_ids=on_device[0],
             positions=on_device[1],
             slot_mapping=on_device[2],
-            query_starts=query_starts.tolist(),
-            seq_lens=ends.tolist(),
+            query_starts=query_starts,
+            seq_lens=ends,
             page_table=table,
-            opened_pages=torch.from_numpy(opened).to(device) if len(opened) else None,
-            output_rows=rows,
+            opened_pages=_indices(opened, device) if opened else None,
+            output_rows=None if len(output_rows) == len(slots) else _indices(output_rows, device),
             samples=samples,
+            specs=[step.sample for step in ordered if step.sample is not None],
             prompts=prompts,
         )
 
 
-def _page_table(steps: Sequence[SequenceStep], ends: IntArray, limits: Limits) -> IntArray:
-    needed = -(-ends // limits.page_size)
-    table = np.empty((len(steps), int(needed.max())), dtype=np.int64)
-    for row, step, count in zip(table, steps, needed.tolist(), strict=True):
-        if len(step.pages) < count:
-            raise InvalidValueError("pages", f"{len(step.pages)} pages", f"at least {count} pages here")
-        # The slice copies: a view of the engine's array would forbid it to append while the view lives.
-        pages = np.frombuffer(step.pages[:count], dtype=np.int32)
-        row[:count] = pages
-        row[count:] = pages[0]
-    if table.min() < 0 or table.max() >= limits.num_pages:
-        bad = table.min() if table.min() < 0 else table.max()
-        raise InvalidValueError("page", int(bad), f"from 0 to {limits.num_pages - 1}")
-    return table
+def _page_table(steps: Sequence[SequenceStep], ends: Sequence[int], limits: Limits) -> IntArray:
+    needed = [-(-end // limits.page_size) for end in ends]
+    width = max(needed)
+    rows: list[array[int]] = []
+    for step, count in zip(steps, needed, strict=True):
+        pages = step.pages
+        if len(pages) < count:
+            raise InvalidValueError("pages", f"{len(pages)} pages", f"at least {count} pages here")
+        # A copy: a view of the engine's array would forbid it to append while the view lives.
+        rows.append(pages[:count] + pages[:1] * (width - count))
+    # As unsigned numbers, of which negative ones are the largest.
+    table = array("I", b"".join(rows))
+    if max(table) >= limits.num_pages:
+        bad = next(page for row in rows for page in row if not 0 <= page < limits.num_pages)
+        raise InvalidValueError("page", bad, f"from 0 to {limits.num_pages - 1}")
+    return np.frombuffer(table, dtype=np.uint32).astype(np.int64).reshape(len(steps), width)
 
 
-def _opened_pages(table: IntArray, starts: IntArray, ends: IntArray, page_size: int) -> IntArray:
-    last = (ends - 1) // page_size
-    opened = (starts <= last * page_size) & (ends % page_size != 0)
-    rows = np.flatnonzero(opened)
-    return table[rows, last[rows]]
+def _slots(pages: array[int], start: int, end: int, page_size: int) -> Iterator[int]:
+    """Where positions ``start`` to ``end`` lie."""
+    for page in range(start // page_size, -(-end // page_size)):
+        first = page * page_size
+        offset = pages[page] * page_size - first
+        yield from range(max(start, first) + offset, min(end, first + page_size) + offset)
+
+
+def _tensors(
+    token_ids: list[int], positions: list[int], slots: list[int], device: torch.device
+) -> Sequence[Tensor]:
+    numbers, length = array("q", token_ids + positions + slots), len(slots)
+    if device.type != "cpu":
+        # One transfer for the three arrays of the step.
+        return torch.frombuffer(numbers, dtype=torch.int64).to(device).view(3, length).unbind()
+    starts = (0, 8 * length, 16 * length)
+    return [torch.frombuffer(numbers, dtype=torch.int64, count=length, offset=start) for start in starts]
+
+
+def _indices(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(device)
 
 
 def _outputs(
     steps: Sequence[SequenceStep], order: Sequence[int], query_starts: Sequence[int]
-) -> tuple[IntArray, list[tuple[int, int]], list[tuple[int, int, int]]]:
+) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int, int]]]:
     rows: list[int] = []
     samples: list[tuple[int, int]] = []
     prompts: list[tuple[int, int, int]] = []
@@ -156,4 +182,4 @@ def _outputs(
             if wanted < stop - first:
                 rows.append(stop - 1)
             samples.append((place, len(rows) - 1))
-    return np.array(rows, dtype=np.int64), samples, prompts
+    return rows, samples, prompts

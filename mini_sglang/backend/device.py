@@ -94,9 +94,7 @@ def free_memory(device: torch.device, proc: Path = _PROC, cgroup_root: Path = _C
     """Bytes that can still be had on ``device``; for a CPU the cgroup's limit counts too."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
+    free = _available_memory(proc)
     if device.type == "mps":
         return min(free, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     for folder in _cgroup_folders("memory", proc, cgroup_root):
@@ -106,6 +104,16 @@ def free_memory(device: torch.device, proc: Path = _PROC, cgroup_root: Path = _C
             # The page cache counts as used, but is given back when asked for.
             free = min(free, max(0, limit - used + _reclaimable(folder / "memory.stat")))
     return free
+
+
+def _available_memory(proc: Path) -> int:
+    """What the whole machine can still give: Linux' own estimate, elsewhere that of psutil."""
+    words = _read_words(proc / "meminfo")
+    if "MemAvailable:" in words:
+        return int(words[words.index("MemAvailable:") + 1]) * 1024
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _cgroup_folders(controller: str, proc: Path, root: Path) -> list[Path]:

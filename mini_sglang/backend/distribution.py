@@ -69,6 +69,16 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     return top, x.gather(1, top.unsqueeze(1))
 
 
+def argmax_items(logits: Tensor) -> list[tuple[int, float]]:
+    """What ``argmax`` says of each row of ``logits``, of any type: index and value."""
+    if not logits.is_cpu or logits.dtype != torch.float32:
+        top, peak = argmax(usable(logits))
+        return list(zip(top.tolist(), peak[:, 0].tolist(), strict=True))
+    # One operator of torch: most steps come here, where each costs as much as dozens of items of a list.
+    values = logits.numpy()
+    return [(index, values.item(row, index)) for row, index in enumerate(values.argmax(-1).tolist())]
+
+
 def largest(x: Tensor, count: int) -> Tensor:
     """The ``count`` largest values of each row, descending, ``[R, count]``. Any rows."""
     if x.device.type != "cpu":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -24,6 +26,22 @@ def advise_huge_pages(tensor: Tensor) -> None:
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         madvise(start, length, mmap.MADV_HUGEPAGE)
+
+
+def empty_in_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A CPU tensor at the start of a huge page, behind which there are huge pages where Linux has them.
+
+    What torch allocates itself begins just before one: the first bytes alone would then take a whole page.
+
+    Raises:
+        RuntimeError: there is not that much memory.
+    """
+    nbytes = prod(shape) * dtype.itemsize
+    room = torch.empty(nbytes + _HUGE_PAGE, dtype=torch.uint8)
+    start = -room.data_ptr() % _HUGE_PAGE
+    tensor = room[start : start + nbytes].view(dtype).view(*shape)
+    advise_huge_pages(tensor)
+    return tensor
 
 
 class Arena:

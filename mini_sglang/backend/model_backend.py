@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,10 +22,12 @@ from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
+from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.loading.progress import progress_bar
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
+from mini_sglang.backend.models.quantization import block_formats
 from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import SequenceResult, SequenceStep
 from mini_sglang.config import Settings
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 # Rows of prompt logprobs at a time: a row of float32 logits is up to a megabyte.
 _LOGPROB_ROWS = 128
+# Of a recorded step: its buffers take tens of KB a row.
+_PROGRAM_ROWS = 1024
 _DEQUANTIZE = MappingProxyType({"auto": None, "0": False, "1": True})
 
 
@@ -56,15 +60,17 @@ class ModelBackend:
         kernels: str,
         dtype: torch.dtype,
         program: StepProgram | None = None,
+        quantization: str = "none",
     ) -> None:
         self.decoder = decoder
         self.kv = kv
-        self._attention = attention
-        self._sampler = sampler
+        self.attention = attention
+        self.sampler = sampler
         self._num_parameters = num_parameters
         self._kernels = kernels
         self._dtype = dtype
-        self._program = program
+        self._quantization = quantization
+        self.program = program
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
     @property
@@ -99,19 +105,18 @@ class ModelBackend:
         with torch.inference_mode():
             device = self.kv.data.device
             batch = Batch.build(steps, self._limits, device)
-            if self._program is not None and self._program.takes(batch):
-                hidden = self._program.forward(batch)
+            if self.program is not None and self.program.takes(batch):
+                hidden = self.program.forward(batch)
             else:
-                hidden = self.decoder.forward(batch, self.kv, self._attention)
-            results = [SequenceResult() for _ in steps]
+                hidden = self.decoder.forward(batch, self.kv, self.attention)
+            sampled: dict[int, SequenceResult] = {}
             if batch.samples:
-                places = [place for place, _ in batch.samples]
-                specs = [spec for place in places if (spec := steps[place].sample) is not None]
-                rows = [row for _, row in batch.samples]
-                picked = hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=device)]
-                sampled = self._sampler.sample(self.decoder.logits(picked), specs)
-                for place, result in zip(places, sampled, strict=True):
-                    results[place] = result
+                places, rows = zip(*batch.samples, strict=True)
+                # Without prompts, tokens are chosen after all the output rows, in their order.
+                picked = hidden[torch.tensor(rows, device=device)] if batch.prompts else hidden
+                chosen = self.sampler.sample(self.decoder.logits(picked), batch.specs)
+                sampled = dict(zip(places, chosen, strict=True))
+            results = [sampled.get(place) or SequenceResult() for place in range(len(steps))]
             for place, first, stop in batch.prompts:
                 step = steps[place]
                 results[place].prompt_logprobs = self._prompt_logprobs(
@@ -128,6 +133,7 @@ class ModelBackend:
             "parameters": self._num_parameters,
             "dtype": _name(self._dtype),
             "kv_dtype": _name(self.kv.dtype),
+            "quantization": self._quantization,
             "device": str(self.kv.data.device),
             "threads": torch.get_num_threads(),
             "kernels": self._kernels,
@@ -143,7 +149,7 @@ class ModelBackend:
         logprobs: list[TokenLogprob] = []
         for first in range(0, len(hidden), _LOGPROB_ROWS):
             rows = slice(first, first + _LOGPROB_ROWS)
-            logprobs += self._sampler.prompt_logprobs(self.decoder.logits(hidden[rows]), targets[rows], top)
+            logprobs += self.sampler.prompt_logprobs(self.decoder.logits(hidden[rows]), targets[rows], top)
         return logprobs
 
 
@@ -177,11 +183,15 @@ def load_backend(
         config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
         context_length = _context_length(settings, config)
         num_parameters = check_tensors(checkpoint, config)
-        dtypes = _dtypes(settings, config, device, kernels, checkpoint.quantized)
+        formats = block_formats(checkpoint, expected_tensors(config), settings.quantization)
+        in_blocks = checkpoint.quantized or bool(formats)
+        dtypes = _dtypes(settings, config, device, kernels, in_blocks)
         if notify is not None:
-            kind = "quantised blocks" if checkpoint.quantized else _name(dtypes.weights)
+            kind = "quantised blocks" if in_blocks else _name(dtypes.weights)
+            if formats:
+                kind = f"{settings.quantization} blocks"
             notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {kind} on {device}")
-        decoder = _load(checkpoint, config, dtypes, device, kernels)
+        decoder = _load(checkpoint, config, dtypes, device, kernels, formats)
     finally:
         checkpoint.close()
     per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtypes.kv)
@@ -209,7 +219,8 @@ def load_backend(
         and isinstance(attention, NativeAttention)
         and isinstance(decoder.operations, NativeOperations)
     ):
-        program = StepProgram.build(kernels, decoder, kv, settings.max_batch_size)
+        rows = max(settings.max_batch_size, min(settings.max_prefill_tokens, _PROGRAM_ROWS))
+        program = StepProgram.build(kernels, decoder, kv, rows)
     backend = ModelBackend(
         decoder,
         kv,
@@ -220,6 +231,7 @@ def load_backend(
         kernels_used,
         dtypes.weights,
         program,
+        settings.quantization,
     )
     logger.info("Loaded %s", backend.describe())
     return backend
@@ -247,14 +259,13 @@ def _dtypes(
     if quantized and settings.dtype == "auto" and device.type == "cpu":
         weights = torch.float32
     sizes = config.hidden_size, config.intermediate_size, config.head_dim
-    native = (
+    if (
         kernels is not None
         and kernels.fast
         and NativeOperations.fit(*sizes, torch.float32)
         and NativeAttention.fit(config.num_heads, config.num_kv_heads, config.head_dim, torch.float32)
-    )
-    if native:
-        kv = KV_DTYPES.get(settings.kv_dtype, torch.float16 if quantized else weights)
+    ):
+        kv = KV_DTYPES.get(settings.kv_dtype, kernels.half if quantized else weights)
         return _Dtypes(weights, torch.float32, kv)
     if settings.kv_dtype != "auto" and KV_DTYPES[settings.kv_dtype] != weights:
         raise InvalidValueError(
@@ -290,6 +301,7 @@ def _load(
     dtypes: _Dtypes,
     device: torch.device,
     kernels: NativeKernels | None,
+    formats: Mapping[str, GGMLType],
 ) -> Decoder:
     counts = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
     total = sum(counts.values())
@@ -305,4 +317,6 @@ def _load(
             shown = now
 
         with torch.inference_mode():
-            return load_decoder(checkpoint, config, dtypes.weights, device, loaded, kernels, dtypes.compute)
+            return load_decoder(
+                checkpoint, config, dtypes.weights, device, loaded, kernels, dtypes.compute, formats
+            )

@@ -35,7 +35,7 @@ def dequantize(blocks: Tensor, kind: GGMLType, dtype: torch.dtype) -> Tensor:
     flat = blocks.reshape(rows * blocks_per_row, kind.block_bytes)
     out = torch.empty(len(flat), kind.block_size, dtype=dtype, device=blocks.device)
     if kind.block_size == 1:
-        out.copy_(flat.view(_FLOATS[kind.name]))
+        out.copy_(flat.view(FLOATS[kind.name]))
     else:
         decode = _DECODERS[kind.name]
         step = max(1, _CHUNK_WEIGHTS // kind.block_size)
@@ -145,9 +145,11 @@ def _q6_k(blocks: Tensor, out: Tensor) -> None:
     out.view(-1, 16, 16).sub_(32).mul_(scales.unsqueeze(-1))
 
 
-_FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
+FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
     {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 )
+"""The formats that are no blocks, by their names in ggml."""
+
 _DECODERS: Mapping[str, Callable[[Tensor, Tensor], None]] = MappingProxyType(
     {
         "Q8_0": _q8_0,

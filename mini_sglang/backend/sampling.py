@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from mini_sglang.backend.distribution import (
     argmax,
+    argmax_items,
     chunk_rows,
     draw_target,
     largest,
@@ -79,7 +80,6 @@ class Sampler:
         self._vocab_size = vocab_size
         self._unit = weight_unit(vocab_size)
 
-    @torch.inference_mode()
     def sample(self, logits: Tensor, specs: Sequence[SampleSpec]) -> list[SequenceResult]:
         """Choose the next token of every row, with its logprob where asked for.
 
@@ -95,12 +95,24 @@ class Sampler:
         Raises:
             ValueError: the shape of ``logits`` does not fit ``specs`` or the vocabulary.
         """
-        if logits.ndim != 2 or logits.shape[0] != len(specs) or logits.shape[1] < self._vocab_size:
+        shape = logits.shape
+        if len(shape) != 2 or shape[0] != len(specs) or shape[1] < self._vocab_size:
             wanted = f"[{len(specs)}, at least {self._vocab_size}]"
-            raise ValueError(f"logits have shape {list(logits.shape)}; it must be {wanted}.")
+            raise ValueError(f"logits have shape {list(shape)}; it must be {wanted}.")
         if not specs:
             return []
-        x = usable(logits)[:, : self._vocab_size]
+        if shape[1] > self._vocab_size:
+            logits = logits[:, : self._vocab_size]
+        if all(map(_takes_argmax, specs)):
+            return _argmax_results(logits)
+        return self._sample(usable(logits), specs)
+
+    def prompt_logprobs(self, logits: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
+        """``prompt_logprobs`` within the vocabulary, for ``logits`` that may have the head's padding."""
+        return prompt_logprobs(logits[:, : self._vocab_size], targets, top)
+
+    @torch.inference_mode()
+    def _sample(self, x: Tensor, specs: Sequence[SampleSpec]) -> list[SequenceResult]:
         top, peak = argmax(x)
         errors = [None if math.isfinite(value) else _bad_logits(value) for value in peak[:, 0].tolist()]
         reported = [row for row, spec in enumerate(specs) if spec.params.logprobs and not errors[row]]
@@ -129,10 +141,6 @@ class Sampler:
                 if not errors[row]:
                     results[row].logprob = logprob
         return results
-
-    def prompt_logprobs(self, logits: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
-        """``prompt_logprobs`` within the vocabulary, for ``logits`` that may have the head's padding."""
-        return prompt_logprobs(logits[:, : self._vocab_size], targets, top)
 
     def _draw(
         self, x: Tensor, peak: Tensor, specs: Sequence[SampleSpec], drawn: Sequence[int]
@@ -265,6 +273,18 @@ class _Columns:
             None if self.floor is None else self.floor[rows],
             None if self.total is None else self.total[rows],
         )
+
+
+def _takes_argmax(spec: SampleSpec) -> bool:
+    """Whether the largest of the model's own logits is all that the row needs."""
+    return spec.params.greedy and not spec.params.logprobs and not adjusts(spec)
+
+
+def _argmax_results(logits: Tensor) -> list[SequenceResult]:
+    return [
+        SequenceResult(token_id) if math.isfinite(peak) else SequenceResult(error=_bad_logits(peak))
+        for token_id, peak in argmax_items(logits)
+    ]
 
 
 def _bad_logits(value: float) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +21,7 @@ from mini_sglang.backend.quant import dequantize
 from mini_sglang.errors import ModelLoadError
 
 if TYPE_CHECKING:
-    from mini_sglang.backend.kernels.jobs import Product
+    from mini_sglang.backend.kernels.jobs import Embed, Product
     from mini_sglang.backend.kernels.library import NativeKernels
 
 # Rows of a quantised matrix are made dense this many weights at a time, 4 MiB in float32.
@@ -55,6 +56,10 @@ class Weight(ABC):
 
         ``None`` where it is not theirs alone. ``n`` of each is its share of ``out_features``.
         """
+        return None
+
+    def lookup(self) -> Embed | None:
+        """A job of the compiled kernels that does what ``rows`` does; without ``ids`` and ``out``."""
         return None
 
     @abstractmethod
@@ -171,6 +176,11 @@ class PackedWeight(Weight):
             return None
         return [self._kernels.product(self.packed, self.type, self.shape)]
 
+    def lookup(self) -> Embed | None:
+        if self.dtype != torch.float32:
+            return None
+        return self._kernels.lookup(self.packed, self.type, self.shape)
+
     def rows(self, ids: Tensor) -> Tensor:
         picked = self._kernels.unpack(self.packed, self.type, self.shape, ids.reshape(-1))
         return dequantize(picked, self.type, self.dtype).view(*ids.shape, self.shape[1])
@@ -254,7 +264,11 @@ def stack_rows(weights: Sequence[Weight]) -> Weight:
             return DenseWeight(torch.cat([cast(DenseWeight, weight).tensor for weight in weights]))
         quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
         if len(quantized) == len(weights) and len({weight.type for weight in quantized}) == 1:
-            blocks = torch.cat([weight.blocks for weight in quantized])
+            # By numpy, which copies in this thread. torch would share out each of these hundreds of small
+            # copies, and wait for its other threads, which takes long on a machine whose cores are busy.
+            parts = [weight.blocks for weight in quantized]
+            on_cpu = all(part.device.type == "cpu" for part in parts)
+            blocks = torch.from_numpy(np.concatenate(parts)) if on_cpu else torch.cat(parts)
             return QuantizedWeight(blocks, quantized[0].type, first.dtype)
     return StackedWeight(weights)
 

@@ -29,14 +29,26 @@ class UsageError(MiniSglangError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` whose errors are one sentence and not sixty lines of usage."""
+    """An ``ArgumentParser`` whose errors are one sentence and not sixty lines of usage.
 
-    def __init__(self, **keywords: Any) -> None:
+    Args:
+        fill: adds the arguments, once they are needed: a hundred of them for each command take a while.
+        keywords: of ``ArgumentParser``.
+    """
+
+    def __init__(self, *, fill: Callable[[Parser], None] | None = None, **keywords: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **keywords)
         self.set_defaults(prog=self.prog)
+        self._fill = fill
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; `{self.prog} --help` shows what is allowed.")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        fill, self._fill = self._fill, None
+        if fill is not None:
+            fill(self)
+        return super().parse_known_args(args, namespace)
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The parsed arguments.
@@ -45,6 +57,7 @@ class Parser(argparse.ArgumentParser):
             UsageError: an unknown option, a missing value or a word too many.
             SystemExit: after ``--help`` or ``--version``, with status 0.
         """
+        options: argparse.Namespace
         options, extra = self.parse_known_args(argv)
         if extra:
             raise UsageError(_explain(extra[0], options.prog))
@@ -66,36 +79,32 @@ def command_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"mini-sglang {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    generate = commands.add_parser(
+    commands.add_parser(
         "generate",
         prog="mini-sglang generate",
         help="answer one prompt",
         usage="mini-sglang generate [options] [PROMPT]",
         description="Answer one prompt: the text alone on standard output, all else on standard error.",
+        fill=add_generate_options,
     )
-    add_generate_options(generate)
-    chat = commands.add_parser(
+    commands.add_parser(
         "chat",
         prog="mini-sglang chat",
         help="hold a conversation",
         usage="mini-sglang chat [options] [PROMPT]",
         description="Hold a conversation: each line of input is a turn, /help lists the commands in it. "
         "Ctrl-C stops an answer, Ctrl-D leaves.",
+        fill=_add_chat_options,
     )
-    chat.add_argument("prompt", nargs="?", metavar="PROMPT", help="the first turn")
-    _add_common_options(chat)
-    _add_sampling(chat, CHAT_PARAMS, CHAT_DEFAULTS)
-    _add_settings(chat)
-    serve = commands.add_parser(
+    commands.add_parser(
         "serve",
         prog="mini-sglang serve",
         help="serve the model over HTTP",
         usage="mini-sglang serve [options]",
         description="Serve the model over HTTP, to OpenAI clients (/v1/…) and natively (/generate), until "
         "Ctrl-C or SIGTERM. Only this machine can reach it unless --host says otherwise.",
+        fill=_add_serve_options,
     )
-    serve.add_argument("--quiet", "-q", action="store_true", help="no progress and no banner")
-    _add_settings(serve)
     commands.add_parser(
         "settings",
         prog="mini-sglang settings",
@@ -116,6 +125,18 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_common_options(parser)
     _add_sampling(parser, tuple(f.name for f in fields(SamplingParams)), {})
+    _add_settings(parser)
+
+
+def _add_chat_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the first turn")
+    _add_common_options(parser)
+    _add_sampling(parser, CHAT_PARAMS, CHAT_DEFAULTS)
+    _add_settings(parser)
+
+
+def _add_serve_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", "-q", action="store_true", help="no progress and no banner")
     _add_settings(parser)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -48,7 +49,13 @@ def load_engine(**keywords: Any) -> EngineFace:
     """Import and start the real engine."""
     from mini_sglang import Engine
 
-    return Engine(**keywords)
+    # What an import makes stays: looking for garbage in it would take a third as long again as making it.
+    gc.disable()
+    try:
+        return Engine(**keywords)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def has_chat_template(engine: EngineFace) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import socket
@@ -43,6 +44,9 @@ def run(options: Namespace, terminal: Terminal, open_engine: Callable[[], Engine
     uvicorn_log.setLevel(logging.CRITICAL)
 
     def started(service: Service) -> None:
+        # What is there by now stays: no use looking for garbage in it while requests wait.
+        gc.freeze()
+        gc.enable()
         uvicorn_log.setLevel(logging.WARNING)
         terminal.notice(banner(service, listener))
 
@@ -60,6 +64,7 @@ def run(options: Namespace, terminal: Terminal, open_engine: Callable[[], Engine
         timeout_keep_alive=30,
     )
     server = uvicorn.Server(config)
+    gc.disable()
     try:
         server.run(sockets=[listener])
     except SystemExit:
@@ -67,6 +72,7 @@ def run(options: Namespace, terminal: Terminal, open_engine: Callable[[], Engine
             raise
         raise MiniSglangError(door.failure) from None
     finally:
+        gc.enable()
         listener.close()
     return 0
 

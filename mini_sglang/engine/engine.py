@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from mini_sglang.backend.step import (
     Backend,
     GrammarFactory,
-    SampleSpec,
     SequenceResult,
     SequenceStep,
 )
@@ -151,14 +150,13 @@ class EngineCore:
 
     def request_of(self, work: Work) -> Request:
         """Wrap up checked work for ``add``."""
-        assert work.params.seed is not None
         return Request(
             request_id=work.request_id,
             tokens=list(work.prompt_ids),
             num_prompt=len(work.prompt_ids),
             params=work.params,
             max_new_tokens=work.max_new_tokens,
-            seed=work.params.seed,
+            seed=work.seed,
             eos_ids=self._eos_ids,
             prefill_only=work.prefill_only,
             namespace=work.namespace,
@@ -253,34 +251,32 @@ class EngineCore:
         start, end = request.num_computed, request.num_computed + item.num_tokens
         step = SequenceStep(request.tokens[start:end], start, request.pages)
         if item.samples:
-            penalised = request.params.penalised
-            step.sample = SampleSpec(
-                request.params,
-                request.seed,
-                request.num_output,
-                request.tokens[: request.num_prompt] if penalised else (),
-                request.tokens[request.num_prompt :] if penalised else (),
-                request.banned_ids(),
-                request.grammar,
-                () if request.grammar is None else request.end_ids(),
-            )
+            step.sample = request.sample_spec()
         if request.wants_prompt_logprobs:
             step.prompt_targets = request.tokens[start + 1 : min(end + 1, request.num_prompt)]
             step.prompt_top = request.params.top_logprobs
         return step
 
     def _postprocess(self, plan: list[Scheduled], results: list[SequenceResult]) -> list[TokenEvent]:
-        self.counters.steps += 1
+        counters = self.counters
+        counters.steps += 1
         events: list[TokenEvent] = []
         for item, result in zip(plan, results, strict=True):
-            request = item.request
+            request, num_tokens = item.request, item.num_tokens
             if result.error is not None:
                 events.append(self._fail(request, result.error))
                 continue
-            self._count(item)
-            request.num_computed += item.num_tokens
-            request.prompt_logprobs.extend(result.prompt_logprobs)
-            if item.num_tokens > 1 or request.num_output == 0:
+            begun = request.num_output > 0
+            # What a retracted request computes again is prefill, but for its newest token.
+            decoded = int(begun and result.token_id is not None)
+            counters.decode_tokens += decoded
+            counters.prefill_tokens += num_tokens - decoded
+            if not request.started:
+                self._note_start(request, num_tokens)
+            request.num_computed += num_tokens
+            if result.prompt_logprobs:
+                request.prompt_logprobs.extend(result.prompt_logprobs)
+            if num_tokens > 1 or not begun:
                 self.cache.publish(request)
             if request.prefill_only and request.num_remaining == 0:
                 events.append(self._end(request, FinishReason.STOP, keep_kv=True))
@@ -312,22 +308,17 @@ class EngineCore:
             prompt_logprobs=prompt_logprobs,
         )
 
-    def _count(self, item: Scheduled) -> None:
-        request = item.request
-        # What a retracted request computes again is prefill, but for its newest token.
-        decoded = int(item.samples and request.num_output > 0)
-        self.counters.decode_tokens += decoded
-        self.counters.prefill_tokens += item.num_tokens - decoded
-        if not request.started:
-            request.started = True
-            hit = bool(request.num_cached)
-            self.counters.prefix_hits += hit
-            self.counters.prefix_misses += not hit
-            self.counters.prefix_hit_tokens += request.num_cached or 0
-            logger.info(
-                "prefill request=%s prompt=%d cached=%d computing=%d",
-                request.request_id, request.num_prompt, request.num_cached or 0, item.num_tokens,
-            )  # fmt: skip
+    def _note_start(self, request: Request, num_tokens: int) -> None:
+        """Count what the prefix cache gave to a request whose first step has run."""
+        request.started = True
+        cached = request.num_cached or 0
+        self.counters.prefix_hits += cached > 0
+        self.counters.prefix_misses += cached == 0
+        self.counters.prefix_hit_tokens += cached
+        logger.info(
+            "prefill request=%s prompt=%d cached=%d computing=%d",
+            request.request_id, request.num_prompt, cached, num_tokens,
+        )  # fmt: skip
 
     def _fail(self, request: Request, message: str) -> TokenEvent:
         self.counters.failed += 1

@@ -30,10 +30,11 @@ class Work:
     """One request as an engine needs it.
 
     Attributes:
-        params: the caller's, with the seed drawn; its ``max_new_tokens`` is before the caps.
+        params: the caller's; its ``max_new_tokens`` is before the caps.
         max_new_tokens: after the caps of context and pool; 0 with ``prefill_only``.
         prefill_only: end when the prompt's KV is in the prefix cache, without a token.
         namespace: prefixes are shared only within one.
+        seed: the caller's, or drawn where there is none.
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class Work:
     max_new_tokens: int
     prefill_only: bool = False
     namespace: str = ""
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ class KVCacheManager:
 
         Returns False, and changes nothing for the request, when the pages cannot be had.
         """
-        missing = self.pages_for(num_tokens) - len(request.pages)
+        missing = -(-num_tokens // self.page_size) - len(request.pages)
         if missing <= 0:
             return True
         if missing > self.num_available:

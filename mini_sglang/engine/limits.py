@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 
 from mini_sglang.config import Settings
 from mini_sglang.engine.handle import EngineInfo, Work
@@ -37,10 +36,11 @@ def make_work(
     return Work(
         request_id=request_id,
         prompt_ids=tuple(prompt_ids),
-        params=params if params.seed is not None else replace(params, seed=secrets.randbits(63)),
+        params=params,
         max_new_tokens=_cap_new_tokens(info, settings, len(prompt_ids), params, prefill_only),
         prefill_only=prefill_only,
         namespace=namespace,
+        seed=secrets.randbits(63) if params.seed is None else params.seed,
     )
 
 
@@ -83,6 +83,9 @@ def _cap_new_tokens(
 
 
 def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
+    # In C for the many that are as they should be.
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
+        return
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise InvalidValueError(field, token_id, f"made of token ids from 0 to {vocab_size - 1}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import importlib
 import logging
 import os
@@ -97,7 +98,11 @@ class Child:
             settings = Settings.resolve(dict(setup.settings), {})
             if settings.step_timeout:
                 self._heartbeat = min(HEARTBEAT, settings.step_timeout / 4)
+            # What is made here stays: no use looking for garbage in it, now or later in the middle of a step.
+            gc.disable()
             self._core = make_core(settings, setup, lambda line: self._send(Notice(line)))
+            gc.freeze()
+            gc.enable()
             self._core.on_start = self._write_started
             self._send(Ready(self._core.info))
         except MiniSglangError as error:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from enum import Enum
 
-from mini_sglang.backend.step import TokenGrammar
+from mini_sglang.backend.step import SampleSpec, TokenGrammar
 from mini_sglang.engine.radix import RadixNode
 from mini_sglang.types import FinishReason, SamplingParams, TokenLogprob
 
@@ -38,6 +38,7 @@ class Request:
         started: whether a step of it has run.
         node: the radix node locked for the tree's pages.
         grammar: what the answer must follow, as far as its tokens have come; retraction does not touch it.
+        end_ids: ids that end the answer.
     """
 
     request_id: str
@@ -46,7 +47,7 @@ class Request:
     params: SamplingParams
     max_new_tokens: int
     seed: int
-    eos_ids: frozenset[int]
+    eos_ids: InitVar[frozenset[int]]
     prefill_only: bool = False
     namespace: str = ""
     arrival: float = 0.0
@@ -63,7 +64,13 @@ class Request:
     prompt_logprobs_done: bool = False
     finish: FinishReason | None = None
     matched_token_id: int | None = None
-    first_token_time: float = 0.0
+    end_ids: tuple[int, ...] = field(init=False)
+    _spec: SampleSpec = field(init=False)
+
+    def __post_init__(self, eos_ids: frozenset[int]) -> None:
+        eos = () if self.params.ignore_eos else tuple(sorted(eos_ids))
+        self.end_ids = eos + self.params.stop_token_ids
+        self._spec = SampleSpec(self.params, self.seed, 0)
 
     @property
     def num_output(self) -> int:
@@ -85,7 +92,7 @@ class Request:
         Returns a sentence where its grammar cannot follow the token.
         """
         self.tokens.append(token_id)
-        if token_id in self.end_ids():
+        if token_id in self.end_ids:
             self.finish, self.matched_token_id = FinishReason.STOP, token_id
             return None
         error = None if self.grammar is None else self.grammar.accept(token_id)
@@ -97,11 +104,15 @@ class Request:
             self.finish = FinishReason.LENGTH
         return None
 
-    def end_ids(self) -> tuple[int, ...]:
-        """Ids that end the answer."""
-        eos = () if self.params.ignore_eos else tuple(sorted(self.eos_ids))
-        return eos + self.params.stop_token_ids
-
-    def banned_ids(self) -> tuple[int, ...]:
-        """Ids that may not come next: what would end the answer before ``min_new_tokens``."""
-        return () if self.num_output >= self.params.min_new_tokens else self.end_ids()
+    def sample_spec(self) -> SampleSpec:
+        """How to choose the next token; the same object every time, as of now."""
+        spec, params = self._spec, self.params
+        spec.index = self.num_output
+        # What would end the answer before min_new_tokens may not come.
+        spec.banned_ids = self.end_ids if spec.index < params.min_new_tokens else ()
+        if params.penalised:
+            spec.prompt_ids = self.tokens[: self.num_prompt]
+            spec.output_ids = self.tokens[self.num_prompt :]
+        if self.grammar is not None:
+            spec.grammar, spec.end_ids = self.grammar, self.end_ids
+        return spec

@@ -71,6 +71,7 @@ class Scheduler:
         """Choose the next step and give it its pages. Empty when there is nothing to run."""
         plan: list[Scheduled] = []
         budget = self._limits.chunk_tokens or self._limits.max_prefill_tokens
+        retractions = self.num_retractions
         for request in list(self.running):
             if request.phase is not Phase.RUNNING:
                 continue  # retracted for an older one in this very loop
@@ -82,10 +83,10 @@ class Scheduler:
                     continue
             if self._make_room(request, request.num_computed + num_tokens):
                 plan.append(Scheduled(request, num_tokens))
-        # A later request may have been retracted after it was planned.
-        plan = [item for item in plan if item.request.phase is Phase.RUNNING]
-        for item in self._admit(budget, [item.request for item in plan if item.num_tokens > 1]):
-            plan.append(item)
+        if self.num_retractions > retractions:  # perhaps of a later request, which was planned already
+            plan = [item for item in plan if item.request.phase is Phase.RUNNING]
+        if self.waiting:
+            plan.extend(self._admit(budget, [item.request for item in plan if item.num_tokens > 1]))
         return plan
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
@@ -153,8 +154,11 @@ class Scheduler:
         if not limits.enabled or request.wants_prompt_logprobs or not prefilling:
             return False
         known = -1
+        start = request.tokens[:_WORTH_WAITING_TOKENS]
         for other in prefilling:
             if other.namespace != request.namespace or other.num_prompt > limits.max_prompt_tokens:
+                continue
+            if other.tokens[:_WORTH_WAITING_TOKENS] != start:
                 continue
             shared = _common_prefix(request.tokens, other.tokens)
             if shared < _WORTH_WAITING_TOKENS:

@@ -208,14 +208,12 @@ class EngineThread:
 
     def _obey(self) -> bool:
         """Carry out what is queued, waiting for it when there is nothing to run; False to end."""
-        while True:
-            try:
-                command = self._commands.get(block=not self.core.has_work)
-            except queue.Empty:
-                return True
+        while not (self.core.has_work and self._commands.empty()):
+            command = self._commands.get()
             if command is None:
                 return False
             command()
+        return True
 
     def _deliver(self, event: TokenEvent) -> None:
         sink = self._sinks.get(event.request_id)

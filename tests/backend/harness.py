@@ -53,7 +53,7 @@ def step_logits(backend: ModelBackend, steps: Sequence[SequenceStep]) -> list[Te
     ]
     limits = Limits(backend.page_size, backend.num_pages, backend.vocab_size, backend.context_length)
     batch = Batch.build(everything, limits, torch.device("cpu"))
-    logits = backend.decoder.logits(backend.decoder.forward(batch, backend.kv, backend._attention))
+    logits = backend.decoder.logits(backend.decoder.forward(batch, backend.kv, backend.attention))
     result: list[Tensor] = [logits] * len(steps)
     for place, first, stop in batch.prompts:
         result[place] = logits[first:stop]

@@ -82,6 +82,15 @@ def test_the_cgroup_s_limit_bounds_the_free_memory(tmp_path: Path) -> None:
     assert machine.free() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
+def test_linux_tells_what_it_can_still_give(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "0::/\n")
+    (machine.proc / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    5000 kB\n")
+    assert machine.free() == 5000 * 1024
+    # The whole machine's, by another reader of the same file.
+    free = free_memory(torch.device("cpu"), cgroup_root=tmp_path / "none")
+    assert free == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
 def test_version_1_memory_limit_is_read_too(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "9:memory:/job\n")
     machine.write("memory/job/memory.limit_in_bytes", str(100 * MIB))

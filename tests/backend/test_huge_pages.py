@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mini_sglang.backend.huge_pages import Arena, advise_huge_pages
+from mini_sglang.backend.huge_pages import Arena, advise_huge_pages, empty_in_huge_pages
 
 
 @given(st.lists(st.one_of(st.integers(0, 300), st.just(20 << 20), st.just(40 << 20)), max_size=12))
@@ -35,3 +35,14 @@ def test_advice_changes_no_number(count: int) -> None:
     before = tensor.clone()
     advise_huge_pages(tensor)
     assert torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1), (2, 1 << 20, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_begins_where_a_huge_page_does(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor, other = (empty_in_huge_pages(shape, dtype) for _ in range(2))
+    assert tensor.data_ptr() % (2 << 20) == 0
+    assert (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
+    tensor.fill_(3)
+    other.fill_(4)
+    assert bool((tensor == 3).all()) and bool((other == 4).all())

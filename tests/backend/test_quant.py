@@ -29,7 +29,7 @@ def random_blocks(kind: GGMLType, rows: int, columns: int, seed: int = 0) -> np.
     rng = np.random.default_rng(seed)
     if not kind.quantized:
         values = torch.from_numpy(rng.standard_normal((rows, columns)).astype(np.float32))
-        return values.to(quant._FLOATS[kind.name]).view(torch.uint8).numpy()
+        return values.to(quant.FLOATS[kind.name]).view(torch.uint8).numpy()
     count = rows * columns // kind.block_size
     blocks = rng.integers(0, 256, (count, kind.block_bytes), dtype=np.uint8)
     for at in SCALES[kind.name]:

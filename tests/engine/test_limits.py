@@ -76,9 +76,9 @@ def test_ids_outside_the_vocabulary_are_named(prompt: list[int], more: dict[str,
 
 
 def test_a_seed_is_drawn_where_none_was_given_and_kept_where_one_was() -> None:
-    drawn = {make_work(SMALL, settings(), "r", [2], SamplingParams()).params.seed for _ in range(8)}
+    drawn = {make_work(SMALL, settings(), "r", [2], SamplingParams()).seed for _ in range(8)}
     assert len(drawn) == 8 and None not in drawn
-    assert make_work(SMALL, settings(), "r", [2], SamplingParams(seed=-3)).params.seed == -3
+    assert make_work(SMALL, settings(), "r", [2], SamplingParams(seed=-3)).seed == -3
 
 
 def test_work_that_fills_the_cache_needs_a_cache_that_takes_it() -> None:

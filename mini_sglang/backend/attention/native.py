@@ -11,11 +11,11 @@ from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.pool import KVPool
 
 # MAX_HEAD_DIM and MAX_PARTIALS of kernels.h.
-_MAX_HEAD_DIM, _MAX_GROUP = 256, 32
+_MAX_HEAD_DIM, _MAX_GROUP = 256, 48
 
 
 class NativeAttention:
-    """``Attention`` of float32 queries on the CPU, over a pool of any dtype, for the sizes of ``fit``."""
+    """``Attention`` of float32 queries on the CPU, over KV of any dtype, for the sizes that ``fit`` names."""
 
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels

@@ -88,13 +88,16 @@ struct Kernels {
                 if (count * job.k < ALONE) prepare(0, count);
                 else share(count, 4 * job.k, prepare);
             }
-            share((job.n + GROUP - 1) / GROUP, group_bytes(format, job.k), [&](int64_t first, int64_t last) {
-                variant->product(format, weight, first, last, job.k, x, count, job.bias,
-                                 job.y + start * job.stride, job.n, job.stride);
-            });
+            const int64_t groups = (job.n + GROUP - 1) / GROUP, together = variant->groups_together(format);
+            share((groups + together - 1) / together, together * group_bytes(format, job.k),
+                  [&](int64_t first, int64_t last) {
+                      variant->product(format, weight, together * first, std::min(groups, together * last), job.k,
+                                       x, count, job.bias, job.y + start * job.stride, job.n, job.stride);
+                  });
         }
     }
 
+    void run(const Embed& job, int64_t rows) { each_row(job, rows, job.k, variant->embed); }
     void run(const Norm& job, int64_t rows) { each_row(job, rows, job.width, variant->norm); }
     void run(const Rotate& job, int64_t rows) {
         each_row(job, rows, (job.heads + 2 * job.pool.kv_heads) * job.pool.head_dim, variant->rotate);
@@ -141,7 +144,8 @@ struct Kernels {
             if (spans) next += spans_of(s) * job.heads;
         }
         auto attend = [&](int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; i++) variant->attend(job, tasks[i]);
+            for (int64_t i = first; i < last; i++)
+                variant->attend(job, tasks[i], i + 1 < static_cast<int64_t>(tasks.size()) ? &tasks[i + 1] : nullptr);
         };
         // Less than this is done before another thread would have begun.
         if (scores < 2048) attend(0, static_cast<int64_t>(tasks.size()));
@@ -197,6 +201,7 @@ void kernels_run(void* handle, const Entry* entries, int64_t count, int64_t rows
             case ATTENTION: kernels.run(*static_cast<const Attention*>(job)); break;
             case NORM: kernels.run(*static_cast<const Norm*>(job), rows); break;
             case ROTATE: kernels.run(*static_cast<const Rotate*>(job), rows); break;
+            case EMBED: kernels.run(*static_cast<const Embed*>(job), rows); break;
             case SILU_AND_MUL: kernels.run(*static_cast<const SiluAndMul*>(job), rows); break;
         }
     }

@@ -24,6 +24,21 @@ struct BFloat16 {
     }
 };
 
+template <class N>
+void dense_rows(const Embed& job, int64_t first, int64_t last) {
+    constexpr int VECTOR = (N::FORMAT == F32 ? 4 : 2) * N::COLUMNS * LANES;
+    for (int64_t row = first; row < last; row++) {
+        const int64_t id = job.ids[row];
+        const int lane = id % GROUP % LANES, half = id % GROUP / LANES;
+        const uint8_t* w = (const uint8_t*)job.weight + id / GROUP * group_bytes(N::FORMAT, job.k);
+        for (int64_t c = 0; c < job.k; c += N::COLUMNS, w += HALVES * VECTOR) {
+            Floats columns[N::COLUMNS];
+            N::load_columns(w + half * VECTOR, columns);
+            for (int i = 0; i < N::COLUMNS && c + i < job.k; i++) job.out[row * job.k + c + i] = columns[i][lane];
+        }
+    }
+}
+
 // So many rows of x, and groups, whose sums fit in the registers.
 enum { TALL = LANES == 16 ? 8 : 6, WIDE = LANES == 16 ? 3 : 1 };
 
@@ -98,12 +113,12 @@ void to_bfloats(const float* x, int64_t first, int64_t last, int64_t k, uint16_t
     for (int64_t row = first; row < last; row++) {
         const float* from = x + row * k;
         uint16_t* to = out + row * width;
-        for (int64_t i = 0; i < whole; i += LANES) store_bfloats(to + i, load<Floats>(from + i));
+        for (int64_t i = 0; i < whole; i += LANES) store_factors(to + i, load<Floats>(from + i));
         if (whole == k) continue;
         float rest[LANES] = {};
         uint16_t rounded[LANES];
         memcpy(rest, from + whole, (size_t)(k - whole) * sizeof *rest);
-        store_bfloats(rounded, load<Floats>(rest));
+        store_factors(rounded, load<Floats>(rest));
         memcpy(to + whole, rounded, (size_t)(width - whole) * sizeof *to);
     }
 }

@@ -77,7 +77,6 @@ void rotate(const Rotate& job, int64_t first, int64_t last) {
     const int64_t dim = pool.head_dim, half = dim / 2, turning = job.heads + pool.kv_heads;
     const int64_t width = (turning + pool.kv_heads) * dim, row_bytes = pool_row_bytes(pool);
     // Halves of heads are turned against each other, LANES or, of narrow heads, 8 numbers at a time.
-    typedef float Eight __attribute__((vector_size(32)));
     auto turn = [&](float* head, const float* cos, const float* sin, auto vector) {
         typedef decltype(vector) V;
         for (int64_t i = 0; i < half; i += sizeof(V) / 4) {
@@ -92,13 +91,14 @@ void rotate(const Rotate& job, int64_t first, int64_t last) {
         float* qkv = job.qkv + row * width;
         for (int64_t h = 0; job.head_norm && h < turning; h++)
             normed(qkv + h * dim, job.head_norm + h * dim, qkv + h * dim, dim, job.eps);
-        if (job.cos) {
-            // The first half of the sine is negated.
-            const float* cos = job.cos + row * dim;
-            const float* sin = job.sin + row * dim;
+        if (job.turns) {
+            const int64_t* positions = job.turns->positions;
+            const int64_t position = positions ? positions[row] : row;
+            const float* cos = job.turns->cos + position * dim;
+            const float* sin = job.turns->sin + position * dim;
             for (float* head = qkv; head < qkv + turning * dim; head += dim) {
                 if (half % LANES == 0) turn(head, cos, sin, Floats{});
-                else turn(head, cos, sin, Eight{});
+                else turn(head, cos, sin, Eights{});
             }
         }
         uint8_t* to = pool.data + job.slots[row] * row_bytes;

@@ -127,7 +127,7 @@ class Rotate(Job):
 
     KIND = 3
     _fields_ = (
-        *((name, _POINTER) for name in ("qkv", "head_norm", "cos", "sin", "slots")),
+        *((name, _POINTER) for name in ("qkv", "head_norm", "turns", "slots")),
         ("pool", _Pool),
         ("heads", _SIZE),
         ("eps", _FLOAT),
@@ -138,17 +138,18 @@ class Rotate(Job):
         cls,
         qkv: Tensor,
         head_norm: Tensor | None,
-        rotation: Tensor | None,
+        turns: Turns | None,
         slots: Tensor,
         kv: KVPool,
         layer: int,
         eps: float,
     ) -> Rotate:
-        """As ``Operations.rotate_and_store``."""
-        cos, sin = (None, None) if rotation is None else (_address(part) for part in rotation)
+        """As ``Operations.rotate_and_store``; whoever runs the job keeps ``turns`` too."""
         heads = qkv.shape[1] - 2 * kv.kv_heads
         pool = _Pool.of(kv, layer)
-        return cls(_address(qkv), _address(head_norm), cos, sin, _address(slots), pool, heads, eps)
+        return cls(
+            _address(qkv), _address(head_norm), turns and turns.address, _address(slots), pool, heads, eps
+        )
 
 
 class SiluAndMul(Job):
@@ -161,6 +162,13 @@ class SiluAndMul(Job):
     def of(cls, gate_up: Tensor, out: Tensor) -> SiluAndMul:
         """As ``Operations.silu_and_mul``, into ``out`` ``[T, F]``."""
         return cls(_address(gate_up), _address(out), out.shape[1])
+
+
+class Embed(Job):
+    """Rows of a packed matrix as float32."""
+
+    KIND = 5
+    _fields_ = (*((name, _POINTER) for name in ("weight", "ids", "out")), ("k", _SIZE), ("format", _SIZE))
 
 
 class Entry(ctypes.Structure):
@@ -178,6 +186,25 @@ class _Sequences(ctypes.Structure):
         *((name, _POINTER) for name in ("pages", "starts", "lengths")),
         *((name, _SIZE) for name in ("count", "stride")),
     )
+
+
+class _Turns(ctypes.Structure):
+    _fields_ = tuple((name, _POINTER) for name in ("cos", "sin", "positions"))
+
+
+class Turns:
+    """By which angles each row of a step is rotated, at an address that does not change."""
+
+    def __init__(self) -> None:
+        self._fields = _Turns()
+        self.address = ctypes.addressof(self._fields)
+
+    def set(self, table: Tensor, positions: Tensor | None) -> None:
+        """Take the rows ``positions`` ``[T]`` int64, or all, of ``table`` ``[2, P, head_dim]`` float32."""
+        self._tensors = table, positions
+        self._fields.cos = _address(table)
+        self._fields.sin = table.data_ptr() + table.nbytes // 2
+        self._fields.positions = _address(positions)
 
 
 class SequenceTable:

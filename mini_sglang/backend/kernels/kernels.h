@@ -64,7 +64,7 @@ enum { PANEL = 16 };
 
 // What one call does, each with its struct, to the first rows of x: jobs.py has the same. A recorded step is
 // a list of these whose addresses stay the same from step to step.
-enum Kind { PRODUCT, ATTENTION, NORM, ROTATE, SILU_AND_MUL };
+enum Kind { PRODUCT, ATTENTION, NORM, ROTATE, SILU_AND_MUL, EMBED };
 
 struct Entry {
     int64_t kind;
@@ -83,7 +83,7 @@ struct Product {
 
 // Keys are taken KEYS at a time and added up SPAN at a time; both begin at multiples of themselves.
 // MAX_PARTIALS heads of rows are worked on together.
-enum { KEYS = 32, SPAN = 512, MAX_HEAD_DIM = 256, MAX_PARTIALS = 32 };
+enum { KEYS = 64, SPAN = 512, MAX_HEAD_DIM = 256, MAX_PARTIALS = 48 };
 
 // What the attention of every layer of a step is told: sequence s has the rows starts[s] to starts[s + 1] and
 // lengths[s] positions after them; its pages are row s of pages, [sequences, stride].
@@ -120,10 +120,11 @@ struct Attention {
     float scale;
 };
 
-// One head of one row so far: the largest score, and the sums of its weights and of weighted values.
+// One head of one row so far: the largest score, to the base 2, and the sums of its weights and of weighted
+// values.
 struct Partial {
     float largest;
-    float total;
+    float totals[GROUP];  // each of every LANES-th key
     float values[MAX_HEAD_DIM];
 };
 
@@ -146,17 +147,29 @@ struct Norm {
 };
 
 // Norms the heads of q and k in qkv [rows, heads + 2 kv_heads, head_dim] with head_norm [heads + kv_heads,
-// head_dim], rotates them, and writes k and v to their slots. head_norm or cos may be null; cos and sin are
-// [rows, head_dim].
+// head_dim], rotates them, and writes k and v to their slots. head_norm or turns may be null.
+struct Turns {
+    const float* cos;  // [positions, head_dim]
+    const float* sin;  // the same, of which the first half is negated
+    const int64_t* positions;  // of each row; null where the tables have a row for each
+};
+
 struct Rotate {
     float* qkv;
     const float* head_norm;
-    const float* cos;
-    const float* sin;
+    const Turns* turns;
     const int64_t* slots;
     Pool pool;
     int64_t heads;
     float eps;
+};
+
+// The rows ids of a packed matrix [n, k] as float32 [rows, k]. An id that is no row is not to be asked for.
+struct Embed {
+    const void* weight;
+    const int64_t* ids;
+    float* out;
+    int64_t k, format;
 };
 
 // SiLU(gate) * up for gate_up [rows, 2, width], width a multiple of 16.
@@ -170,6 +183,8 @@ struct SiluAndMul {
 // the number of rows of x.
 struct Variant {
     const char* name;
+    // Groups that product() works on together for a matrix of format.
+    int (*groups_together)(int format);
     // Bytes of rows of x as product() wants them for a matrix of format; 0 where it takes them as they are.
     int64_t (*prepared_bytes)(int format, int64_t rows, int64_t k);
     // Rows first to last of x.
@@ -177,7 +192,10 @@ struct Variant {
     // Groups first to last of a packed matrix [n, k].
     void (*product)(int format, const uint8_t* packed, int64_t first, int64_t last, int64_t k, const void* x,
                     int64_t rows, const float* bias, float* y, int64_t n, int64_t stride);
-    void (*attend)(const Attention& job, const AttentionTask& task);
+    // Rows first to last.
+    void (*embed)(const Embed&, int64_t first, int64_t last);
+    // upcoming is what the same thread will probably do next, or null.
+    void (*attend)(const Attention& job, const AttentionTask& task, const AttentionTask* upcoming);
     // All heads of row 0 of a sequence from the partials of so many spans, [spans, heads].
     void (*merge_spans)(const Attention& job, int64_t sequence, Partial* partials, int64_t spans);
     // Rows first to last.

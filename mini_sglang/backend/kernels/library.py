@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mini_sglang.backend.huge_pages import Arena
 from mini_sglang.backend.kernels.build import BuildError, build_library
-from mini_sglang.backend.kernels.jobs import FORMATS, Entry, Job, Product
+from mini_sglang.backend.kernels.jobs import FORMATS, Embed, Entry, Job, Product
 from mini_sglang.backend.loading.ggml_types import GGMLType
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class NativeKernels:
         variant: the instruction set in use: ``avx512bf16``, ``avx512vnni``, ``avx2`` or ``generic``.
         fast: whether they are faster than torch with a dense matrix; the generic ones are not, and serve
             where a matrix is to stay in blocks.
+        half: the 16-bit dtype that attention works in fastest.
         fast_formats: names of the block formats that are faster than the dense matrix.
     """
 
@@ -76,6 +77,7 @@ class NativeKernels:
         self._finalizer.atexit = False
         self.variant: str = lib.kernels_variant(self._handle).decode()
         self.fast = self.variant != "generic"
+        self.half = torch.bfloat16 if self.variant == "avx512bf16" else torch.float16
         self.fast_formats = _FAST_FORMATS if self.fast else frozenset()
 
     def has_format(self, type: GGMLType) -> bool:
@@ -95,9 +97,13 @@ class NativeKernels:
         self._run(self._handle, ctypes.addressof(entries), len(entries), rows)
 
     def product(self, packed: Tensor, type: GGMLType, shape: tuple[int, int]) -> Product:
-        """A job that multiplies by the matrix of ``shape`` that ``pack`` gave; x, bias and y are not set."""
+        """A job that multiplies by the matrix of ``shape`` that ``pack`` gave; without ``x`` and ``y``."""
         n, k = shape
         return Product(weight=packed.data_ptr(), n=n, k=k, stride=n, format=FORMATS[type.name])
+
+    def lookup(self, packed: Tensor, type: GGMLType, shape: tuple[int, int]) -> Embed:
+        """A job that takes rows of the matrix that ``pack`` gave; without ``ids`` and ``out``."""
+        return Embed(weight=packed.data_ptr(), k=shape[1], format=FORMATS[type.name])
 
     def multiply(
         self, packed: Tensor, type: GGMLType, shape: tuple[int, int], x: Tensor, bias: Tensor | None
@@ -106,7 +112,7 @@ class NativeKernels:
 
         With blocks, each 32 numbers of a row of ``x`` are rounded to 8 bits with a scale of their own (as
         ggml does); products are exact integers within a block, added up over the blocks in float32. With
-        bfloat16 on a CPU that multiplies it, ``x`` is rounded to bfloat16 and products add up in float32.
+        bfloat16 on a CPU that multiplies it, ``x`` is rounded to bfloat16; sums are in float32 everywhere.
 
         Args:
             x: ``[..., K]``.

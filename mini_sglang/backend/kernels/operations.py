@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mini_sglang.backend.kernels.jobs import Norm, Rotate, SiluAndMul
+from mini_sglang.backend.kernels.jobs import Norm, Rotate, SiluAndMul, Turns
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.pool import KVPool
 
@@ -40,7 +40,11 @@ class NativeOperations:
         layer: int,
         slots: Tensor,
     ) -> None:
-        self._kernels.run(Rotate.of(qkv, head_norm, rotation, slots, kv, layer, self._eps), len(qkv))
+        turns = None
+        if rotation is not None:
+            turns = Turns()
+            turns.set(rotation, None)
+        self._kernels.run(Rotate.of(qkv, head_norm, turns, slots, kv, layer, self._eps), len(qkv))
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         rows, width = gate_up.shape

@@ -1,4 +1,4 @@
-"""A decode step written down once and replayed: the CPU's counterpart of a CUDA graph.
+"""A step written down once and replayed: the CPU's counterpart of a CUDA graph.
 
 ``Decoder.forward`` is the same step in Python; both do the same jobs in the same order, so that their
 results are equal to the bit.
@@ -19,6 +19,7 @@ from mini_sglang.backend.kernels.jobs import (
     Rotate,
     SequenceTable,
     SiluAndMul,
+    Turns,
 )
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.pool import KVPool
@@ -34,32 +35,43 @@ class StepProgram:
 
     def __init__(self, kernels: NativeKernels, decoder: Decoder, kv: KVPool, max_rows: int) -> None:
         config = decoder.config
-        self._kernels = kernels
+        self.kernels = kernels
         self._decoder = decoder
         self._kv = kv
         self._max_rows = max_rows
         self._sequences = SequenceTable()
         self._slots = torch.zeros(max_rows, dtype=torch.int64)
-        self._rotation = torch.empty(2, max_rows, config.head_dim)
+        self._turns = Turns()
         self._hidden, self._normed, self._delta = torch.empty(3, max_rows, config.hidden_size)
         self._qkv = torch.empty(max_rows, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
         self._attended = torch.empty(max_rows, config.num_heads * config.head_dim)
         self._gate_up = torch.empty(max_rows, 2 * config.intermediate_size)
         self._inner = torch.empty(max_rows, config.intermediate_size)
-        self._jobs: list[Job] = []
+        # Where the kernels cannot, torch looks the rows up.
+        self._embed = decoder.embedding.lookup()
+        self.jobs: list[Job] = []
+        if self._embed is not None:
+            self._embed.out = self._hidden.data_ptr()
+            self.jobs.append(self._embed)
         delta: Tensor | None = None
+        wanted_from = 0
         for index, layer in enumerate(decoder.layers):
             self._norm(delta, layer.input_norm)
             self._multiply(layer.qkv, layer.qkv_bias, self._normed, self._qkv)
             self._attend(index, layer.qk_norm)
+            wanted_from = len(self.jobs)
             self._multiply(layer.o, layer.o_bias, self._attended, self._delta)
             self._norm(self._delta, layer.post_norm)
             self._multiply(layer.gate_up, layer.gate_up_bias, self._normed, self._gate_up)
-            self._jobs.append(SiluAndMul.of(self._gate_up, self._inner))
+            self.jobs.append(SiluAndMul.of(self._gate_up, self._inner))
             self._multiply(layer.down, layer.down_bias, self._inner, self._delta)
             delta = self._delta
         self._norm(delta, decoder.final_norm)
-        self._entries = (Entry * len(self._jobs))(*map(Entry.of, self._jobs))
+        # The last ones are for the rows alone whose hidden states are wanted.
+        self._entries, self._last_entries = (
+            (Entry * len(jobs))(*map(Entry.of, jobs))
+            for jobs in (self.jobs[:wanted_from], self.jobs[wanted_from:])
+        )
 
     @classmethod
     def build(cls, kernels: NativeKernels, decoder: Decoder, kv: KVPool, max_rows: int) -> StepProgram | None:
@@ -74,14 +86,14 @@ class StepProgram:
         return cls(kernels, decoder, kv, max_rows)
 
     def takes(self, batch: Batch) -> bool:
-        """Whether ``forward`` can run this step: few enough rows, all of them wanted."""
-        return len(batch.token_ids) <= self._max_rows and batch.output_rows is None
+        """Whether ``forward`` can run this step: few enough rows."""
+        return len(batch.token_ids) <= self._max_rows
 
     def forward(self, batch: Batch) -> Tensor:
         """``Decoder.forward`` for a batch that ``takes`` accepts.
 
         Returns:
-            ``[T, hidden_size]``, overwritten by the next call.
+            ``[R, hidden_size]``, which the next call overwrites.
         """
         rows = len(batch.token_ids)
         decoder = self._decoder
@@ -89,15 +101,23 @@ class StepProgram:
             self._kv.open_pages(batch.opened_pages)
         self._sequences.set(batch.page_table, batch.query_starts, batch.seq_lens)
         self._slots[:rows] = batch.slot_mapping
-        self._hidden[:rows] = decoder.embedding.rows(batch.token_ids)
-        self._rotation[:, :rows] = decoder.rotations.at(batch.positions, max(batch.seq_lens))
-        self._kernels.run_all(self._entries, rows)
+        self._turns.set(decoder.rotations.table(max(batch.seq_lens)), batch.positions)
+        if self._embed is None:
+            self._hidden[:rows] = decoder.embedding.rows(batch.token_ids)
+        else:
+            self._embed.ids = batch.token_ids.data_ptr()
+        self.kernels.run_all(self._entries, rows)
+        if batch.output_rows is not None:
+            rows = len(batch.output_rows)
+            for buffer in (self._hidden, self._attended):
+                buffer[:rows] = buffer.index_select(0, batch.output_rows)
+        self.kernels.run_all(self._last_entries, rows)
         hidden: Tensor = self._normed[:rows]
         return hidden
 
     def _norm(self, delta: Tensor | None, weight: Tensor) -> None:
         eps = self._decoder.config.norm_eps
-        self._jobs.append(Norm.of(self._hidden, delta, weight, self._normed, eps))
+        self.jobs.append(Norm.of(self._hidden, delta, weight, self._normed, eps))
 
     def _multiply(self, weight: Weight, bias: Tensor | None, x: Tensor, out: Tensor) -> None:
         assert bias is None or bias.is_contiguous()
@@ -109,12 +129,12 @@ class StepProgram:
             product.y = out[:, first:].data_ptr()
             product.stride = out.shape[1]
             first += product.n
-        self._jobs += products
+        self.jobs += products
 
     def _attend(self, index: int, head_norm: Tensor | None) -> None:
         config, kv = self._decoder.config, self._kv
         qkv = self._qkv.view(self._max_rows, -1, config.head_dim)
-        rotation = self._rotation if config.rope_layers[index] else None
-        self._jobs.append(Rotate.of(qkv, head_norm, rotation, self._slots, kv, index, config.norm_eps))
+        turns = self._turns if config.rope_layers[index] else None
+        self.jobs.append(Rotate.of(qkv, head_norm, turns, self._slots, kv, index, config.norm_eps))
         query, window = qkv[:, : config.num_heads], config.windows[index]
-        self._jobs.append(Attention.of(self._sequences, kv, index, query, self._attended, window))
+        self.jobs.append(Attention.of(self._sequences, kv, index, query, self._attended, window))

@@ -17,6 +17,7 @@ struct Nibbles {
             w[4 + v] = high_nibbles(both);
         }
     }
+    int code(int column, int lane) const { return ((const uint8_t*)&w[column / 4])[4 * lane + column % 4]; }
     Ints dot_from(int32_t first, const Activations& x) const { return dot<8, 15>(w, x.q, first); }
 };
 
@@ -28,6 +29,7 @@ struct TileQ4_0 : Nibbles {
         load_codes(tile + 4 * LANES * half);
     }
     static int32_t from(const Activations& x) { return x.from_8; }
+    float number(int column, int lane) const { return d[lane] * (float)(code(column, lane) - 8); }
     Floats scaled(Ints dot, const Activations&) const { return d * to_floats(dot); }
     Floats times(const Activations& x) const { return scaled(dot_from(from(x), x), x); }
 };
@@ -35,6 +37,7 @@ struct TileQ4_0 : Nibbles {
 struct TileQ4_1 : Nibbles {
     static constexpr int FORMAT = Q4_1;
     Floats d, m;
+    float number(int column, int lane) const { return d[lane] * (float)code(column, lane) + m[lane]; }
     void load(const uint8_t* header, const uint8_t* tile, int half) {
         d = halves(header + 2 * LANES * half);
         m = halves(header + 32 + 2 * LANES * half);
@@ -53,12 +56,16 @@ struct TileQ8_0 {
         d = halves(header + 2 * LANES * half);
         UNROLL for (int v = 0; v < 8; v++) w[v] = signed_codes(tile + 64 * v + 4 * LANES * half);
     }
+    float number(int column, int lane) const {
+        return d[lane] * (float)signed_code(((const uint8_t*)&w[column / 4])[4 * lane + column % 4]);
+    }
     Floats times(const Activations& x) const { return d * to_floats(signed_dot(w, x.q, x.from_128)); }
 };
 
 struct TileQ4_K : Nibbles {
     static constexpr int FORMAT = Q4_K;
     Floats d, m;
+    float number(int column, int lane) const { return d[lane] * (float)code(column, lane) - m[lane]; }
     void load(const uint8_t* header, const uint8_t* tile, int half) {
         d = halves(header + 2 * LANES * half) * bytes(tile + LANES * half);
         m = halves(header + 32 + 2 * LANES * half) * bytes(tile + 16 + LANES * half);
@@ -85,11 +92,35 @@ struct TileQ6_K : Nibbles {
             four[3] = with_high_bits<6>(four[3], high);
         }
     }
+    float number(int column, int lane) const {
+        return d[column / 16][lane] * (float)(code(column, lane) - 32);
+    }
     Floats times(const Activations& x) const {
         const Ints first = dot<4, 63>(w, x.q, x.from_32[0]), last = dot<4, 63>(w + 4, x.q + 16, x.from_32[1]);
         return fused(d[0], to_floats(first), d[1] * to_floats(last));
     }
 };
+
+template <class Tile>
+void block_rows(const Embed& job, int64_t first, int64_t last) {
+    const Layout layout = layout_of(Tile::FORMAT);
+    for (int64_t row = first; row < last; row++) {
+        const int64_t id = job.ids[row];
+        const int lane = id % GROUP % LANES, half = id % GROUP / LANES;
+        const uint8_t* w = (const uint8_t*)job.weight + id / GROUP * group_bytes(Tile::FORMAT, job.k);
+        const uint8_t* header = w;
+        float* out = job.out + row * job.k;
+        for (int64_t c = 0; c < job.k; c += BLOCK, w += layout.tile_bytes) {
+            if (c % layout.source_columns == 0) {
+                header = w;
+                w += layout.header_bytes;
+            }
+            Tile tile;
+            tile.load(header, w, half);
+            for (int i = 0; i < BLOCK; i++) out[c + i] = tile.number(i, lane);
+        }
+    }
+}
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 

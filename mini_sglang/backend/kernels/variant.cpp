@@ -15,6 +15,8 @@ constexpr bool HAS_BF16 = true;
 constexpr bool HAS_BF16 = false;
 #endif
 
+int groups_together(int format) { return is_dense(format) ? WIDE : 1; }
+
 int64_t prepared_bytes(int format, int64_t rows, int64_t k) {
     if (format == BF16 && HAS_BF16) return rows * (k + k % 2) * 2;
     if (is_dense(format)) return 0;
@@ -56,6 +58,19 @@ void product(int format, const uint8_t* packed, int64_t first, int64_t last, int
     }
 }
 
+void embed(const Embed& job, int64_t first, int64_t last) {
+    switch (job.format) {
+        case F32: return dense_rows<Float32>(job, first, last);
+        case F16: return dense_rows<Float16>(job, first, last);
+        case BF16: return dense_rows<BFloat16>(job, first, last);
+        case Q4_0: return block_rows<TileQ4_0>(job, first, last);
+        case Q4_1: return block_rows<TileQ4_1>(job, first, last);
+        case Q8_0: return block_rows<TileQ8_0>(job, first, last);
+        case Q4_K: return block_rows<TileQ4_K>(job, first, last);
+        case Q6_K: return block_rows<TileQ6_K>(job, first, last);
+    }
+}
+
 }  // namespace
 
 #define JOIN_(a, b) a##b
@@ -64,4 +79,4 @@ void product(int format, const uint8_t* packed, int64_t first, int64_t last, int
 #define TEXT(a) TEXT_(a)
 
 extern const Variant JOIN(VARIANT, _variant) = {
-    TEXT(VARIANT), prepared_bytes, prepare, product, attend, merge_spans, norm, rotate, silu_and_mul};
+    TEXT(VARIANT), groups_together, prepared_bytes, prepare, product, embed, attend, merge_spans, norm, rotate, silu_and_mul};

@@ -21,6 +21,8 @@ enum { HALVES = GROUP / LANES };  // vectors that hold one number of each row of
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
+typedef float Eights __attribute__((vector_size(32)));
+
 template <class T>
 inline T load(const void* from) {
     T value;
@@ -74,6 +76,13 @@ inline void store_shorts(void* p, Ints v) {
 }
 inline Floats fused(Floats a, Floats b, Floats c) {
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Eights eight_halves(const void* p) { return (Eights)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline Eights eight_bfloats(const void* p) {
+    return (Eights)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+inline Eights eight_bytes(const int8_t* p) {
+    return (Eights)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 
 #elif defined(__AVX2__)
@@ -149,6 +158,9 @@ inline Floats fused(Floats a, Floats b, Floats c) { return a * b + c; }
 
 #if !defined(__AVX512VNNI__)
 
+inline Eights eight_halves(const void* p) { return halves(p); }
+inline Eights eight_bfloats(const void* p) { return bfloats(p); }
+inline Eights eight_bytes(const int8_t* p) { return bytes(p); }
 inline void store_bytes(int8_t* p, Ints v) {
     for (int i = 0; i < LANES; i++) p[i] = (int8_t)v[i];
 }
@@ -181,44 +193,41 @@ inline void write_group(const Floats* sums, const float* bias, float* y, int64_t
     for (int64_t i = 0; i < valid; i++) y[i] = bias ? out[i] + bias[i] : out[i];
 }
 
-inline float sum_of(Floats v) {
-    float sums[8];
-    for (int i = 0; i < 8; i++) sums[i] = LANES == 16 ? v[i] + v[i + LANES / 2] : v[i];
-    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
-}
-inline float largest_of(Floats v) {
-    float largest = v[0];
-    for (int i = 1; i < LANES; i++) largest = v[i] > largest ? v[i] : largest;
-    return largest;
+// The same for products of bfloat16, which take numbers below the normal ones for zeros.
+inline void store_factors(void* p, Floats v) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+    store_bfloats(p, v);
+#endif
 }
 
-// Rows of LANES numbers to columns.
-inline void transpose(Floats* v) {
+// All lanes to one, folding the vector in half each time.
+template <class Fold>
+inline float folded(Floats v, Fold fold) {
+    typedef float Four __attribute__((vector_size(16)));
+    Eights eight;
 #if defined(__AVX512VNNI__)
-    __m512 a[16], b[16];
-    UNROLL for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
-        a[i + 1] = _mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
-    }
-    // b[4 q + c]: column c of each four, of the rows 4 q to 4 q + 3.
-    UNROLL for (int q = 0; q < 4; q++) {
-        UNROLL for (int h = 0; h < 2; h++) {
-            const __m512d low = (__m512d)a[4 * q + h], high = (__m512d)a[4 * q + 2 + h];
-            b[4 * q + 2 * h] = (__m512)_mm512_unpacklo_pd(low, high);
-            b[4 * q + 2 * h + 1] = (__m512)_mm512_unpackhi_pd(low, high);
-        }
-    }
-    UNROLL for (int c = 0; c < 4; c++) {
-        const __m512 even0 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);
-        const __m512 odd0 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
-        const __m512 even1 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
-        const __m512 odd1 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
-        v[c] = (Floats)_mm512_shuffle_f32x4(even0, even1, 0x88);
-        v[4 + c] = (Floats)_mm512_shuffle_f32x4(odd0, odd1, 0x88);
-        v[8 + c] = (Floats)_mm512_shuffle_f32x4(even0, even1, 0xdd);
-        v[12 + c] = (Floats)_mm512_shuffle_f32x4(odd0, odd1, 0xdd);
-    }
-#elif defined(__AVX2__)
+    eight = fold((Eights)_mm512_castps512_ps256((__m512)v), (Eights)_mm512_extractf32x8_ps((__m512)v, 1));
+#else
+    eight = v;
+#endif
+    const Four low = __builtin_shufflevector(eight, eight, 0, 1, 2, 3);
+    const Four high = __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    const Four four = fold(low, high);
+    const Four two = fold(four, (Four)__builtin_shufflevector(four, four, 2, 3, 0, 1));
+    return fold(two, (Four)__builtin_shufflevector(two, two, 1, 0, 3, 2))[0];
+}
+inline float sum_of(Floats v) {
+    return folded(v, [](auto a, auto b) { return a + b; });
+}
+inline float largest_of(Floats v) {
+    return folded(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// Rows of 8 numbers to columns: with AVX-512 too, whose wider shuffles take more than twice the time.
+inline void transpose(Eights* v) {
+#if defined(__AVX2__)
     __m256 a[8], b[8];
     UNROLL for (int i = 0; i < 8; i += 2) {
         a[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
@@ -231,13 +240,13 @@ inline void transpose(Floats* v) {
         }
     }
     UNROLL for (int c = 0; c < 4; c++) {
-        v[c] = (Floats)_mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
-        v[4 + c] = (Floats)_mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+        v[c] = (Eights)_mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+        v[4 + c] = (Eights)_mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
     }
 #else
-    Floats columns[LANES];
-    for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < LANES; j++) columns[j][i] = v[i][j];
+    Eights columns[8];
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 8; j++) columns[j][i] = v[i][j];
     memcpy(v, columns, sizeof columns);
 #endif
 }
@@ -268,6 +277,7 @@ inline Ints dot(const Codes* w, const int8_t* q, int32_t first) {
 }
 
 // Signed codes as unsigned ones, 128 larger; their dot product begins at minus 128 times the sum of q.
+inline int signed_code(uint8_t code) { return code - 128; }
 inline Codes signed_codes(const uint8_t* p) { return _mm512_xor_si512(codes(p), _mm512_set1_epi8(-128)); }
 inline Ints signed_dot(const Codes* w, const int8_t* q, int32_t from_128) {
     return dot<8, 255>(w, q, from_128);
@@ -310,6 +320,7 @@ inline Ints dot(const Codes* w, const int8_t* q, int32_t first) {
     return (Ints)total;
 }
 
+inline int signed_code(uint8_t code) { return (int8_t)code; }
 inline Codes signed_codes(const uint8_t* p) { return codes(p); }
 
 // |w| as unsigned, -128 too, times x with the sign of w: two such products just fit in 16 bits.
@@ -371,6 +382,7 @@ inline Ints dot(const Codes* w, const int8_t* q, int32_t first) {
     return plain_dot<uint8_t, COUNT, COUNT>(w, q, first);
 }
 
+inline int signed_code(uint8_t code) { return (int8_t)code; }
 inline Codes signed_codes(const uint8_t* p) { return codes(p); }
 inline Ints signed_dot(const Codes* w, const int8_t* q, int32_t) { return plain_dot<int8_t, 8, 2>(w, q, 0); }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mini_sglang.backend.huge_pages import advise_huge_pages
+from mini_sglang.backend.huge_pages import empty_in_huge_pages
 from mini_sglang.errors import InvalidValueError
 
 _FREE_MEMORY_SHARE = 0.4
@@ -52,14 +52,19 @@ class KVPool:
         self._row = (2, kv_heads, head_dim)
         width = kv_bytes_per_token(1, kv_heads, head_dim, dtype) // dtype.itemsize
         try:
-            self.data = torch.empty((num_layers, num_pages * page_size, width), dtype=dtype, device=device)
+            shape = (num_layers, num_pages * page_size, width)
+            on_cpu = device.type == "cpu"
+            self.data = (
+                empty_in_huge_pages(shape, dtype)
+                if on_cpu
+                else torch.empty(shape, dtype=dtype, device=device)
+            )
         except (RuntimeError, MemoryError):
             tokens = num_pages * page_size
             gib = num_layers * tokens * width * dtype.itemsize / 2**30
             raise InvalidValueError(
                 "KV_TOKEN_BUDGET", tokens, f"smaller: the device cannot give {gib:.1f} GiB for the KV pool"
             ) from None
-        advise_huge_pages(self.data)
         self._layers: tuple[Tensor, ...] = tuple(self.data)
         self._paged = tuple(self.data.view(num_layers, num_pages, page_size * width))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mini_sglang.backend.loading.gguf import GGUFFile, GGUFTensor, read_gguf
 from mini_sglang.backend.loading.gguf_model import architecture, hf_config, hf_names
 from mini_sglang.backend.loading.safetensors_folder import SafetensorsCheckpoint
-from mini_sglang.backend.quant import dequantize
+from mini_sglang.backend.quant import FLOATS, dequantize
 from mini_sglang.backend.weights import DenseWeight, QuantizedWeight, Weight
 from mini_sglang.errors import ModelLoadError, shorten
 
@@ -48,12 +48,21 @@ class Checkpoint(Protocol):
             ModelLoadError: it is not a matrix, or of a type that is not supported.
         """
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """A parameter of any shape as a dense tensor.
+
+        Args:
+            dtype: None is the type it is stored in, for blocks float32.
 
         Raises:
             ModelLoadError: it is of a type that is not supported.
         """
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether a parameter is stored in quantised blocks."""
+
+    def release(self) -> None:
+        """Give back memory that only holds the file's bytes which were read so far. Changes no tensor."""
 
     def close(self) -> None:
         """Let go of the files."""
@@ -119,9 +128,18 @@ class GGUFCheckpoint:
             return QuantizedWeight(self._blocks(name, tensor), tensor.type, dtype)
         return DenseWeight(self.tensor(name, dtype))
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None) -> Tensor:
         tensor = self._tensor(name)
-        return dequantize(self._blocks(name, tensor), tensor.type, dtype).view(tensor.shape)
+        blocks = self._blocks(name, tensor)
+        if dtype is None and not tensor.type.quantized:
+            return blocks.view(FLOATS[tensor.type.name]).view(tensor.shape)
+        return dequantize(blocks, tensor.type, dtype or torch.float32).view(tensor.shape)
+
+    def in_blocks(self, name: str) -> bool:
+        return self._tensor(name).type.quantized
+
+    def release(self) -> None:
+        self._file.release()
 
     def close(self) -> None:
         self._file.close()
@@ -147,8 +165,10 @@ class GGUFCheckpoint:
             raise ModelLoadError(
                 f"The tensor {name} of {self.path} has {rows} rows; it must have {heads} heads of even size."
             )
-        # Row 2i + j of a head in the file is row j * (head_dim / 2) + i in transformers.
-        return blocks.view(heads, rows // heads // 2, 2, -1).transpose(1, 2).reshape(rows, -1)
+        # Row 2i + j of a head in the file is row j * (head_dim / 2) + i in transformers. Copied by numpy, in
+        # this thread: see ``stack_rows``.
+        pairs = blocks.numpy().reshape(heads, rows // heads // 2, 2, -1)
+        return torch.from_numpy(pairs.transpose(0, 2, 1, 3).reshape(rows, -1))
 
     def _interleaved_heads(self, name: str) -> int:
         """The number of heads whose rows llama.cpp's converter reordered, 0 where it did not."""

@@ -19,6 +19,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mini_sglang.backend.loading.ggml_types import GGML_TYPES, UNSUPPORTED_TYPE_NAMES, GGMLType
+from mini_sglang.backend.loading.mapped import map_file, release_read
 from mini_sglang.errors import ModelLoadError, shorten
 
 if TYPE_CHECKING:
@@ -98,6 +99,10 @@ class GGUFFile:
         if hasattr(mmap, "MADV_WILLNEED"):
             self._buffer.madvise(mmap.MADV_WILLNEED)
 
+    def release(self) -> None:
+        """Give back the memory of what was read so far."""
+        release_read(self._buffer)
+
     def close(self) -> None:
         # A map with live views refuses to close; it goes with the last of them.
         with contextlib.suppress(BufferError):
@@ -133,24 +138,6 @@ def read_gguf(path: Path) -> GGUFFile:
         buffer.close()
         raise
     return GGUFFile(path, buffer, version, metadata, tensors)
-
-
-def map_file(path: Path) -> mmap.mmap:
-    """Map a whole file privately.
-
-    The map counts as writable, because torch warns about tensors over memory that is not, but a write would
-    reach only this process's copy of the page.
-
-    Raises:
-        ModelLoadError: the file is missing, unreadable, empty or not a file.
-    """
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except ValueError:
-        raise ModelLoadError(f"The file {path} is empty.") from None
-    except OSError as error:
-        raise ModelLoadError(f"The file {path} cannot be read: {error.strerror or error}.") from None
 
 
 def _alignment(path: Path, metadata: dict[str, Any]) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini_sglang.backend.loading.gguf import map_file
+from mini_sglang.backend.loading.mapped import map_file, release_read
 from mini_sglang.backend.weights import DenseWeight, Weight
 from mini_sglang.errors import ModelLoadError, shorten
 
@@ -95,14 +95,23 @@ class SafetensorsCheckpoint:
             )
         return DenseWeight(self.tensor(name, dtype))
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None) -> Tensor:
         entry = self._entry(name)
         if entry.dtype not in _DTYPES:
             raise ModelLoadError(
                 f"The tensor {name} of {entry.file.path} has the type {entry.dtype}; "
                 f"supported are {', '.join(_DTYPES)}."
             )
-        return entry.file.tensor(entry, _DTYPES[entry.dtype]).to(dtype)
+        stored = entry.file.tensor(entry, _DTYPES[entry.dtype])
+        return stored if dtype is None else stored.to(dtype)
+
+    def in_blocks(self, name: str) -> bool:
+        self._entry(name)
+        return False
+
+    def release(self) -> None:
+        for file in self._files:
+            release_read(file.buffer)
 
     def close(self) -> None:
         for file in self._files:

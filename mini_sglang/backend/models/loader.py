@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from torch import Tensor
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.loading.checkpoint import Checkpoint
+from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder, LayerWeights
 from mini_sglang.backend.models.operations import Operations, TorchOperations
+from mini_sglang.backend.models.quantization import quantized_weight
 from mini_sglang.backend.weights import Weight, accelerate, stack_rows
 from mini_sglang.errors import ModelLoadError
 
@@ -84,6 +87,7 @@ def load_decoder(
     loaded: Callable[[str], None],
     kernels: NativeKernels | None = None,
     compute: torch.dtype | None = None,
+    formats: Mapping[str, GGMLType] = MappingProxyType({}),
 ) -> Decoder:
     """Read the weights, layer by layer, onto ``device``.
 
@@ -92,9 +96,10 @@ def load_decoder(
         loaded: called with the name of each tensor that was read.
         kernels: that the matrices multiply with; torch's operators without.
         compute: dtype of everything between the matrices, by default ``dtype``.
+        formats: of the dense matrices that become blocks (``block_formats``).
 
     Raises:
-        ModelLoadError: as ``check_tensors``, or the file is damaged.
+        ModelLoadError: as ``check_tensors``, the file is damaged, or a number fits no block.
     """
 
     compute = compute or dtype
@@ -105,7 +110,10 @@ def load_decoder(
         return tensor
 
     def matrix(name: str) -> Weight:
-        weight = checkpoint.weight(name, dtype)
+        if name in formats:
+            weight: Weight = quantized_weight(checkpoint, name, formats[name], dtype)
+        else:
+            weight = checkpoint.weight(name, dtype)
         loaded(name)
         return weight
 
@@ -119,6 +127,7 @@ def load_decoder(
         return torch.cat([vector(f"{prefix}{name}.bias") for name in names]) if biased else None
 
     embedding = placed(matrix(_EMBEDDING))
+    checkpoint.release()
     layers: list[LayerWeights] = []
     qkv, gate_up = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
     for index in range(config.num_layers):
@@ -147,6 +156,7 @@ def load_decoder(
                 down_bias=biases(mlp, ("down_proj",), config.mlp_bias),
             )
         )
+        checkpoint.release()
     final_norm = vector(_FINAL_NORM)
     lm_head = embedding if config.tied_embeddings else placed(matrix(_LM_HEAD))
     return Decoder(config, embedding, layers, final_norm, lm_head, _operations(config, compute, kernels))

@@ -50,14 +50,18 @@ class Rotations:
         self._table = self._compute(_FIRST_POSITIONS)
 
     def at(self, positions: Tensor, stop: int) -> Tensor:
-        """The rows of ``positions`` ``[T]`` int64, all below ``stop``.
+        """The rows of ``positions`` ``[T]`` int64, all below ``stop``: ``[2, T, head_dim]`` of ``table``."""
+        return self.table(stop).index_select(1, positions)
+
+    def table(self, stop: int) -> Tensor:
+        """All positions up to ``stop`` at least.
 
         Returns:
-            ``[2, T, head_dim]``: cosines, then sines, of which the first half is negated.
+            ``[2, P, head_dim]``: cosines, then sines, of which the first half is negated.
         """
         if stop > self._table.shape[1]:
             self._table = self._compute(max(stop, 2 * self._table.shape[1]))
-        return self._table.index_select(1, positions)
+        return self._table
 
     def _compute(self, count: int) -> Tensor:
         positions = torch.arange(count, dtype=torch.float32, device=self._frequencies.device)

@@ -90,6 +90,9 @@ void products(void* kernels, int format, const std::string& name) {
     std::vector<int64_t> ids;
     for (int64_t i = 0; i < n; i++) ids.push_back(i);
     const bool known = kernels_unpack(format, packed.data(), ids.data(), back.data(), n, n, k);
+    std::vector<float> looked_up((size_t)(n * k));
+    run(kernels, EMBED, Embed{packed.data(), ids.data(), looked_up.data(), k, format}, n);
+    print("lookup " + name, looked_up);
     printf("unpacked %s %s\n", name.c_str(), known && back == rows ? "01" : "00");
     const std::vector<float> x = numbers(random, most * k), bias = numbers(random, n);
     for (int64_t count : {(int64_t)1, (int64_t)5, most}) {
@@ -118,7 +121,8 @@ void attention(void* kernels, int format, const std::string& name) {
     std::vector<float> qkv = numbers(random, total * width), cos = numbers(random, total * dim);
     std::vector<float> sin = numbers(random, total * dim);
     std::vector<float> head_norm = numbers(random, (heads + kv_heads) * dim);
-    Rotate write = {qkv.data(), head_norm.data(), cos.data(), sin.data(), slots.data(), pool, heads, 1e-5f};
+    const Turns turns = {cos.data(), sin.data(), nullptr};
+    Rotate write = {qkv.data(), head_norm.data(), &turns, slots.data(), pool, heads, 1e-5f};
     run(kernels, ROTATE, write, total);
     print("rotate " + name, qkv.data(), (size_t)(50 * width) * sizeof(float));
     print("pool " + name, data.data(), (size_t)(50 * pool_row_bytes(pool)));

@@ -47,16 +47,26 @@ class Sequence:
         self.stored = torch.cat([part.view(torch.uint8) for part in parts], 1)
         self.exact = codes.double() * scales.double()
 
-    def attended(self, rows: list[int], window: int | None = None) -> Tensor:
-        """What ``rows`` get, by a softmax in float64: ``[R, heads * head_dim]``."""
+    def attended(
+        self, rows: list[int], window: int | None = None, rounded: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """What ``rows`` get, by a softmax in float64: ``[R, heads * head_dim]``, and how far they may be off.
+
+        Args:
+            rounded: queries and the softmax's weights are rounded to bfloat16.
+        """
         heads = self.query.shape[1]
+        query = self.query.bfloat16().double() if rounded else self.query.double()
         keys, values = self.exact[:, :, torch.arange(heads) // (heads // self.kv_heads)].unbind(1)
-        outs = []
+        outs, slacks = [], []
         for row in rows:
             seen = slice(0 if window is None else max(0, row - window + 1), row + 1)
-            scores = torch.einsum("hd,khd->hk", self.query[row].double(), keys[seen]) * self.head_dim**-0.5
-            outs.append(torch.einsum("hk,khd->hd", scores.softmax(-1), values[seen]).flatten())
-        return torch.stack(outs)
+            scores = torch.einsum("hd,khd->hk", query[row], keys[seen]) * self.head_dim**-0.5
+            weights = scores.softmax(-1)
+            outs.append(torch.einsum("hk,khd->hd", weights, values[seen]).flatten())
+            slacks.append(torch.einsum("hk,khd->hd", weights, values[seen].abs()).flatten())
+        out, unit = torch.stack(outs), 2.0**-8 if rounded else 0.0
+        return out, unit * torch.stack(slacks) + 2e-5 * (1 + out.abs())
 
 
 def attend(

@@ -153,3 +153,16 @@ def test_a_stack_gives_jobs_where_all_its_parts_do(kernels: NativeKernels) -> No
     if jobs is not None:
         assert [job.n for job in jobs] == [part.shape[0] for part in known.parts]
     assert accelerate(known, kernels, torch.bfloat16).products() is None
+
+
+@pytest.mark.parametrize("kind", FORMATS.values(), ids=FORMATS)
+def test_lookup_gives_the_rows_to_the_bit(kernels: NativeKernels, kind: GGMLType) -> None:
+    columns = 512 if kind.quantized else 37
+    weight = pack(kernels, kind, random_matrix(kind, 37, columns))
+    ids = torch.tensor([36, 0, 15, 16, 17, 31, 32, 36])
+    job, out = weight.lookup(), torch.full((len(ids), columns), torch.nan)
+    assert job is not None
+    job.ids, job.out = ids.data_ptr(), out.data_ptr()
+    kernels.run(job, len(ids))
+    assert torch.equal(out, weight.rows(ids))
+    assert pack(kernels, kind, random_matrix(kind, 37, columns), torch.bfloat16).lookup() is None

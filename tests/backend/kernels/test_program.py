@@ -42,11 +42,11 @@ def batch_of(backend: ModelBackend, steps: list[SequenceStep]) -> Batch:
 @torch.inference_mode()
 def assert_equal_steps(backend: ModelBackend, prompts: list[list[int]] = PROMPTS) -> None:
     """Decodes of several sizes, and a short prefill of which every row is wanted."""
-    program, decoder, kv = backend._program, backend.decoder, backend.kv
+    program, decoder, kv = backend.program, backend.decoder, backend.kv
     assert program is not None
     tables = page_ranges(backend, [len(prompt) + 24 for prompt in prompts])
     for prompt, table in zip(prompts, tables, strict=True):
-        decoder.forward(batch_of(backend, [step(prompt, 0, table, sample=True)]), kv, backend._attention)
+        decoder.forward(batch_of(backend, [step(prompt, 0, table, sample=True)]), kv, backend.attention)
     before = kv.data.clone()
 
     def run(forward: Any) -> tuple[list[Tensor], Tensor]:
@@ -65,7 +65,7 @@ def assert_equal_steps(backend: ModelBackend, prompts: list[list[int]] = PROMPTS
         return hidden, kv.data.clone()
 
     ours, our_kv = run(program.forward)
-    plain, plain_kv = run(lambda batch: decoder.forward(batch, kv, backend._attention))
+    plain, plain_kv = run(lambda batch: decoder.forward(batch, kv, backend.attention))
     for one, other in zip(ours, plain, strict=True):
         assert bool(one.isfinite().all()) and torch.equal(one, other)
     assert torch.equal(our_kv.view(torch.uint8), plain_kv.view(torch.uint8))
@@ -76,7 +76,7 @@ def assert_equal_steps(backend: ModelBackend, prompts: list[list[int]] = PROMPTS
 def test_a_dense_model(case: str, tmp_path: Path) -> None:
     family, overrides = CASES[case]
     backend = load(save_tiny_model(tmp_path, family, **overrides))
-    assert (backend._program is not None) == FAST
+    assert (backend.program is not None) == FAST
     if FAST:
         assert_equal_steps(backend)
 
@@ -85,7 +85,7 @@ def test_a_dense_model(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_a_dense_model_of_every_dtype(dtype: str, kv_dtype: str, tmp_path: Path) -> None:
     if not FAST:
-        assert load(save_tiny_model(tmp_path), dtype=dtype)._program is None
+        assert load(save_tiny_model(tmp_path), dtype=dtype).program is None
         return
     path = save_tiny_model(tmp_path, "qwen3", head_dim=32, attention_bias=True)
     assert_equal_steps(load(path, dtype=dtype, kv_dtype=kv_dtype))
@@ -104,7 +104,7 @@ def test_a_model_in_blocks(
     backend = load(path, gguf_dequantize=0, dtype="auto", **({"kv_dtype": kv_dtype} if FAST else {}))
     assert isinstance(backend.decoder.layers[0].qkv, StackedWeight) == bool(others)
     assert isinstance(backend.decoder.layers[0].gate_up, StackedWeight) == bool(others)
-    assert (backend._program is not None) == FAST
+    assert (backend.program is not None) == FAST
     if FAST:
         assert_equal_steps(backend)
 
@@ -115,29 +115,27 @@ def test_decodes_beyond_a_span(kv_dtype: str, window: int | None, tmp_path: Path
     overrides = {"num_hidden_layers": 2, "max_position_embeddings": 2048, "sliding_window": window}
     path = save_tiny_model(tmp_path, "mistral", **overrides)
     if not FAST:
-        assert load(path)._program is None
+        assert load(path).program is None
         return
     prompts = [[3 + (7 * i + 5 * j) % 90 for j in range(n)] for i, n in enumerate((1200, 510, 20, 1023))]
     backend = load(path, kv_dtype=kv_dtype, kv_token_budget=4096, num_threads=2, dtype="auto")
     assert_equal_steps(backend, prompts)
 
 
-def test_what_it_takes(tmp_path: Path) -> None:
-    backend = load(save_tiny_model(tmp_path), max_batch_size=2)
-    program = backend._program
+def test_it_takes_what_has_few_rows(tmp_path: Path) -> None:
+    backend = load(save_tiny_model(tmp_path), max_batch_size=200, max_prefill_tokens=100)
+    program = backend.program
     assert (program is not None) == FAST
     if program is None:
         return
-    tables = page_ranges(backend, [8, 8, 8])
-    decodes = [step([5], 0, table, sample=True) for table in tables]
-    assert program.takes(batch_of(backend, decodes[:2]))
-    assert not program.takes(batch_of(backend, decodes))
-    assert not program.takes(batch_of(backend, [step([5, 6], 0, tables[0], sample=True)]))
+    (table,) = page_ranges(backend, [300])
+    assert program.takes(batch_of(backend, [step([5] * 200, 0, table, sample=True)]))
+    assert not program.takes(batch_of(backend, [step([5] * 201, 0, table, sample=True)]))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_other_models_have_none(tmp_path: Path, dtype: str) -> None:
-    assert load(save_tiny_model(tmp_path / "a"), dtype=dtype, kernels="reference")._program is None
+    assert load(save_tiny_model(tmp_path / "a"), dtype=dtype, kernels="reference").program is None
     # The kernels' attention does not take heads of 24 numbers, nor its norm rows of 72.
-    assert load(save_tiny_model(tmp_path / "b", "qwen3", head_dim=24), dtype=dtype)._program is None
-    assert load(save_tiny_model(tmp_path / "c", hidden_size=72, head_dim=16), dtype=dtype)._program is None
+    assert load(save_tiny_model(tmp_path / "b", "qwen3", head_dim=24), dtype=dtype).program is None
+    assert load(save_tiny_model(tmp_path / "c", hidden_size=72, head_dim=16), dtype=dtype).program is None

@@ -93,10 +93,11 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = F32,
     extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     others: Mapping[str, gguf.GGMLQuantizationType] = MappingProxyType({}),
+    encode: Callable[[np.ndarray, gguf.GGMLQuantizationType], np.ndarray] = gguf.quants.quantize,
 ) -> Path:
     """Write a transformers model as llama.cpp's converter would: matrices in ``kind``, vectors in F32.
 
-    ``others`` are the kinds of those matrices whose names contain its keys.
+    ``others`` are the kinds of those matrices whose names contain its keys, ``encode`` gives their bytes.
     """
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -129,7 +130,7 @@ def write_gguf(
             values = interleave(values, heads if "q_proj" in name else kv_heads)
         special = next((other for part, other in others.items() if part in name), kind)
         stored = special if values.ndim == 2 else F32
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
+        writer.add_tensor(gguf_name(name), encode(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -122,6 +122,31 @@ def test_weights_outlive_a_closed_checkpoint(folder: Path, tiny_gguf: Path) -> N
         assert torch.equal(weight.dequantize(torch.float32), copied)
 
 
+def resident_bytes(path: Path) -> int:
+    """What this process has in memory of its maps of a file."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line[0] in "0123456789abcdef" and "-" in line.split()[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_released_bytes_leave_the_memory_and_can_be_read_again(folder: Path, starter_gguf: Path) -> None:
+    for path, file in ((folder, folder / "model.safetensors"), (starter_gguf, starter_gguf)):
+        checkpoint = open_checkpoint(path, dequantize=False)
+        names = [name for name in sorted(checkpoint.names()) if name.endswith("proj.weight")]
+        weights = [checkpoint.weight(name, torch.float32) for name in names]
+        sums = [float(weight.dequantize(torch.float32).double().sum()) for weight in weights]
+        read = resident_bytes(file)
+        checkpoint.release()
+        assert resident_bytes(file) < read / 10
+        again = [float(weight.dequantize(torch.float32).double().sum()) for weight in weights]
+        assert again == sums
+        checkpoint.close()
+
+
 def test_starter_model(starter_gguf: Path) -> None:
     checkpoint = open_checkpoint(starter_gguf, dequantize=False)
     config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
