@@ -14,10 +14,17 @@ from mini_sglang.backend.model_backend import load_backend
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.types import FinishReason, SamplingParams
+from tests.backend.kernels.twins import VARIANTS
 from tests.backend.loading.model_files import tiny_model, write_gguf
 from tests.tiny_folders import tiny_folder
 
 EOS = frozenset({2})
+# Of 16 bits, and beyond one span of positions, only the compiled kernels promise it.
+FAST = VARIANTS[-1] != "generic"
+MODELS: dict[str, dict[str, object]] = {"float32": {}, "blocks": {"gguf_dequantize": 0}}
+if FAST:
+    MODELS["bfloat16"] = {"dtype": "bf16"}
+    MODELS["blocks, KV in 8 bits"] = {"gguf_dequantize": 0, "kv_dtype": "int8"}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +65,10 @@ def workload(seed: int, count: int = 40) -> list[tuple[list[int], SamplingParams
     return requests
 
 
-def alone(folder: Path, requests: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:
-    engine = core(folder, prefix_cache=False, kv_token_budget=512)
+def alone(
+    folder: Path, requests: list[tuple[list[int], SamplingParams]], **settings: object
+) -> list[list[int]]:
+    engine = core(folder, **{"prefix_cache": False, "kv_token_budget": 512, **settings})
     answers: list[list[int]] = []
     for index, (prompt, params) in enumerate(requests):
         engine.add(engine.make_request(str(index), prompt, params))
@@ -130,23 +139,27 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(path, tiny_model("llama-tied"), "llama", gguf.GGMLQuantizationType.Q4_1)
 
 
-@pytest.fixture(scope="module", params=["float32", "blocks"])
-def model(request: pytest.FixtureRequest, folder: Path, blocks: Path) -> tuple[Path, list[Any], list[Any]]:
-    """A model, 64 requests, and what each of them gets alone."""
-    path = folder if request.param == "float32" else blocks
+Case = tuple[Path, dict[str, object], list[Any], list[list[int]]]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, folder: Path, blocks: Path) -> Case:
+    """A model, its settings, 64 requests, and what each of them gets alone."""
+    path = blocks if "blocks" in request.param else folder
+    settings = MODELS[request.param]
     requests = [
         ([id % 90 + 3 for id in prompt], replace(params, max_new_tokens=min(params.max_new_tokens, 20)))
         for prompt, params in workload(3, 64)
     ]
-    return path, requests, alone(path, requests)
+    return path, settings, requests, alone(path, requests, **settings)
 
 
 @pytest.mark.parametrize(("page_size", "chunked"), [(1, True), (16, False), (16, True)])
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_cold_warm_and_retracted_in_batches_of_every_size(
-    model: tuple[Path, list[Any], list[Any]], batch: int, page_size: int, chunked: bool
+    model: Case, batch: int, page_size: int, chunked: bool
 ) -> None:
-    path, requests, expected = model
+    path, settings, requests, expected = model
     few = batch == 1
     chosen = list(range(0, 64, 8 if few else 1))
     for budget in (8192, 176):
@@ -157,7 +170,7 @@ def test_cold_warm_and_retracted_in_batches_of_every_size(
             prefill_chunk_size=32,
             kv_token_budget=budget,
             max_batch_size=batch,
-            gguf_dequantize=0,
+            **settings,
         )
         for warm in (False, True):
             hits = engine.counters.prefix_hit_tokens
@@ -171,3 +184,34 @@ def test_cold_warm_and_retracted_in_batches_of_every_size(
             assert not warm or engine.counters.prefix_hit_tokens > hits
         engine.check()
         assert few or budget > 176 or engine.scheduler.num_retractions > 0
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "fp32"}, *([{"dtype": "bf16"}, {"kv_dtype": "int8"}] * FAST)])
+@pytest.mark.parametrize("window", [None, 600])
+def test_contexts_of_several_spans_answer_as_alone(
+    tmp_path: Path, settings: dict[str, object], window: int | None
+) -> None:
+    """Decodes whose spans are shared out over threads, chunks that cross a span, a cached prefix of more."""
+    folder = tiny_folder(tmp_path, "mistral", max_position_embeddings=2048, sliding_window=window)
+    settings = {"kv_token_budget": 8192, "num_threads": 2, **settings}
+    draw = random.Random(5)
+    shared = [draw.randrange(3, 250) for _ in range(1020)]
+    requests = [
+        (
+            (shared if index % 2 else []) + [draw.randrange(3, 250) for _ in range(length)],
+            SamplingParams(max_new_tokens=12, temperature=0.8, seed=index, ignore_eos=True),
+        )
+        for index, length in enumerate((505, 30, 1015, 1, 20, 200))
+    ]
+    expected = alone(folder, requests, **settings)
+    for chunk in (48, 700):
+        engine = core(folder, chunked_prefill=True, prefill_chunk_size=chunk, **settings)
+        for _ in ("cold", "warm"):
+            answers: dict[str, list[int]] = {str(index): [] for index in range(len(requests))}
+            for index, request in enumerate(requests):
+                engine.add(engine.make_request(str(index), *request))
+            while engine.has_work:
+                for event in engine.step():
+                    answers[event.request_id].extend(event.token_ids)
+            assert [*answers.values()] == expected
+        assert engine.counters.prefix_hit_tokens > 1000

@@ -156,14 +156,14 @@ def test_a_foreign_host_on_the_loopback_is_refused(shared: Server) -> None:
 
 def test_sigterm_lets_what_runs_finish_and_refuses_the_rest(own: Any) -> None:
     server = own().wait_ready()
-    with server.open("POST", "/generate", SHORT) as running:
+    with server.open("POST", "/generate", LONG) as running:
         settle(lambda: server.running() > 0, "the request to run")
         server.process.send_signal(signal.SIGTERM)
         settle(lambda: server.status("/ready") == 503, "the drain")
         status, headers, body = server.request("POST", "/generate", SHORT)
         assert status == 503 and int(headers["retry-after"]) >= 1 and b"ending" in body
         status, _, body = read_response(running)
-    assert status == 200 and lines_of(body)[-1]["completion_tokens"] == 300
+    assert status == 200 and lines_of(body)[-1]["completion_tokens"] == 3800
     assert server.process.wait(10) == 0
     assert "Traceback" not in server.said
 

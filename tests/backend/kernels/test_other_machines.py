@@ -97,9 +97,8 @@ def test_aarch64_gives_the_bits_of_the_generic_variant(native: Path, tmp_path: P
     if cross:
         program = compile_driver(tmp_path, ["generic"], [cross], ["-static"])
         assert not emulator or results([emulator, program], 2, "generic") == expected
-    for level in ("-O0", "-O3"):
-        program = compile_driver(tmp_path, ["generic"], build._find_compiler(os.environ), [level])
-        assert results([program], 2, "generic") == expected
+    program = compile_driver(tmp_path, ["generic"], build._find_compiler(os.environ), ["-O3"])
+    assert results([program], 2, "generic") == expected
 
 
 def test_nothing_is_read_or_written_out_of_bounds(native: Path, tmp_path: Path) -> None:
