@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,14 @@ from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.device import KV_DTYPES, choose_device, choose_dtype, choose_threads, free_memory
+from mini_sglang.backend.kept_logits import KeptLogits
 from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
 from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
+from mini_sglang.backend.kv.store import PoolStore
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
+from mini_sglang.backend.loading.fingerprint import weights_fingerprint
 from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.loading.progress import progress_bar
 from mini_sglang.backend.models.config import ModelConfig
@@ -61,6 +65,7 @@ class ModelBackend:
         dtype: torch.dtype,
         program: StepProgram | None = None,
         quantization: str = "none",
+        path: Path | None = None,
     ) -> None:
         self.decoder = decoder
         self.kv = kv
@@ -71,6 +76,9 @@ class ModelBackend:
         self._dtype = dtype
         self._quantization = quantization
         self.program = program
+        self._path = path
+        self._kept = KeptLogits()
+        self.store = PoolStore(kv, self._identity)
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
     @property
@@ -102,6 +110,8 @@ class ModelBackend:
         """
         if not steps:
             return []
+        if any(step.from_logits is not None for step in steps):
+            return self._kept.run(steps, self.sampler, self.run)
         batch = Batch.build(steps, self._limits, self.kv.data.device)
         if self.program is not None and self.program.takes(batch):
             # Without torch's inference mode: to enter it takes a tenth of the time outside the kernels.
@@ -116,7 +126,9 @@ class ModelBackend:
             places, rows = zip(*batch.samples, strict=True)
             # Without prompts, tokens are chosen after all the output rows, in their order.
             picked = hidden[torch.tensor(rows, device=hidden.device)] if batch.prompts else hidden
-            chosen = self.sampler.sample(self.decoder.logits(picked), batch.specs)
+            logits = self.decoder.logits(picked)
+            self._kept.keep(steps, places, logits)
+            chosen = self.sampler.sample(logits, batch.specs)
             sampled = dict(zip(places, chosen, strict=True))
         results = [sampled.get(place) or SequenceResult() for place in range(len(steps))]
         for place, first, stop in batch.prompts:
@@ -145,6 +157,18 @@ class ModelBackend:
             "kv_tokens": self.num_pages * self.page_size,
             "kv_bytes_per_token": per_token,
             "weight_bytes": self.decoder.nbytes,
+        }
+
+    def _identity(self) -> dict[str, str]:
+        """See ``PageStore.identity``."""
+        kv, config = self.kv, self.decoder.config
+        return {
+            "model": config.family,
+            "config": hashlib.sha256(repr(config).encode()).hexdigest(),
+            "weights": "unknown" if self._path is None else weights_fingerprint(self._path),
+            "dtype": f"{_name(self._dtype)} {self._quantization}",
+            "kv_dtype": _name(kv.dtype),
+            "layout": f"{kv.data.shape[0]} layers, {kv.page_size} tokens a page, {kv.data.shape[2]} a token",
         }
 
     def _prompt_logprobs(self, hidden: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
@@ -234,6 +258,7 @@ def load_backend(
         dtypes.weights,
         program,
         settings.quantization,
+        path,
     )
     logger.info("Loaded %s", backend.describe())
     return backend

@@ -1,14 +1,33 @@
-"""Who owns which KV page: the pages of running requests, and the prefix cache they leave behind."""
+"""Who owns which KV page: the pages of running requests, and the caches they leave behind."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from mini_sglang.backend.step import Backend, PageStore, SequenceStep, Transfer, page_store
+from mini_sglang.engine.cache_file import CacheFile, write_cache
+from mini_sglang.engine.host_tier import HostPage, HostTier
 from mini_sglang.engine.pages import PageAllocator
-from mini_sglang.engine.radix import RadixCache
+from mini_sglang.engine.prompt_cache import PromptCache, PromptEntry
+from mini_sglang.engine.radix import Match, RadixCache, RadixNode
 from mini_sglang.engine.request import Request
+from mini_sglang.engine.saved_cache import adopt, collect
+from mini_sglang.errors import InvalidValueError
+
+# A copy from host memory of fewer bytes is over sooner than a request could be told to wait a step for it.
+_INLINE_BYTES = 16 << 20
+# Of ``KVCacheManager.stats``: what only grows.
+CACHE_TOTALS = (
+    "prefill_cache_evictions",
+    "prefix_loaded_tokens",
+    "host_hits",
+    "host_spilled_tokens",
+    "host_restored_tokens",
+    "host_dropped_tokens",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +35,8 @@ class CacheLimits:
     """What the prefix cache may hold; see the settings of the same names.
 
     ``max_leaves`` 0 is no bound. ``token_budget`` counts cached tokens that no running request uses.
+    ``max_prompts`` and ``prompt_token_budget`` are of the exact-prompt cache, ``host_tokens`` of the host
+    tier; both need a ``PageStore``.
     """
 
     enabled: bool = True
@@ -23,22 +44,73 @@ class CacheLimits:
     max_prompt_tokens: int = 4096
     token_budget: int = 65536
     policy: str = "lru"
+    max_prompts: int = 0
+    prompt_token_budget: int = 65536
+    host_tokens: int = 0
+
+
+def check_limits(limits: CacheLimits, backend: Backend) -> None:
+    """Refuse what this backend cannot do.
+
+    Raises:
+        InvalidValueError: a host tier without a prefix cache, or for a backend that cannot copy pages.
+    """
+    if limits.host_tokens and not limits.enabled:
+        raise InvalidValueError("PAGE_TOKEN_BUDGET", limits.host_tokens, "0 where PREFIX_CACHE is off")
+    if limits.host_tokens and page_store(backend) is None:
+        raise InvalidValueError(
+            "PAGE_TOKEN_BUDGET", limits.host_tokens, "0 for a model whose KV is not in pages"
+        )
+    if 0 < limits.host_tokens < backend.page_size:
+        raise InvalidValueError(
+            "PAGE_TOKEN_BUDGET", limits.host_tokens, f"at least {backend.page_size}, one page"
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Arrival:
+    """Pages on their way from the host to behind ``node``, which is locked until they are there."""
+
+    node: RadixNode
+    tokens: Sequence[int]
+    host_pages: list[HostPage]
+    pages: list[int]
+    transfer: Transfer
 
 
 class KVCacheManager:
     """Gives requests their pages, from the prefix cache where it can, and takes them back.
 
-    Every page is free, in the tree, or private to one running request, so
-    ``num_free + num_cached + num_private == num_pages`` at any moment; ``check`` verifies it.
+    Every page is free, cached (in the tree, of the exact-prompt cache, or on its way back from the host), or
+    private to one running request, so ``num_free + num_cached + num_private == num_pages`` at any moment;
+    ``check`` verifies it.
     """
 
-    def __init__(self, num_pages: int, page_size: int, limits: CacheLimits) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, limits: CacheLimits, store: PageStore | None = None
+    ) -> None:
         self.page_size = page_size
         self.limits = limits
+        self._store = store
         self._pages = PageAllocator(num_pages)
         self._tree = RadixCache(page_size, limits.policy)
+        self._reserved: set[int] = set()  # slots for the logits of prompts that are being computed
+        self._arrivals: list[_Arrival] = []
+        self.prompts: PromptCache | None = None
+        self.host: HostTier | None = None
         self.num_private = 0
         self.evicted_tokens = 0
+        self.host_hits = 0
+        self.host_restored = 0  # pages
+        self.loaded = 0  # pages
+        if not limits.enabled or store is None:
+            return
+        if limits.max_prompts:
+            self.prompts = PromptCache(limits.max_prompts, limits.prompt_token_budget)
+        if limits.host_tokens:
+            store.open_host(limits.host_tokens // page_size)
+            self.host = HostTier(limits.host_tokens // page_size, page_size, limits.policy)
+            self._tree.on_evict = self.host.note
 
     @property
     def num_pages(self) -> int:
@@ -50,13 +122,13 @@ class KVCacheManager:
 
     @property
     def num_cached(self) -> int:
-        """Pages the tree owns, in use or not."""
-        return self._tree.num_pages
+        """Pages the caches own, in use or not."""
+        return self._tree.num_pages + self._num_kept + sum(len(one.pages) for one in self._arrivals)
 
     @property
     def num_available(self) -> int:
-        """Pages that could be had now: free ones and those of unlocked prefixes."""
-        return self._pages.num_free + self._tree.num_evictable_pages
+        """Pages that could be had now: free ones, and those of unlocked prefixes and of whole prompts."""
+        return self._pages.num_free + self._tree.num_evictable_pages + self._num_kept
 
     @property
     def num_prefixes(self) -> int:
@@ -66,21 +138,69 @@ class KVCacheManager:
         return -(-num_tokens // self.page_size)
 
     def cached_prefix(self, request: Request) -> int:
-        """Tokens of ``request`` that ``attach`` would find; changes nothing."""
+        """Tokens of ``request`` that ``attach`` would find in the tree; changes nothing."""
         return self._tree.prefix_length(self._reusable(request), request.namespace)
+
+    def cached_tokens(self, tokens: Sequence[int], namespace: str = "") -> int:
+        """How many of ``tokens`` are in the tree, in whole pages; changes nothing."""
+        return self._tree.prefix_length(tokens, namespace)
+
+    def fetch(self, request: Request, num_running: int) -> bool:
+        """Bring back from the host what continues the request's cached prefix, for ``attach`` to find.
+
+        True while that is under way, which is worth other requests' steps in the meantime; never where
+        ``num_running`` is 0.
+        """
+        if self.host is None:
+            return False
+        self._settle()
+        tokens = self._reusable(request) if self._entry(request) is None else request.tokens
+        match = self._tree.match(tokens, request.namespace)
+        if self._arrivals:
+            key = self.host.following(match.node, tokens)
+            if any(one.host_pages[0].key == key for one in self._arrivals):
+                if num_running:
+                    return True
+                self._settle(wait=True)
+                match = self._tree.match(tokens, request.namespace)
+        keys = self.host.find(match.node, tokens, len(tokens) // self.page_size)
+        self._tree.lock(match.node)
+        # As the scheduler asks, so that nothing is fetched for a request that must wait for room.
+        missing = self.pages_for(len(request.tokens)) - len(match.pages)
+        if not keys or missing + num_running > self.num_available:
+            self._tree.unlock(match.node)
+            return False
+        self.host_hits += 1
+        return self._bring(match, tokens, keys, num_running > 0)
 
     def attach(self, request: Request) -> int:
         """Lock the longest cached prefix for a request that holds no pages; returns its tokens.
 
-        At least one token is left to compute, since the next one is sampled from its logits.
+        At least one token is left to compute, since the next one is sampled from its logits; but for a prompt
+        whose logits are kept none is left, and ``extend`` then copies its last page.
         """
+        entry = self._entry(request)
+        if entry is not None and self.prompts is not None:
+            match = self._tree.match(request.tokens[: entry.end], request.namespace)
+            if len(match.pages) * self.page_size == entry.end:
+                self.prompts.touch(entry)
+                entry.node = match.node
+                self._hold(request, match)
+                request.num_computed = len(request.tokens)
+                request.from_logits, request.tail_page = entry.slot, entry.tail
+                return request.num_computed
+            self._pages.free(self.prompts.drop(entry))
+            self.prompts.evictions += 1
         match = self._tree.match(self._reusable(request), request.namespace)
+        self._hold(request, match)
+        return request.num_computed
+
+    def _hold(self, request: Request, match: Match) -> None:
         self._tree.lock(match.node)
         request.node = match.node
         request.pages = array("i", match.pages)
         request.num_tree_pages = len(match.pages)
         request.num_computed = len(match.pages) * self.page_size
-        return request.num_computed
 
     def count_hit(self, request: Request) -> None:
         """Record, once per request, that it starts from the prefix ``attach`` found."""
@@ -96,11 +216,52 @@ class KVCacheManager:
         if missing <= 0:
             return True
         if missing > self.num_available:
-            return False
+            self._settle(wait=True)
+            if missing > self.num_available:
+                return False
         self._evict(missing - self._pages.num_free)
         request.pages.extend(self._pages.allocate(missing))
         self.num_private += missing
+        if request.tail_page is not None:
+            # Nothing was written since ``attach``: it holds the prompt's end even if it was evicted just now.
+            assert self._store is not None and missing == 1
+            if request.tail_page != request.pages[-1]:
+                self._store.copy([request.tail_page], [request.pages[-1]])
+            request.tail_page = None
         return True
+
+    def first_token(self, request: Request, step: SequenceStep) -> None:
+        """Complete the step that chooses a request's first token: from kept logits, or to be kept."""
+        step.from_logits = request.from_logits
+        if self.prompts is None or request.from_logits is not None or not self._insertable(request):
+            return
+        request.keep_logits, pages = self.prompts.reserve(request.num_prompt)
+        self._pages.free(pages)
+        step.keep_logits = request.keep_logits
+        if request.keep_logits is not None:
+            self._reserved.add(request.keep_logits)
+
+    def keep_prompt(self, request: Request) -> None:
+        """Put a prompt in the exact-prompt cache: its step is done, its whole pages are published."""
+        request.from_logits = None
+        slot, request.keep_logits = request.keep_logits, None
+        if slot is None:
+            return
+        assert self.prompts is not None and self._store is not None and request.node is not None
+        self._reserved.discard(slot)
+        end = request.num_prompt - request.num_prompt % self.page_size
+        tail: int | None = None
+        if request.num_tree_pages * self.page_size == end:
+            if end < request.num_prompt:
+                self._evict(1 - self._pages.num_free)
+                if self._pages.num_free:
+                    tail = self._pages.allocate(1)[0]
+                    self._store.copy([request.pages[end // self.page_size]], [tail])
+            if (end < request.num_prompt) == (tail is not None):
+                entry = PromptEntry(request.prompt_key, request.node, end, tail, slot)
+                self._pages.free(self.prompts.put(entry))
+                return
+        self.prompts.give_back(slot)
 
     def publish(self, request: Request) -> None:
         """Share the whole computed pages of a running request, so that others can start from them.
@@ -135,16 +296,86 @@ class KVCacheManager:
         if request.node is not None:
             self._tree.unlock(request.node)
         request.node = None
+        request.from_logits = request.tail_page = None
+        if request.keep_logits is not None and self.prompts is not None:
+            self._reserved.discard(request.keep_logits)
+            self.prompts.give_back(request.keep_logits)
+            request.keep_logits = None
         request.pages = array("i")
         request.num_tree_pages = 0
         request.num_computed = 0
         self._trim()
 
     def clear(self) -> int:
-        """Drop every prefix that no running request uses; returns the tokens dropped."""
+        """Drop every prefix that no running request uses, in both tiers; returns the tokens dropped."""
+        self._settle(wait=True)
         before = self._pages.num_free
+        if self.prompts is not None:
+            self._pages.free(self.prompts.clear())
+        self._tree.on_evict = None
         self._evict(self._tree.num_evictable_pages)
-        return (self._pages.num_free - before) * self.page_size
+        num_pages = self._pages.num_free - before
+        if self.host is not None:
+            num_pages += self.host.clear()
+            self._tree.on_evict = self.host.note
+        return num_pages * self.page_size
+
+    def save(self, path: Path) -> int:
+        """Write the prefix cache, both tiers, to a file; returns its tokens.
+
+        Raises:
+            CacheFileError: it cannot be written, or there is a file that is no prefix cache.
+            InvalidValueError: the prefix cache is off.
+        """
+        store = self._saving()
+        self._settle(wait=True)
+        saved, pages, slots = collect(self._tree, self.host, self.page_size)
+        write_cache(path, store.identity(), saved, store.page_bytes, store.read(pages, slots))
+        return len(saved) * self.page_size
+
+    def load(self, path: Path) -> int:
+        """Put a saved prefix cache beside what is cached, as far as there is room; returns the tokens added.
+
+        Raises:
+            CacheFileError: it is missing, damaged, or of another model or other settings; nothing changes.
+            InvalidValueError: the prefix cache is off.
+        """
+        store = self._saving()
+        budget = self.limits.token_budget // self.page_size - self._tree.num_evictable_pages
+        with CacheFile(path, store.identity(), store.page_bytes) as file:
+            count = adopt(
+                file.pages,
+                self._tree,
+                self._pages,
+                budget,
+                lambda saved, page: store.write(page, file.kv(saved)),
+                self.host,
+                lambda saved, slot: store.write_host(slot, file.kv(saved)),
+            )
+        self._trim()
+        self.loaded += count
+        return count * self.page_size
+
+    def _saving(self) -> PageStore:
+        if self._store is None or not self.limits.enabled:
+            raise InvalidValueError("PREFIX_CACHE", 0, "on to be saved or loaded")
+        return self._store
+
+    def stats(self) -> dict[str, int]:
+        """Counters and gauges of the exact-prompt cache and the host tier, all 0 where they are off."""
+        size, prompts, host = self.page_size, self.prompts, self.host
+        return {
+            "prefill_cache_entries": 0 if prompts is None else len(prompts),
+            "prefill_cache_tokens": 0 if prompts is None else prompts.num_tokens,
+            "prefill_cache_evictions": 0 if prompts is None else prompts.evictions,
+            "prefix_loaded_tokens": self.loaded * size,
+            "host_hits": self.host_hits,
+            "host_tokens_total": 0 if host is None else host.num_slots * size,
+            "host_tokens_used": 0 if host is None else host.num_used * size,
+            "host_spilled_tokens": 0 if host is None else host.spilled * size,
+            "host_restored_tokens": self.host_restored * size,
+            "host_dropped_tokens": 0 if host is None else host.dropped * size,
+        }
 
     def check(self, running: Iterable[Request] = ()) -> None:
         """Verify that every page has exactly one owner.
@@ -153,10 +384,21 @@ class KVCacheManager:
             AssertionError: a page is lost, owned twice, or a counter is off.
         """
         self._tree.check()
+        running = list(running)
         free = self._pages.free_pages()
         tree = self._tree.pages()
         private = [page for r in running for page in r.pages[r.num_tree_pages :]]
-        owned = [*free, *tree, *private]
+        arriving = [page for one in self._arrivals for page in one.pages]
+        kept: list[int] = []
+        if self.prompts is not None:
+            kept = self.prompts.pages()
+            self.prompts.check(self._reserved)
+            held = {r.keep_logits for r in running if r.keep_logits is not None}
+            assert held == self._reserved, "a slot for logits is held by nobody"
+        if self.host is not None:
+            self.host.check()
+            assert self.host.num_taken == len(arriving)
+        owned = [*free, *tree, *private, *arriving, *kept]
         assert len(owned) == len(set(owned)), "a KV page has two owners"
         assert len(owned) == self.num_pages, "a KV page is lost"
         assert self.num_private == len(private)
@@ -164,6 +406,49 @@ class KVCacheManager:
         for request in running:
             shared = request.pages[: request.num_tree_pages]
             assert set(shared) <= set(tree), "a running request reads a page that was evicted"
+
+    @property
+    def _num_kept(self) -> int:
+        return 0 if self.prompts is None else self.prompts.num_pages
+
+    def _entry(self, request: Request) -> PromptEntry | None:
+        """What is kept of the request's whole prompt, where it may start from that."""
+        if self.prompts is None or not len(self.prompts) or request.num_output or request.prefill_only:
+            return None
+        return None if request.wants_prompt_logprobs else self.prompts.get(request.prompt_key)
+
+    def _bring(self, match: Match, tokens: Sequence[int], keys: Sequence[bytes], busy: bool) -> bool:
+        """Start to copy pages of the host to behind ``match``, whose node is locked; True if it goes on."""
+        assert self.host is not None and self._store is not None
+        taken = self.host.take(keys)  # before others take their slots
+        self._evict(len(taken) - self._pages.num_free)
+        pages = self._pages.allocate(len(taken))
+        background = busy and len(pages) * self._store.page_bytes > _INLINE_BYTES
+        transfer = self._store.restore([page.slot for page in taken], pages, background=background)
+        end = match.node.end + len(pages) * self.page_size
+        self._arrivals.append(_Arrival(match.node, tokens[:end], taken, pages, transfer))
+        if not background:
+            self._settle()
+        return background
+
+    def _settle(self, *, wait: bool = False) -> None:
+        """Put the pages that have arrived in the tree; with ``wait`` all that are on their way."""
+        for arrival in list(self._arrivals):
+            if not (wait or arrival.transfer.done):
+                continue
+            assert self.host is not None
+            self._arrivals.remove(arrival)
+            arrival.transfer.wait()
+            tokens, start = arrival.tokens, arrival.node.end // self.page_size
+            # What lies before is locked, hence still there: its pages need no names.
+            pages = [*[-1] * start, *arrival.pages]
+            done = self._tree.insert(tokens, pages, arrival.node.namespace)
+            # Somebody may have computed the same meanwhile.
+            self._pages.free(pages[start : max(start, done.num_existing)])
+            done.node.hits = max(done.node.hits, min(page.hits for page in arrival.host_pages))
+            self._tree.unlock(arrival.node)
+            self.host_restored += len(arrival.pages)
+            self.host.free(arrival.host_pages)
 
     def _reusable(self, request: Request) -> Sequence[int]:
         if not self.limits.enabled or request.wants_prompt_logprobs:
@@ -181,12 +466,26 @@ class KVCacheManager:
         budget_pages = self.limits.token_budget // self.page_size
         self._evict(self._tree.num_evictable_pages - budget_pages)
         if self.limits.max_leaves and self._tree.num_leaves > self.limits.max_leaves:
-            freed = self._tree.trim_leaves(self.limits.max_leaves)
-            self.evicted_tokens += len(freed) * self.page_size
-            self._pages.free(freed)
+            self._give_up(self._tree.trim_leaves(self.limits.max_leaves))
 
     def _evict(self, num_pages: int) -> None:
-        if num_pages > 0:
-            freed = self._tree.evict(num_pages)
-            self.evicted_tokens += len(freed) * self.page_size
-            self._pages.free(freed)
+        if num_pages <= 0:
+            return
+        freed = self._tree.evict(num_pages) if self._tree.num_evictable_pages else []
+        self._give_up(freed)
+        if len(freed) < num_pages and self.prompts is not None:
+            self._pages.free(self.prompts.evict(num_pages - len(freed)))
+
+    def _give_up(self, pages: list[int]) -> None:
+        """Free pages that the tree has let go of, once they are copied to the host."""
+        if not pages:
+            return
+        self.evicted_tokens += len(pages) * self.page_size
+        if self.host is not None:
+            assert self._store is not None
+            leaving, slots = self.host.leaving()
+            if leaving:
+                self._store.spill(leaving, slots)
+        elif self.prompts is not None:
+            self._pages.free(self.prompts.prune(self._tree))
+        self._pages.free(pages)

@@ -115,6 +115,8 @@ class Scheduler:
                 return
             if self._should_wait_for(request, prefilling):
                 continue
+            if self._cache.fetch(request, len(self.running)):
+                continue
             self._cache.attach(request)
             remaining = request.num_remaining
             chunked = self._limits.chunk_tokens is not None
