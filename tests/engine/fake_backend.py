@@ -126,8 +126,10 @@ class FakeBackend:
             for slot in written:
                 self.slots[slot] = (POISON, -1, -1)
             raise RuntimeError(f"device failure at call {call}")
-        kept = dict(self.logits)
-        results = [self._write(step, value, kept) for step, value in zip(steps, before, strict=True)]
+        for step, value in zip(steps, before, strict=True):
+            if step.from_logits is not None and self.logits[step.from_logits] != value:
+                raise KVCorruption("the logits of another prompt")
+        results = [self._write(step, value) for step, value in zip(steps, before, strict=True)]
         if call in self.nan_at:
             row = self.nan_at[call] % len(steps)
             for p in range(steps[row].start, steps[row].start + len(steps[row].token_ids)):
@@ -161,9 +163,7 @@ class FakeBackend:
                 raise KVCorruption("prompt_ids and output_ids are not what ran")
         return value
 
-    def _write(self, step: SequenceStep, value: int, kept: dict[int, int]) -> SequenceResult:
-        if step.from_logits is not None and kept[step.from_logits] != value:
-            raise KVCorruption("the logits of another prompt")
+    def _write(self, step: SequenceStep, value: int) -> SequenceResult:
         targets = step.prompt_targets
         if targets and len(step.token_ids) - len(targets) not in (0, 1):
             raise KVCorruption(f"{len(targets)} prompt targets for {len(step.token_ids)} rows")
