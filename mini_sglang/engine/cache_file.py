@@ -26,6 +26,7 @@ FORMAT = "mini-sglang prefix cache"
 VERSION = "1"
 _LARGEST_HEADER = 16 << 20
 _CHUNK_BYTES = 8 << 20
+_NO_CHECKSUM = "0" * 8
 _COLUMNS = (("tokens", "I32", "i"), ("parents", "I32", "i"), ("namespaces", "I32", "i"), ("hits", "I64", "q"),
             ("used", "I64", "q"))  # fmt: skip
 
@@ -75,7 +76,7 @@ def write_cache(
             "identity": json.dumps(dict(identity)),
             "page_size": str(saved.page_size),
             "names": json.dumps(saved.names),
-            "checksum": "0" * 8,
+            "checksum": _NO_CHECKSUM,
         }
     }
     at = 0
@@ -96,8 +97,8 @@ def write_cache(
             for chunk in chain(columns, kv):
                 checksum = zlib.crc32(chunk, checksum)
                 file.write(chunk)
-            # Of the same length, so that nothing moves.
-            header["__metadata__"]["checksum"] = f"{checksum:08x}"
+            # Of the header too, as it was before; of the same length, so that nothing moves.
+            header["__metadata__"]["checksum"] = f"{zlib.crc32(_header(header), checksum):08x}"
             file.seek(0)
             file.write(_header(header))
             file.flush()
@@ -126,6 +127,9 @@ class CacheFile:
         try:
             self._reader.check(identity, page_bytes)
             self.pages = self._reader.pages()
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            self._reader.close()
+            raise self._reader.damaged("its header cannot be read") from None
         except BaseException:
             self._reader.close()
             raise
@@ -183,12 +187,13 @@ class _Reader:
         shapes: dict[str, list[int]] = {column: [count] for column, _, _ in _COLUMNS}
         shapes["tokens"], shapes["kv"] = [count, int(self.metadata["page_size"])], [count, page_bytes]
         if shapes != self.shapes:
-            raise self._damaged("its tensors do not fit each other")
-        checksum = 0
+            raise self.damaged("its tensors do not fit each other")
+        checksum, told = 0, self.metadata["checksum"]
         for start in range(self._data, len(self.buffer), _CHUNK_BYTES):
             checksum = zlib.crc32(self.buffer[start : start + _CHUNK_BYTES], checksum)
-        if f"{checksum:08x}" != self.metadata["checksum"]:
-            raise self._damaged("its checksum is wrong")
+        header = self.buffer[: self._data].replace(told.encode(), _NO_CHECKSUM.encode(), 1)
+        if f"{zlib.crc32(header, checksum):08x}" != told:
+            raise self.damaged("its checksum is wrong")
 
     def pages(self) -> SavedPages:
         columns: dict[str, array[int]] = {}
@@ -199,7 +204,7 @@ class _Reader:
         names = json.loads(self.metadata["names"])
         for page, (parent, place) in enumerate(zip(columns["parents"], columns["namespaces"], strict=True)):
             if not -1 <= parent < page or not 0 <= place < len(names):
-                raise self._damaged("its pages do not hang together")
+                raise self.damaged("its pages do not hang together")
         return SavedPages(int(self.metadata["page_size"]), names, **columns)
 
     def _read_header(self) -> None:
@@ -223,15 +228,15 @@ class _Reader:
                 self.extents[name] = self._data + start, self._data + stop
                 self.shapes[name] = entry["shape"]
             end = max(stop for _, stop in self.extents.values())
-        except (ValueError, KeyError, TypeError):
-            raise self._damaged("its header cannot be read") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise self.damaged("its header cannot be read") from None
         if end != len(self.buffer):
-            raise self._damaged(f"it has {len(self.buffer)} bytes of {end}")
+            raise self.damaged(f"it has {len(self.buffer)} bytes of {end}")
 
     def _none(self, why: str) -> CacheFileError:
         return CacheFileError(f"The file {self.path} is not a saved prefix cache: {why}.")
 
-    def _damaged(self, why: str) -> CacheFileError:
+    def damaged(self, why: str) -> CacheFileError:
         return CacheFileError(f"The prefix cache {self.path} is damaged: {why}.")
 
 
