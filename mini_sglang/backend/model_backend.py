@@ -168,6 +168,7 @@ class ModelBackend:
             "weights": "unknown" if self._path is None else weights_fingerprint(self._path),
             "dtype": f"{_name(self._dtype)} {self._quantization}",
             "kv_dtype": _name(kv.dtype),
+            "kernels": self._kernels,
             "layout": f"{kv.data.shape[0]} layers, {kv.page_size} tokens a page, {kv.data.shape[2]} a token",
         }
 
