@@ -24,9 +24,9 @@ class KVPool:
         tiled: keeps 16 rows of bfloat16 together as the compiled attention reads them, and only it does; see
             kernels.h. Pages are then whole tiles.
 
-    Layout otherwise: ``data[layer, slot]`` is one token's ``2 * kv_heads * head_dim`` numbers, keys before values,
-    so that the rows a fused qkv projection gives are written, and a page is read, in one piece. Slot
-    ``page * page_size + offset``. On a CPU a page costs no memory until it is written.
+    Layout otherwise: ``data[layer, slot]`` is one token's ``2 * kv_heads * head_dim`` numbers, keys before
+    values, so that the rows a fused qkv projection gives are written, and a page is read, in one piece.
+    Slot ``page * page_size + offset``. On a CPU a page costs no memory until it is written.
 
     A free page may hold anything, NaN too, and a masked score does not stop a NaN value: attention
     multiplies it by a weight of 0. ``open_pages`` therefore clears a page that a step fills only in part.
