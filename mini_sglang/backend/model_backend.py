@@ -34,7 +34,7 @@ from mini_sglang.backend.models.loader import check_tensors, expected_tensors, l
 from mini_sglang.backend.models.quantization import block_formats
 from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import SequenceResult, SequenceStep
-from mini_sglang.config import Settings
+from mini_sglang.config import VERSION, Settings
 from mini_sglang.errors import InvalidValueError
 from mini_sglang.types import TokenLogprob
 
@@ -162,14 +162,17 @@ class ModelBackend:
     def _identity(self) -> dict[str, str]:
         """See ``PageStore.identity``."""
         kv, config = self.kv, self.decoder.config
+        layers, _, width = kv.data.shape
+        tiles = "in tiles" if kv.tiled else "in rows"
         return {
+            "version": VERSION,
             "model": config.family,
             "config": hashlib.sha256(repr(config).encode()).hexdigest(),
             "weights": "unknown" if self._path is None else weights_fingerprint(self._path),
             "dtype": f"{_name(self._dtype)} {self._quantization}",
             "kv_dtype": _name(kv.dtype),
             "kernels": self._kernels,
-            "layout": f"{kv.data.shape[0]} layers, {kv.page_size} tokens a page, {kv.data.shape[2]} a token",
+            "layout": f"{layers} layers, {kv.page_size} tokens a page, {width} numbers a token, {tiles}",
         }
 
     def _prompt_logprobs(self, hidden: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
