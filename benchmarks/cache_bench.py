@@ -106,11 +106,11 @@ def host_tier(options: argparse.Namespace, draw: random.Random) -> Any:
 
 def gaps(options: argparse.Namespace, draw: random.Random) -> Any:
     """The worst gap between the tokens of a running answer while a prefix of the host comes back."""
-    import mini_sglang.engine.kv_cache as kv_cache
+    from mini_sglang.engine import host_link
 
     length = options.prompt_tokens - options.prompt_tokens % 16
     first, second = prompt(draw, length), prompt(draw, length)
-    usual = kv_cache._INLINE_BYTES
+    usual = host_link.INLINE_BYTES
     cases: dict[str, list[float]] = {"nothing comes": [], "in the step loop": [], "in the thread": []}
     settings = {"kv_token_budget": length + 1024, "page_token_budget": 8 * length}
     with engine_of(options, prefill_cache_size=0, **settings) as engine:
@@ -120,7 +120,7 @@ def gaps(options: argparse.Namespace, draw: random.Random) -> Any:
                 ("in the step loop", 1 << 40),
                 ("in the thread", 0),
             ):
-                kv_cache._INLINE_BYTES = usual if inline is None else inline
+                host_link.INLINE_BYTES = usual if inline is None else inline
                 engine.generate([*first, 100], ONE)
                 engine.generate([*second, 100], ONE)
                 times: list[float] = []
@@ -133,7 +133,7 @@ def gaps(options: argparse.Namespace, draw: random.Random) -> Any:
                     if other is not None:
                         other.output()
                 cases[case].append(1000 * max(b - a for a, b in pairwise(times[5:])))
-    kv_cache._INLINE_BYTES = usual
+    host_link.INLINE_BYTES = usual
     for name, worst in cases.items():
         yield {"case": name, "prefix_tokens": length, **figures(worst)}
 

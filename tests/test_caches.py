@@ -136,7 +136,7 @@ def test_pages_from_the_host_answer_as_cold(model: tuple[Path, dict[str, object]
 def test_the_thread_that_copies_gives_the_same_pages(
     folder: Path, monkeypatch: pytest.MonkeyPatch, background: bool
 ) -> None:
-    monkeypatch.setattr("mini_sglang.engine.kv_cache._INLINE_BYTES", 0 if background else 1 << 40)
+    monkeypatch.setattr("mini_sglang.engine.host_link.INLINE_BYTES", 0 if background else 1 << 40)
     draw = random.Random(3)
     requests: list[Asked] = []
     for turn in range(30):
@@ -264,9 +264,12 @@ def test_the_background_begins_after_the_start(folder: Path) -> None:
         ({"warm_prefixes": " || b"}, "none of them empty"),
         (
             {"warm_prefixes": "x" * 5000},
-            "A prefix of WARM_PREFIXES, prefix, is '5000 tokens'; it must be at most 4096",
+            "A prefix of WARM_PREFIXES is '5000 tokens'; it must be at most 4096",
         ),
-        ({"warm_prefixes": "a", "prefix_cache": False}, "PREFIX_CACHE, is False"),
+        (
+            {"warm_prefixes": "a", "prefix_cache": False},
+            "WARM_PREFIXES is 'a'; it must be unset where PREFIX_CACHE is off.",
+        ),
         (
             {"prefix_cache_file": "/nowhere/at/all"},
             "PREFIX_CACHE_FILE is '/nowhere/at/all'; it must be a file in a",

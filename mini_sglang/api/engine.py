@@ -67,7 +67,11 @@ class Engine:
         self.tokenizer: Tokenizer = found.tokenizer
         notify(f"Loading {found.files.name} …")
         core, self._grammars = load_core(found, self.settings, notify)
-        fill_caches(core, self.tokenizer, self.settings, notify)
+        try:
+            fill_caches(core, self.tokenizer, self.settings, notify)
+        except BaseException:
+            self._grammars.close()
+            raise
         self.description: dict[str, Any] = core.info.description
         self._thread = EngineThread(core)
         self._ids = itertools.count()

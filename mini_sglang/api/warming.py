@@ -44,9 +44,7 @@ def fill_caches(
         try:
             core.insert_prefix(ids)
         except InvalidValueError as error:
-            raise InvalidValueError(
-                f"A prefix of WARM_PREFIXES, {error.field},", error.value, error.allowed
-            ) from None
+            raise InvalidValueError("A prefix of WARM_PREFIXES", error.value, error.allowed) from None
     if not settings.async_prefill_queue:
         while core.has_work:
             core.step()
@@ -58,10 +56,12 @@ def warm_prefixes(tokenizer: Tokenizer, settings: Settings) -> list[list[int]]:
     """The ids of WARM_PREFIXES.
 
     Raises:
-        InvalidValueError: one of them is empty.
+        InvalidValueError: one of them is empty, or the prefix cache is off.
     """
     if settings.warm_prefixes is None:
         return []
+    if not settings.prefix_cache:
+        raise InvalidValueError("WARM_PREFIXES", settings.warm_prefixes, "unset where PREFIX_CACHE is off")
     texts = settings.warm_prefixes.split(SEPARATOR)
     if not all(text.strip() for text in texts):
         allowed = f"texts with {SEPARATOR} between, none of them empty"

@@ -16,9 +16,10 @@ from mini_sglang.backend.step import (
     page_store,
 )
 from mini_sglang.config import Settings
+from mini_sglang.engine.cache_limits import CacheLimits, check_limits
 from mini_sglang.engine.grammars import GrammarRoom
 from mini_sglang.engine.handle import EngineInfo, Work
-from mini_sglang.engine.kv_cache import CacheLimits, KVCacheManager, check_limits
+from mini_sglang.engine.kv_cache import KVCacheManager
 from mini_sglang.engine.limits import make_prefix_work, make_work
 from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits

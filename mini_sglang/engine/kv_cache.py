@@ -4,78 +4,19 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from mini_sglang.backend.step import Backend, PageStore, SequenceStep, Transfer, page_store
+from mini_sglang.backend.step import PageStore, SequenceStep
 from mini_sglang.engine.cache_file import CacheFile, write_cache
-from mini_sglang.engine.host_tier import HostPage, HostTier
+from mini_sglang.engine.cache_limits import CacheLimits
+from mini_sglang.engine.host_link import HostLink
+from mini_sglang.engine.host_tier import HostTier
 from mini_sglang.engine.pages import PageAllocator
 from mini_sglang.engine.prompt_cache import PromptCache, PromptEntry
-from mini_sglang.engine.radix import Match, RadixCache, RadixNode
+from mini_sglang.engine.radix import Match, RadixCache
 from mini_sglang.engine.request import Request
 from mini_sglang.engine.saved_cache import adopt, collect
 from mini_sglang.errors import InvalidValueError
-
-# A copy from host memory of fewer bytes is over sooner than a request could be told to wait a step for it.
-_INLINE_BYTES = 16 << 20
-# Of ``KVCacheManager.stats``: what only grows.
-CACHE_TOTALS = (
-    "prefill_cache_evictions",
-    "prefix_loaded_tokens",
-    "host_hits",
-    "host_spilled_tokens",
-    "host_restored_tokens",
-    "host_dropped_tokens",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class CacheLimits:
-    """What the prefix cache may hold; see the settings of the same names.
-
-    ``max_leaves`` 0 is no bound. ``token_budget`` counts cached tokens that no running request uses.
-    ``max_prompts`` and ``prompt_token_budget`` are of the exact-prompt cache, ``host_tokens`` of the host
-    tier; both need a ``PageStore``.
-    """
-
-    enabled: bool = True
-    max_leaves: int = 0
-    max_prompt_tokens: int = 4096
-    token_budget: int = 65536
-    policy: str = "lru"
-    max_prompts: int = 0
-    prompt_token_budget: int = 65536
-    host_tokens: int = 0
-
-
-def check_limits(limits: CacheLimits, backend: Backend) -> None:
-    """Refuse what this backend cannot do.
-
-    Raises:
-        InvalidValueError: a host tier without a prefix cache, or for a backend that cannot copy pages.
-    """
-    if limits.host_tokens and not limits.enabled:
-        raise InvalidValueError("PAGE_TOKEN_BUDGET", limits.host_tokens, "0 where PREFIX_CACHE is off")
-    if limits.host_tokens and page_store(backend) is None:
-        raise InvalidValueError(
-            "PAGE_TOKEN_BUDGET", limits.host_tokens, "0 for a model whose KV is not in pages"
-        )
-    if 0 < limits.host_tokens < backend.page_size:
-        raise InvalidValueError(
-            "PAGE_TOKEN_BUDGET", limits.host_tokens, f"at least {backend.page_size}, one page"
-        )
-
-
-@dataclass(slots=True, eq=False)
-class _Arrival:
-    """Pages on their way from the host to behind ``node``, which is locked until they are there."""
-
-    node: RadixNode
-    tokens: Sequence[int]
-    host_pages: list[HostPage]
-    pages: list[int]
-    transfer: Transfer
 
 
 class KVCacheManager:
@@ -95,22 +36,18 @@ class KVCacheManager:
         self._pages = PageAllocator(num_pages)
         self._tree = RadixCache(page_size, limits.policy)
         self._reserved: set[int] = set()  # slots for the logits of prompts that are being computed
-        self._arrivals: list[_Arrival] = []
         self.prompts: PromptCache | None = None
-        self.host: HostTier | None = None
+        self.host: HostLink | None = None
         self.num_private = 0
         self.evicted_tokens = 0
-        self.host_hits = 0
-        self.host_restored = 0  # pages
         self.loaded = 0  # pages
         if not limits.enabled or store is None:
             return
         if limits.max_prompts:
             self.prompts = PromptCache(limits.max_prompts, limits.prompt_token_budget)
         if limits.host_tokens:
-            store.open_host(limits.host_tokens // page_size)
-            self.host = HostTier(limits.host_tokens // page_size, page_size, limits.policy)
-            self._tree.on_evict = self.host.note
+            tier = HostTier(limits.host_tokens // page_size, page_size, limits.policy)
+            self.host = HostLink(tier, self._tree, self._pages, store, self._make_room)
 
     @property
     def num_pages(self) -> int:
@@ -123,7 +60,7 @@ class KVCacheManager:
     @property
     def num_cached(self) -> int:
         """Pages the caches own, in use or not."""
-        return self._tree.num_pages + self._num_kept + sum(len(one.pages) for one in self._arrivals)
+        return self._tree.num_pages + self._num_kept + self._num_arriving
 
     @property
     def num_available(self) -> int:
@@ -153,25 +90,22 @@ class KVCacheManager:
         """
         if self.host is None:
             return False
-        self._settle()
+        self.host.settle()
         tokens = self._reusable(request) if self._entry(request) is None else request.tokens
         match = self._tree.match(tokens, request.namespace)
-        if self._arrivals:
-            key = self.host.following(match.node, tokens)
-            if any(one.host_pages[0].key == key for one in self._arrivals):
-                if num_running:
-                    return True
-                self._settle(wait=True)
-                match = self._tree.match(tokens, request.namespace)
-        keys = self.host.find(match.node, tokens, len(tokens) // self.page_size)
+        if self.host.awaits(match, tokens):
+            if num_running:
+                return True
+            self.host.settle(wait=True)
+            match = self._tree.match(tokens, request.namespace)
+        keys = self.host.find(match, tokens, self.page_size)
         self._tree.lock(match.node)
         # As the scheduler asks, so that nothing is fetched for a request that must wait for room.
         missing = self.pages_for(len(request.tokens)) - len(match.pages)
         if not keys or missing + num_running > self.num_available:
             self._tree.unlock(match.node)
             return False
-        self.host_hits += 1
-        return self._bring(match, tokens, keys, num_running > 0)
+        return self.host.bring(match, tokens, keys, busy=num_running > 0)
 
     def attach(self, request: Request) -> int:
         """Lock the longest cached prefix for a request that holds no pages; returns its tokens.
@@ -189,8 +123,6 @@ class KVCacheManager:
                 request.num_computed = len(request.tokens)
                 request.from_logits, request.tail_page = entry.slot, entry.tail
                 return request.num_computed
-            self._pages.free(self.prompts.drop(entry))
-            self.prompts.evictions += 1
         match = self._tree.match(self._reusable(request), request.namespace)
         self._hold(request, match)
         return request.num_computed
@@ -216,10 +148,10 @@ class KVCacheManager:
         if missing <= 0:
             return True
         if missing > self.num_available:
-            self._settle(wait=True)
+            self.settle()
             if missing > self.num_available:
                 return False
-        self._evict(missing - self._pages.num_free)
+        self._make_room(missing)
         request.pages.extend(self._pages.allocate(missing))
         self.num_private += missing
         if request.tail_page is not None:
@@ -253,7 +185,7 @@ class KVCacheManager:
         tail: int | None = None
         if request.num_tree_pages * self.page_size == end:
             if end < request.num_prompt:
-                self._evict(1 - self._pages.num_free)
+                self._make_room(1)
                 if self._pages.num_free:
                     tail = self._pages.allocate(1)[0]
                     self._store.copy([request.pages[end // self.page_size]], [tail])
@@ -308,7 +240,7 @@ class KVCacheManager:
 
     def clear(self) -> int:
         """Drop every prefix that no running request uses, in both tiers; returns the tokens dropped."""
-        self._settle(wait=True)
+        self.settle()
         before = self._pages.num_free
         if self.prompts is not None:
             self._pages.free(self.prompts.clear())
@@ -316,8 +248,8 @@ class KVCacheManager:
         self._evict(self._tree.num_evictable_pages)
         num_pages = self._pages.num_free - before
         if self.host is not None:
-            num_pages += self.host.clear()
-            self._tree.on_evict = self.host.note
+            num_pages += self.host.tier.clear()
+            self._tree.on_evict = self.host.tier.note
         return num_pages * self.page_size
 
     def save(self, path: Path) -> int:
@@ -328,8 +260,9 @@ class KVCacheManager:
             InvalidValueError: the prefix cache is off.
         """
         store = self._saving()
-        self._settle(wait=True)
-        saved, pages, slots = collect(self._tree, self.host, self.page_size)
+        self.settle()
+        tier = None if self.host is None else self.host.tier
+        saved, pages, slots = collect(self._tree, tier, self.page_size)
         write_cache(path, store.identity(), saved, store.page_bytes, store.read(pages, slots))
         return len(saved) * self.page_size
 
@@ -349,7 +282,7 @@ class KVCacheManager:
                 self._pages,
                 budget,
                 lambda saved, page: store.write(page, file.kv(saved)),
-                self.host,
+                None if self.host is None else self.host.tier,
                 lambda saved, slot: store.write_host(slot, file.kv(saved)),
             )
         self._trim()
@@ -363,18 +296,19 @@ class KVCacheManager:
 
     def stats(self) -> dict[str, int]:
         """Counters and gauges of the exact-prompt cache and the host tier, all 0 where they are off."""
-        size, prompts, host = self.page_size, self.prompts, self.host
+        size, prompts, link = self.page_size, self.prompts, self.host
+        tier = None if link is None else link.tier
         return {
             "prefill_cache_entries": 0 if prompts is None else len(prompts),
             "prefill_cache_tokens": 0 if prompts is None else prompts.num_tokens,
             "prefill_cache_evictions": 0 if prompts is None else prompts.evictions,
             "prefix_loaded_tokens": self.loaded * size,
-            "host_hits": self.host_hits,
-            "host_tokens_total": 0 if host is None else host.num_slots * size,
-            "host_tokens_used": 0 if host is None else host.num_used * size,
-            "host_spilled_tokens": 0 if host is None else host.spilled * size,
-            "host_restored_tokens": self.host_restored * size,
-            "host_dropped_tokens": 0 if host is None else host.dropped * size,
+            "host_hits": 0 if link is None else link.hits,
+            "host_tokens_total": 0 if tier is None else tier.num_slots * size,
+            "host_tokens_used": 0 if tier is None else tier.num_used * size,
+            "host_spilled_tokens": 0 if tier is None else tier.spilled * size,
+            "host_restored_tokens": 0 if link is None else link.restored * size,
+            "host_dropped_tokens": 0 if tier is None else tier.dropped * size,
         }
 
     def check(self, running: Iterable[Request] = ()) -> None:
@@ -388,7 +322,7 @@ class KVCacheManager:
         free = self._pages.free_pages()
         tree = self._tree.pages()
         private = [page for r in running for page in r.pages[r.num_tree_pages :]]
-        arriving = [page for one in self._arrivals for page in one.pages]
+        arriving: list[int] = []
         kept: list[int] = []
         if self.prompts is not None:
             kept = self.prompts.pages()
@@ -397,7 +331,7 @@ class KVCacheManager:
             assert held == self._reserved, "a slot for logits is held by nobody"
         if self.host is not None:
             self.host.check()
-            assert self.host.num_taken == len(arriving)
+            arriving = [page for arrival in self.host.arrivals for page in arrival.pages]
         owned = [*free, *tree, *private, *arriving, *kept]
         assert len(owned) == len(set(owned)), "a KV page has two owners"
         assert len(owned) == self.num_pages, "a KV page is lost"
@@ -411,44 +345,20 @@ class KVCacheManager:
     def _num_kept(self) -> int:
         return 0 if self.prompts is None else self.prompts.num_pages
 
+    @property
+    def _num_arriving(self) -> int:
+        return 0 if self.host is None else self.host.num_arriving
+
+    def settle(self) -> None:
+        """Wait for pages that are on their way from the host, so that they can be used or evicted."""
+        if self.host is not None:
+            self.host.settle(wait=True)
+
     def _entry(self, request: Request) -> PromptEntry | None:
         """What is kept of the request's whole prompt, where it may start from that."""
         if self.prompts is None or not len(self.prompts) or request.num_output or request.prefill_only:
             return None
         return None if request.wants_prompt_logprobs else self.prompts.get(request.prompt_key)
-
-    def _bring(self, match: Match, tokens: Sequence[int], keys: Sequence[bytes], busy: bool) -> bool:
-        """Start to copy pages of the host to behind ``match``, whose node is locked; True if it goes on."""
-        assert self.host is not None and self._store is not None
-        taken = self.host.take(keys)  # before others take their slots
-        self._evict(len(taken) - self._pages.num_free)
-        pages = self._pages.allocate(len(taken))
-        background = busy and len(pages) * self._store.page_bytes > _INLINE_BYTES
-        transfer = self._store.restore([page.slot for page in taken], pages, background=background)
-        end = match.node.end + len(pages) * self.page_size
-        self._arrivals.append(_Arrival(match.node, tokens[:end], taken, pages, transfer))
-        if not background:
-            self._settle()
-        return background
-
-    def _settle(self, *, wait: bool = False) -> None:
-        """Put the pages that have arrived in the tree; with ``wait`` all that are on their way."""
-        for arrival in list(self._arrivals):
-            if not (wait or arrival.transfer.done):
-                continue
-            assert self.host is not None
-            self._arrivals.remove(arrival)
-            arrival.transfer.wait()
-            tokens, start = arrival.tokens, arrival.node.end // self.page_size
-            # What lies before is locked, hence still there: its pages need no names.
-            pages = [*[-1] * start, *arrival.pages]
-            done = self._tree.insert(tokens, pages, arrival.node.namespace)
-            # Somebody may have computed the same meanwhile.
-            self._pages.free(pages[start : max(start, done.num_existing)])
-            done.node.hits = max(done.node.hits, min(page.hits for page in arrival.host_pages))
-            self._tree.unlock(arrival.node)
-            self.host_restored += len(arrival.pages)
-            self.host.free(arrival.host_pages)
 
     def _reusable(self, request: Request) -> Sequence[int]:
         if not self.limits.enabled or request.wants_prompt_logprobs:
@@ -468,6 +378,10 @@ class KVCacheManager:
         if self.limits.max_leaves and self._tree.num_leaves > self.limits.max_leaves:
             self._give_up(self._tree.trim_leaves(self.limits.max_leaves))
 
+    def _make_room(self, num_pages: int) -> None:
+        """Free pages until there are ``num_pages``, or no more can be had."""
+        self._evict(num_pages - self._pages.num_free)
+
     def _evict(self, num_pages: int) -> None:
         if num_pages <= 0:
             return
@@ -482,10 +396,8 @@ class KVCacheManager:
             return
         self.evicted_tokens += len(pages) * self.page_size
         if self.host is not None:
-            assert self._store is not None
-            leaving, slots = self.host.leaving()
-            if leaving:
-                self._store.spill(leaving, slots)
+            # Entries of whole prompts stay: their pages may come back.
+            self.host.spill()
         elif self.prompts is not None:
             self._pages.free(self.prompts.prune(self._tree))
         self._pages.free(pages)

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
+from mini_sglang.engine.cache_limits import CACHE_TOTALS
 from mini_sglang.engine.engine import EngineCounters
 from mini_sglang.engine.handle import EngineHandle, EngineInfo
-from mini_sglang.engine.kv_cache import CACHE_TOTALS
 
 logger = logging.getLogger(__name__)
 

@@ -102,7 +102,7 @@ def test_every_engine_is_warmed(tiny_model: Path, tmp_path: Path, background: st
         ),
         (
             {"WARM_PREFIXES": SYSTEM, "PREFIX_CACHE_MAX_TOKENS": "10"},
-            "A prefix of WARM_PREFIXES, prefix, is '56 tokens'; it must be at most 10 tokens",
+            "A prefix of WARM_PREFIXES is '56 tokens'; it must be at most 10 tokens",
         ),
         (
             {"PREFIX_CACHE_FILE": "/nowhere/at/all"},

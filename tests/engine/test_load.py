@@ -35,7 +35,7 @@ def quiet() -> Iterator[None]:
 def check_locks(core: EngineCore) -> None:
     """Each node of the tree is locked once per running request, or page coming back, at or below it."""
     expected: Counter[int] = Counter()
-    for arrival in core.cache._arrivals:
+    for arrival in core.cache.host.arrivals if core.cache.host else ():
         for node in core.cache._tree.path(arrival.node):
             expected[id(node)] += 1
     for request in core.scheduler.running:
@@ -173,11 +173,11 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def clear_cache(self) -> None:
         cache, size = self.core.cache, self.backend.page_size
-        cache._settle(wait=True)
-        before = cache.num_free + (0 if cache.host is None else -cache.host.num_used)
+        cache.settle()
+        before = cache.num_free + (0 if cache.host is None else -cache.host.tier.num_used)
         dropped = cache.clear()
         assert cache.num_free - before == dropped // size
-        assert cache.host is None or cache.host.num_used == 0
+        assert cache.host is None or cache.host.tier.num_used == 0
         assert self.core.cache.num_available == self.core.cache.num_free
 
     @rule()
@@ -233,7 +233,7 @@ class EngineMachine(RuleBasedStateMachine):
     def check_idle(self) -> None:
         cache = self.core.cache
         assert cache.num_private == 0 and not self.core.scheduler.running and not self.core.scheduler.waiting
-        cache._settle(wait=True)
+        cache.settle()
         cache._trim()
         assert cache.num_available == cache.num_pages, "a lock was left behind"
         cached = cache._tree.num_pages * cache.page_size
@@ -317,7 +317,7 @@ def test_forty_requests_at_random(
         if wanted and chance.random() < 0.02:
             driver.abort(chance.choice(list(wanted)))
         driver.step()
-    driver.core.cache._settle(wait=True)
+    driver.core.cache.settle()
     check_locks(driver.core)
     assert driver.core.cache.num_available == driver.core.cache.num_pages
     for name, alone in wanted.items():
