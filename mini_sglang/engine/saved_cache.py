@@ -11,8 +11,9 @@ from mini_sglang.engine.host_tier import Digests, HostPage, HostTier
 from mini_sglang.engine.pages import PageAllocator
 from mini_sglang.engine.radix import RadixCache, RadixNode
 
-# Those of tenants and salts, which mean the same after a restart. Others may stand for what has changed.
-_LASTING = re.compile(r"[0-9a-f]*")
+# Those of tenants and salts, perhaps with an adapter's name and the fingerprint of its content: they mean the
+# same after a restart. Others may stand for what has changed.
+_LASTING = re.compile(r"[0-9a-f]*(\|.+@[0-9a-f]{64})?")
 
 
 def collect(

@@ -21,6 +21,7 @@ from .fake_backend import Driver, FakeBackend, make_core, reference
 ONE = SamplingParams(max_new_tokens=1)
 GREEDY = SamplingParams(max_new_tokens=6, ignore_eos=True)
 PROMPT = [2 + i % 9 for i in range(40)]
+ADAPTER = "0af3|poet@" + "0c" * 32
 
 
 def driver_with(num_pages: int = 64, page_size: int = 4, **settings: object) -> Driver:
@@ -33,8 +34,13 @@ def filled(**settings: object) -> Driver:
     driver.run(PROMPT[:22], ONE)
     driver.run([*PROMPT[:12], *[30] * 10], ONE)
     driver.run(PROMPT[:22], ONE, namespace="0af3")
-    driver.run([7] * 8, ONE, namespace="(canary)")
+    driver.run(PROMPT[:22], ONE, namespace=ADAPTER)
+    for namespace in NOT_SAVED:
+        driver.run([7] * 8, ONE, namespace=namespace)
     return driver
+
+
+NOT_SAVED = ("(canary)", "adapter", "|adapter", "|adapter@0af3")
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
@@ -46,12 +52,18 @@ def test_a_cache_comes_back(tmp_path: Path, page_size: int) -> None:
     assert after.core.cache.load(path) == saved > 0
     after.core.check()
     assert after.core.stats()["prefix_loaded_tokens"] == saved
-    for prompt, namespace in ((PROMPT[:22], ""), ([*PROMPT[:12], *[30] * 10], ""), (PROMPT[:22], "0af3")):
+    for prompt, namespace in (
+        (PROMPT[:22], ""),
+        ([*PROMPT[:12], *[30] * 10], ""),
+        (PROMPT[:22], "0af3"),
+        (PROMPT[:22], ADAPTER),
+    ):
         answer = after.run([*prompt, 31], GREEDY, namespace=namespace)
         assert answer.token_ids == reference([*prompt, 31], GREEDY).token_ids
         assert answer.cached_tokens == 22 // page_size * page_size
     # What other names stand for may have changed.
-    assert after.run([*[7] * 8, 31], GREEDY, namespace="(canary)").cached_tokens == 0
+    for namespace in NOT_SAVED:
+        assert after.run([*[7] * 8, 31], GREEDY, namespace=namespace).cached_tokens == 0
 
 
 def test_both_tiers_are_saved(tmp_path: Path) -> None:
