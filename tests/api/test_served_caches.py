@@ -63,7 +63,7 @@ def test_a_restart_starts_warm_and_every_engine_has_its_file(
             "cache.1.safetensors",
             "cache.safetensors",
         ]
-    assert [answer["usage"]["cached_tokens"] for answer in answers] == [0, 0, 48, 48]
+    assert [answer["cached_tokens"] for answer in answers] == [0, 0, 48, 48]
     assert len({tuple(answer["token_ids"]) for answer in answers}) == 1
     assert "The prefix cache begins with 64 tokens of" in server.said
 
