@@ -30,6 +30,8 @@ from mini_sglang.backend.models.loader import check_tensors, expected_tensors, l
 from mini_sglang.backend.models.quantization import block_formats
 from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import SequenceResult, SequenceStep
+from mini_sglang.backend.transformers_models.decoder import TransformersDecoder
+from mini_sglang.backend.transformers_models.kinds import choose_kind
 from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError
 from mini_sglang.types import TokenLogprob
@@ -51,7 +53,7 @@ class ModelBackend:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | TransformersDecoder,
         kv: KVPool,
         attention: Attention,
         sampler: Sampler,
@@ -61,6 +63,7 @@ class ModelBackend:
         dtype: torch.dtype,
         program: StepProgram | None = None,
         quantization: str = "none",
+        implementation: str = "native",
     ) -> None:
         self.decoder = decoder
         self.kv = kv
@@ -70,6 +73,7 @@ class ModelBackend:
         self._kernels = kernels
         self._dtype = dtype
         self._quantization = quantization
+        self._implementation = implementation
         self.program = program
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
@@ -128,10 +132,9 @@ class ModelBackend:
 
     def describe(self) -> dict[str, str | int]:
         """What is loaded, for logs and ``stats``; sizes in bytes."""
-        config = self.decoder.config
-        per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, self.kv.dtype)
         return {
-            "model_type": config.family,
+            "model_type": self.decoder.config.family,
+            "implementation": self._implementation,
             "parameters": self._num_parameters,
             "dtype": _name(self._dtype),
             "kv_dtype": _name(self.kv.dtype),
@@ -143,7 +146,7 @@ class ModelBackend:
             "vocab_size": self.vocab_size,
             "page_size": self.page_size,
             "kv_tokens": self.num_pages * self.page_size,
-            "kv_bytes_per_token": per_token,
+            "kv_bytes_per_token": self.kv.bytes_per_token,
             "weight_bytes": self.decoder.nbytes,
         }
 
@@ -182,6 +185,13 @@ def load_backend(
         fast_types=kernels.fast_formats if kernels else frozenset(),
     )
     try:
+        served = choose_kind(path, checkpoint.config, settings.trust_remote_code)
+        if served != "native":
+            # Imported here: it imports this module.
+            from mini_sglang.backend.transformers_models.backend import Machine, load_transformers_backend
+
+            machine = Machine(device, kernels, kernels_used, sharing)
+            return load_transformers_backend(path, checkpoint, served, settings, machine, notify)
         config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
         context_length = _context_length(settings, config)
         num_parameters = check_tensors(checkpoint, config)

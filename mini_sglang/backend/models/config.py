@@ -129,7 +129,7 @@ class ModelConfig:
             rope_layers=rope_layers,
             rope=rope,
             context_length=context_length,
-            eos_ids=_eos_ids(config, generation_config or {}),
+            eos_ids=read_eos_ids(config, generation_config or {}),
         )
 
 
@@ -202,7 +202,8 @@ def _windows(
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+def read_eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end an answer. Raises ``ModelLoadError`` for a field that makes no sense."""
     for source in (generation_config, config):
         given = source.get("eos_token_id")
         if given is None:

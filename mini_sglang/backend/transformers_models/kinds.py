@@ -54,4 +54,4 @@ def why_per_request(config: Any) -> str:
 
 def _class_of(config: Any) -> Any:
     mapping = importlib.import_module("transformers").models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping[type(config)] if type(config) in mapping else None
+    return mapping.get(type(config), None)
