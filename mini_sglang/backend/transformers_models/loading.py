@@ -124,7 +124,8 @@ def _and_more(count: int) -> str:
 def _refused(
     path: Path, config: Mapping[str, Any], trust_remote_code: bool, error: Exception
 ) -> ModelLoadError:
-    reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    # The first sentence: transformers likes to go on with advice.
+    reason = " ".join(str(error).split()).split(". ")[0][:300].rstrip(".!") or type(error).__name__
     own_code = bool(config.get("auto_map")) and not trust_remote_code
     hint = "; where it needs the repository's own code, set TRUST_REMOTE_CODE=1" if own_code else ""
     return ModelLoadError(

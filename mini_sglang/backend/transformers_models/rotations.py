@@ -11,18 +11,15 @@ _FROZEN = "frozen"
 
 
 def context_length(config: Any) -> tuple[int, int]:
-    """The tokens that a text config's model was made for, and up to which CONTEXT_LENGTH may go.
+    """The tokens that a text config's model is served with, and up to which CONTEXT_LENGTH may go.
 
-    They differ where frequencies change beyond the original length: cached keys cannot follow that, so the
-    original length is the default, with the frequencies for it.
+    They differ with LongRoPE, whose frequencies change beyond the original length: cached keys cannot follow
+    that, so the original length is the default, with the frequencies for it. Dynamic NTK's change beyond
+    ``max_position_embeddings``, where the context ends.
     """
     longest = int(getattr(config, "max_position_embeddings", None) or 2048)
-    kinds = list(_parameters(config))
-    if any("dynamic" in kind["rope_type"] for kind in kinds):
-        return (original := min(_original(config, kind, longest) for kind in kinds)), original
-    if any(kind["rope_type"] == "longrope" for kind in kinds):
-        return min(_original(config, kind, longest) for kind in kinds), longest
-    return longest, longest
+    originals = [_original(config, kind, longest) for kind in _long_kinds(config)]
+    return min(originals, default=longest), longest
 
 
 def freeze(model: nn.Module, config: Any, length: int) -> None:
@@ -54,11 +51,11 @@ def _freeze(module: nn.Module, config: Any, kind: str, layer: str | None, length
     return _FROZEN
 
 
-def _parameters(config: Any) -> list[dict[str, Any]]:
-    """The rotary settings, of each kind of layer where they differ."""
+def _long_kinds(config: Any) -> list[dict[str, Any]]:
+    """The settings of LongRoPE, for each kind of layer that has it."""
     values = getattr(config, "rope_parameters", None) or {}
     kinds = [value for value in values.values() if isinstance(value, dict)] or [values]
-    return [kind for kind in kinds if isinstance(kind.get("rope_type"), str)]
+    return [kind for kind in kinds if kind.get("rope_type") == "longrope"]
 
 
 def _original(config: Any, kind: dict[str, Any], longest: int) -> int:

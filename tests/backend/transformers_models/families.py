@@ -149,32 +149,36 @@ PAGED = (
     ),
 )
 
-PER_REQUEST = tuple(
-    Family(name, model_type, "per_request")
-    for name, model_type in (
-        ("Falcon", "falcon"),
-        ("BLOOM", "bloom"),
-        ("MPT", "mpt"),
-        ("GPT-Neo", "gpt_neo"),
-        ("XGLM", "xglm"),
-        ("Mamba", "mamba"),
-        ("Mamba 2", "mamba2"),
-        ("Falcon Mamba", "falcon_mamba"),
-        ("Falcon-H1", "falcon_h1"),
-        ("Jamba", "jamba"),
-        ("Bamba", "bamba"),
-        ("Zamba 2", "zamba2"),
-        ("Nemotron-H", "nemotron_h"),
-        ("Granite 4 (hybrid)", "granitemoehybrid"),
-        ("RecurrentGemma", "recurrent_gemma"),
-        ("RWKV", "rwkv"),
-        ("LFM2", "lfm2"),
-        ("Qwen3-Next", "qwen3_next"),
-        ("Qwen3.5", "qwen3_5_text"),
-        ("Kimi Linear", "kimi_linear"),
-        ("DeepSeek-V3.2", "deepseek_v32"),
-        ("BART", "bart"),
-    )
+PER_REQUEST = (
+    Family(
+        "LFM2", "lfm2", "per_request", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
+    ),
+    *(
+        Family(name, model_type, "per_request")
+        for name, model_type in (
+            ("Falcon", "falcon"),
+            ("BLOOM", "bloom"),
+            ("MPT", "mpt"),
+            ("GPT-Neo", "gpt_neo"),
+            ("XGLM", "xglm"),
+            ("Mamba", "mamba"),
+            ("Mamba 2", "mamba2"),
+            ("Falcon Mamba", "falcon_mamba"),
+            ("Falcon-H1", "falcon_h1"),
+            ("Jamba", "jamba"),
+            ("Bamba", "bamba"),
+            ("Zamba 2", "zamba2"),
+            ("Nemotron-H", "nemotron_h"),
+            ("Granite 4 (hybrid)", "granitemoehybrid"),
+            ("RecurrentGemma", "recurrent_gemma"),
+            ("RWKV", "rwkv"),
+            ("Qwen3-Next", "qwen3_next"),
+            ("Qwen3.5", "qwen3_5_text"),
+            ("Kimi Linear", "kimi_linear"),
+            ("DeepSeek-V3.2", "deepseek_v32"),
+            ("BART", "bart"),
+        )
+    ),
 )
 
 
