@@ -117,7 +117,7 @@ class Settings:
         "Model and device",
         "TRUST_REMOTE_CODE",
         False,
-        "allow a repository's own Python code to make its tokenizer (needs transformers)",
+        "allow a repository's own Python code to make its tokenizer and model (needs transformers)",
     )
     context_length: int = setting(
         "Model and device",
