@@ -26,6 +26,7 @@ from mini_sglang.backend.transformers_models import rotations
 from mini_sglang.backend.transformers_models.check import self_check
 from mini_sglang.backend.transformers_models.decoder import TransformersConfig, TransformersDecoder, probe
 from mini_sglang.backend.transformers_models.kinds import Kind, why_per_request
+from mini_sglang.backend.transformers_models.linears import pack_linears
 from mini_sglang.backend.transformers_models.loading import load_model
 from mini_sglang.backend.transformers_models.masks import NotPagedError
 from mini_sglang.config import Settings
@@ -59,7 +60,7 @@ def load_transformers_backend(
         kind: what ``choose_kind`` says.
     """
     dtype = choose_dtype(settings.dtype, machine.device)
-    _refuse_settings(settings, dtype)
+    _refuse_settings(settings, dtype, kind)
     count = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     if notify is not None:
         name = str(dtype).removeprefix("torch.")
@@ -82,6 +83,8 @@ def _paged(
     config = read_transformers_config(model, checkpoint, settings)
     length = config.context_length
     rotations.freeze(model, model.config.get_text_config(decoder=True), length)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    pack_linears(model, machine.kernels, settings.quantization)
     decoder = probe(model, config)
     attention = _attention(decoder, machine.kernels)
     self_check(decoder, attention, dtype)
@@ -100,9 +103,10 @@ def _paged(
         attention,
         Sampler(config.vocab_size),
         length,
-        sum(parameter.numel() for parameter in model.parameters()),
+        count,
         machine.kernels_used,
         dtype,
+        quantization=settings.quantization,
         implementation="transformers paged",
     )
     logger.info("Loaded %s", backend.describe())
@@ -153,8 +157,8 @@ def _attention(decoder: TransformersDecoder, kernels: NativeKernels | None) -> A
     return NativeAttention(kernels) if fits and kernels and kernels.fast else PagedAttention()
 
 
-def _refuse_settings(settings: Settings, dtype: torch.dtype) -> None:
-    if settings.quantization != "none":
+def _refuse_settings(settings: Settings, dtype: torch.dtype, kind: Kind) -> None:
+    if settings.quantization != "none" and kind != "paged":
         raise InvalidValueError(
             "QUANTIZATION",
             settings.quantization,
