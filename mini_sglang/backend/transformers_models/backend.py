@@ -135,13 +135,16 @@ def read_transformers_config(model: Any, checkpoint: Checkpoint, settings: Setti
     ends = getattr(text, "eos_token_id", None)
     return TransformersConfig(
         family=str(model.config.model_type),
-        vocab_size=min(
-            int(model.get_output_embeddings().weight.shape[0]),
-            int(model.get_input_embeddings().weight.shape[0]),
-        ),
+        vocab_size=_vocab_size(model, text),
         context_length=settings.context_length or made_for,
         eos_ids=read_eos_ids({"eos_token_id": ends, **checkpoint.config}, checkpoint.generation_config),
     )
+
+
+def _vocab_size(model: Any, text: Any) -> int:
+    """Ids that have a row in both the embedding and the head, where they can be seen."""
+    tables = (model.get_output_embeddings(), model.get_input_embeddings())
+    return min((int(table.weight.shape[0]) for table in tables if table is not None), default=text.vocab_size)
 
 
 def _attention(decoder: TransformersDecoder, kernels: NativeKernels | None) -> Attention:
