@@ -51,6 +51,9 @@ class ModelBackend:
     Not thread-safe: one thread calls ``run``.
     """
 
+    shares_prefixes = True
+    chunks_prompts = True
+
     def __init__(
         self,
         decoder: Decoder | TransformersDecoder,

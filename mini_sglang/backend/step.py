@@ -122,6 +122,14 @@ class Backend(Protocol):
     def context_length(self) -> int:
         """Longest sequence, prompt and answer together, in tokens."""
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a sequence may start from pages that another one has written."""
+
+    @property
+    def chunks_prompts(self) -> bool:
+        """Whether a prompt may be run in several steps."""
+
     def run(self, steps: Sequence[SequenceStep]) -> list[SequenceResult]:
         """Write the KV of every step's tokens into its pages and choose the tokens asked for.
 
