@@ -117,8 +117,8 @@ class Settings:
         "Model and device",
         ("ATTN_IMPL", "ATTN_IMPLEMENTATION"),
         "auto",
-        "attention: paged is this stack's own, sdpa torch's fused one and eager an explicit softmax, over the "
-        "same pages; for a model with one cache per request, the way transformers does it; auto takes the "
+        "attention: paged is this stack's own, sdpa torch's fused one and eager an explicit softmax over its "
+        "pages; for a model with one cache per request, the way transformers does it; auto takes the "
         "fastest that the model allows",
         choices=("auto", "paged", "sdpa", "eager", "flash_attention_2"),
     )
@@ -335,15 +335,15 @@ class Settings:
         "Decode speed",
         "FORCE_LEGACY_CACHE",
         False,
-        "for a model with one cache per request: ask for caches of a fixed shape, a whole context each, so that "
-        "COMPILE_MODEL can capture its decode; a cache that grows turns that off",
+        "for a model with one cache per request: ask for caches of a fixed shape, a whole context each, so "
+        "that COMPILE_MODEL can capture its decode; a cache that grows turns that off",
     )
     engine_fast_decode: bool = setting(
         "Decode speed",
         "ENGINE_FAST_DECODE",
         False,
-        "answer through transformers' own generate, one request after another in a step, not this stack's loop; "
-        "for any model in a folder, not for a GGUF file",
+        "answer through transformers' own generate, one request after another in a step, not by this "
+        "stack's loop; for any model in a folder, not for a GGUF file",
     )
     # Server
     host: str = setting(

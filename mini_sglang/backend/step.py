@@ -137,3 +137,14 @@ class Backend(Protocol):
         reading. Raises whatever the device raises (out of memory): nothing about the KV of these
         steps' new positions may then be assumed, older positions are intact.
         """
+
+
+class LoadedBackend(Backend, Protocol):
+    """A backend that knows what it has loaded."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+
+    def describe(self) -> dict[str, str | int]:
+        """What is loaded, for logs and ``stats``; sizes in bytes."""

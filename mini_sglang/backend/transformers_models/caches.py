@@ -48,6 +48,7 @@ class CacheKind:
 
     Attributes:
         keyword: the argument of the model's forward; ``None`` where it has no cache at all.
+        fixed: whether a cache is of fixed shape by ``fixed_tokens``.
         places: attributes of modules (RecurrentGemma's) that hold a sequence's state.
     """
 
@@ -61,6 +62,7 @@ class CacheKind:
         own = getattr(model, "_supports_default_dynamic_cache", lambda: True)
         self._common = self.keyword is not None and bool(own())
         self._fixed_tokens = fixed_tokens
+        self.fixed = self._common and fixed_tokens > 0
 
     def fresh(self) -> Past:
         """Of no tokens."""

@@ -1,11 +1,10 @@
-"""The backend of models that our pages cannot hold: one cache per request, decodes in one batch where it works."""
+"""The backend of models that our pages cannot hold: one cache per request, decodes together if they can."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -245,7 +244,8 @@ class RequestBackend:
         batch = live.batch
         if len(batch.members) == 1:
             return batch.past
-        return take(batch.past, batch.members.index(live), live.length)
+        past: Past = take(batch.past, batch.members.index(live), live.length)
+        return past
 
 
 def _rest(batch: _Together, members: list[_Live]) -> list[_Live]:
@@ -254,16 +254,3 @@ def _rest(batch: _Together, members: list[_Live]) -> list[_Live]:
 
 def _yes_or(otherwise: str, reason: str) -> str:
     return f"{otherwise}: {reason}" if reason else "on"
-
-
-def about_model(model: Any, family: str, dtype: torch.dtype) -> dict[str, str | int]:
-    """What every backend that runs a model of transformers says of it."""
-    return {
-        "model_type": family,
-        "parameters": sum(part.numel() for part in model.parameters()),
-        "dtype": str(dtype).removeprefix("torch."),
-        "quantization": "none",
-        "device": str(model.device),
-        "threads": torch.get_num_threads(),
-        "weight_bytes": sum(part.nbytes for part in model.parameters()),
-    }

@@ -24,6 +24,21 @@ from mini_sglang.errors import ModelLoadError
 
 # Of the root mean square of the logits, as in ``check``.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
+# What a layer may be for the trial's short prompts to prove something of long ones.
+_PLAIN_LAYERS = frozenset(
+    {
+        "full_attention",
+        "attention",
+        "sliding_attention",
+        "linear_attention",
+        "mamba",
+        "hybrid",
+        "conv",
+        "recurrent",
+        "mlp",
+        "moe",
+    }
+)
 # Prompts of the trial and the tokens that follow each.
 _PROMPTS, _DECODES = (12, 7, 3), 3
 
@@ -35,7 +50,8 @@ class Abilities:
     Attributes:
         no_chunks: to read on from a cache with several tokens at a time.
         no_stacks: to run sequences of different lengths as one batch.
-        no_replay: to give, by one token at a time, what a whole prompt gives.
+        no_replay: to give, by one token at a time, what a whole prompt gives, so that a sequence can be set
+            back and resumed.
         fixed_bytes: of a sequence's cache, whatever its length.
         token_bytes: of its cache per token.
     """
@@ -64,13 +80,17 @@ class Runner:
         self.model = model
         self.kind = kind
         self._vocab_size = vocab_size
-        self._decode = decode or model
+        self.decode = decode or model
         self._takes_positions = "position_ids" in names
         self._takes_mask = "attention_mask" in names
         self._picks_rows = "logits_to_keep" in names
         if kind.keyword is not None:
-            ids = [[3, 4]]
-            kind.watch(lambda: self.forward(ids, [0], kind.fresh()))
+            kind.watch(lambda: self.forward([[3, 4]], [0], kind.fresh()))
+
+    @property
+    def grows(self) -> bool:
+        """Whether a sequence's cache grows with every token."""
+        return self.kind.keyword is None or grows(self.forward([[3, 4]], [0], self.kind.fresh())[1])
 
     def forward(
         self, ids: Sequence[Sequence[int]], starts: Sequence[int], past: Past, every_row: bool = False
@@ -102,7 +122,7 @@ class Runner:
         if self._picks_rows and not every_row:
             given["logits_to_keep"] = 1
         self.kind.put(past)
-        call = self._decode if count == 1 and max(starts) > 0 else self.model
+        call = self.decode if count == 1 and max(starts) > 0 else self.model
         output = call(input_ids=torch.tensor(ids).to(device), **given)
         logits: Tensor = output.logits if every_row else output.logits[:, -1:]
         return logits[..., : self._vocab_size].float(), self.kind.after(past, output)
@@ -127,9 +147,12 @@ def try_out(runner: Runner, vocab_size: int, dtype: torch.dtype) -> Abilities:
         no_replay = trial.one_by_one()
     except Exception as error:
         raise ModelLoadError(
-            f"The {runner.model.config.model_type} model cannot be served: its forward failed: {_said(error)}."
+            f"The {runner.model.config.model_type} model cannot be served: its forward failed: {said(error)}."
         ) from error
-    return Abilities(trial.chunks(), trial.stacked(), no_replay, *trial.sizes())
+    unknown = _unknown_layers(runner.model.config.get_text_config(decoder=True))
+    return Abilities(
+        unknown or trial.chunks(), unknown or trial.stacked(), unknown or no_replay, *trial.sizes()
+    )
 
 
 class _Trial:
@@ -162,7 +185,7 @@ class _Trial:
                 logits, past = self._runner.forward([self._ids[0][first:stop]], [first], past)
                 worst = max(worst, self._off(logits[0, -1], 0, stop - 1))
         except Exception as error:
-            return f"reading on with several tokens failed: {_said(error)}"
+            return f"reading on with several tokens failed: {said(error)}"
         return "" if worst <= self._tolerance else "its cache does not read on with several tokens"
 
     def stacked(self) -> str:
@@ -185,7 +208,7 @@ class _Trial:
         except NotStackableError as error:
             return str(error)
         except Exception as error:
-            return f"a batch of them failed: {_said(error)}"
+            return f"a batch of them failed: {said(error)}"
         return "" if worst <= self._tolerance else "in a batch of them its logits differ"
 
     def sizes(self) -> tuple[int, int]:
@@ -209,5 +232,12 @@ class _Trial:
         return off if off == off else float("inf")
 
 
-def _said(error: Exception) -> str:
+def _unknown_layers(config: Any) -> str:
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    others = sorted({str(kind) for kind in kinds} - _PLAIN_LAYERS)
+    return f"it has layers of the kind {others[0]}" if others else ""
+
+
+def said(error: Exception) -> str:
+    """What an error says, as a clause."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")

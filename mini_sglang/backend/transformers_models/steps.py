@@ -36,7 +36,9 @@ def check_steps(
         if min(pages) < 0 or max(pages) >= backend.num_pages:
             raise InvalidValueError("page", pages.tolist(), f"from 0 to {backend.num_pages - 1}")
         if len(step.prompt_targets) > count:
-            raise InvalidValueError("prompt_targets", len(step.prompt_targets), f"at most one per token, {count}")
+            raise InvalidValueError(
+                "prompt_targets", len(step.prompt_targets), f"at most one per token, {count}"
+            )
         if taken.intersection(pages):
             raise InvalidValueError("pages", "shared by two writers", "written by one sequence at a time")
         taken.update(pages)
