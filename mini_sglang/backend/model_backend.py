@@ -26,7 +26,7 @@ from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
 from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.loading.progress import progress_bar
-from mini_sglang.backend.models.compiled import CompiledDecoder
+from mini_sglang.backend.models.compiled import CompiledDecoder, prove
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
@@ -216,8 +216,6 @@ def load_backend(
                 kind = f"{settings.quantization} blocks"
             notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {kind} on {device}")
         decoder = _load(checkpoint, config, dtypes, device, kernels, formats)
-        if compiler is not None:
-            decoder = CompiledDecoder(decoder, compiler)
     finally:
         checkpoint.close()
     per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtypes.kv)
@@ -249,6 +247,10 @@ def load_backend(
     ):
         rows = max(settings.max_batch_size, min(settings.max_prefill_tokens, _PROGRAM_ROWS))
         program = StepProgram.build(kernels, decoder, kv, rows)
+    compiled = "off"
+    if compiler is not None:
+        limits = Limits(kv.page_size, num_pages, config.vocab_size, context_length)
+        decoder, compiled = _compile(decoder, kv, attention, limits, compiler)
     backend = ModelBackend(
         decoder,
         kv,
@@ -260,7 +262,7 @@ def load_backend(
         dtypes.weights,
         program,
         settings.quantization,
-        compiled="off" if compiler is None else compiler.mode,
+        compiled=compiled,
     )
     logger.info("Loaded %s", backend.describe())
     return backend
@@ -324,6 +326,19 @@ def _refuse_levers(settings: Settings, compiler: Compiler | None, kernels: Nativ
         raise compiler.refusal(
             "the compiled CPU kernels run this model; KERNELS=reference has PyTorch's operators run it"
         )
+
+
+def _compile(
+    decoder: Decoder, kv: KVPool, attention: Attention, limits: Limits, compiler: Compiler
+) -> tuple[Decoder, str]:
+    """The decoder to use, and what became of ``COMPILE_MODEL``."""
+    compiled = CompiledDecoder(decoder, compiler)
+    try:
+        prove(compiled, decoder, kv, attention, limits)
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        return decoder, compiler.give_up(f"the compiled model failed: {said}")
+    return compiled, compiler.mode
 
 
 def _attention_name(attention: Attention) -> str:

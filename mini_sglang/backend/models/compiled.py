@@ -5,15 +5,21 @@ Attention plans each step anew from Python lists, which would be compiled anew e
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 
 from mini_sglang.backend.attention.base import Attention
-from mini_sglang.backend.batch import Batch
+from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.compiling import Compiler
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.models.decoder import Decoder, LayerWeights
 from mini_sglang.backend.models.operations import TorchOperations
+from mini_sglang.backend.step import SequenceStep
+
+# Of the root mean square of the hidden states.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 
 
 class CompiledDecoder(Decoder):
@@ -72,3 +78,24 @@ class CompiledDecoder(Decoder):
         normed = ops.norm(hidden, layer.o.linear(attended, layer.o_bias), layer.post_norm)
         gate_up = layer.gate_up.linear(normed, layer.gate_up_bias)
         return hidden, layer.down.linear(ops.silu_and_mul(gate_up), layer.down_bias)
+
+
+@torch.inference_mode()
+def prove(
+    compiled: CompiledDecoder, plain: Decoder, kv: KVPool, attention: Attention, limits: Limits
+) -> None:
+    """Compile for one row and for several, and compare with the decoder as it was. Writes to the pool.
+
+    Raises:
+        RuntimeError: the hidden states differ by more than rounding. What torch.compile raises.
+    """
+    pages = array("i", range(kv.num_pages))
+    for count in (1, min(5, kv.num_pages * kv.page_size, limits.context_length)):
+        step = SequenceStep(list(range(count)), 0, pages, prompt_targets=[0] * count)
+        batch = Batch.build([step], limits, kv.data.device)
+        ours = compiled.forward(batch, kv, attention).float()
+        own = plain.forward(batch, kv, attention).float()
+        off = (ours - own).square().mean().sqrt() / own.square().mean().sqrt().clamp_min(1e-30)
+        # Not a number is not below it either.
+        if not off.item() <= _TOLERANCE[plain.dtype]:
+            raise RuntimeError(f"its hidden states are off by {off.item():.2g} of their size")
