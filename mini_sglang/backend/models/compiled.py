@@ -46,7 +46,8 @@ class CompiledDecoder(Decoder):
         attend = attention.begin(batch, kv)
         rotation = self.rotations.at(batch.positions, max(batch.seq_lens))
         hidden = self.embedding.rows(batch.token_ids)
-        delta: Tensor | None = None
+        # Not None, which would be compiled by itself.
+        delta = torch.zeros_like(hidden)
         for index, layer in enumerate(self.layers):
             turns = rotation if config.rope_layers[index] else None
             hidden, qkv = self._before(layer, hidden, delta, turns)
@@ -61,7 +62,7 @@ class CompiledDecoder(Decoder):
         return self._last_norm(hidden, delta, self.final_norm)
 
     def _before_attention(
-        self, layer: LayerWeights, hidden: Tensor, delta: Tensor | None, rotation: Tensor | None
+        self, layer: LayerWeights, hidden: Tensor, delta: Tensor, rotation: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The residual ``[T, hidden_size]``, and q, k and v ``[T, heads + 2 * kv_heads, head_dim]``."""
         config, ops = self.config, self._operations
