@@ -33,6 +33,7 @@ _GAUGES = {
     "running": "requests in the batch",
     "waiting": "requests waiting inside the engine",
     "prefixes": "prefixes in the cache",
+    "prefix_reuse": "whether prompts can start from what others have computed",
     "kv_tokens_total": "tokens the KV pool holds",
     "kv_tokens_free": "tokens of the KV pool that are free",
     "kv_tokens_cached": "tokens of the KV pool kept for later prompts",

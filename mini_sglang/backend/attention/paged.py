@@ -23,18 +23,26 @@ _QUERY_BLOCK = 512
 
 
 class PagedAttention:
-    """The torch implementation of ``Attention``. Holds no state."""
+    """The torch implementation of ``Attention``.
+
+    Args:
+        fused: use torch's own attention where it computes the form; without, everything is done step by step.
+    """
+
+    def __init__(self, fused: bool = True) -> None:
+        self.fused = fused
 
     def begin(self, batch: Batch, kv: KVPool) -> PagedStep:
-        return PagedStep(batch, kv)
+        return PagedStep(batch, kv, self.fused)
 
 
 class PagedStep:
     """One step of ``PagedAttention``; see ``StepAttention``."""
 
-    def __init__(self, batch: Batch, kv: KVPool) -> None:
+    def __init__(self, batch: Batch, kv: KVPool, fused: bool) -> None:
         self._batch = batch
         self._kv = kv
+        self._fused = fused
         self._plans: dict[tuple[int | None, bool], _Plan] = {}
 
     def __call__(
@@ -46,20 +54,20 @@ class PagedStep:
         value: Tensor,
         form: AttentionForm = PLAIN,
     ) -> Tensor:
-        which = window, form.fused
+        which = window, form.fused and self._fused
         plan = self._plans.get(which)
         if plan is None:
-            plan = self._plans[which] = _Plan.make(self._batch, self._kv, window, form.fused)
+            plan = self._plans[which] = _Plan.make(self._batch, self._kv, *which)
         rows, heads, head_dim = query.shape
         kv_heads, width = key.shape[1], heads * value.shape[2]
         query = query.view(rows, kv_heads, heads // kv_heads, head_dim)
         decodes = self._batch.num_decodes
         if decodes == rows:
             assert plan.decode is not None
-            return self._decode(plan.decode, layer, query, form).reshape(rows, width)
+            return self._decode(plan, plan.decode, layer, query, form).reshape(rows, width)
         out = query.new_empty((*query.shape[:3], value.shape[2]))
         if plan.decode is not None:
-            out[:decodes] = self._decode(plan.decode, layer, query[:decodes], form)
+            out[:decodes] = self._decode(plan, plan.decode, layer, query[:decodes], form)
         for chunk in plan.chunks:
             first, stop = chunk.first_row, chunk.stop_row
             if chunk.source is None:
@@ -69,14 +77,14 @@ class PagedStep:
             _attend_chunk(chunk, plan, query[first:stop], keys, values, out[first:stop], form)
         return out.view(rows, width)
 
-    def _decode(self, decode: _Decode, layer: int, query: Tensor, form: AttentionForm) -> Tensor:
+    def _decode(self, plan: _Plan, decode: _Decode, layer: int, query: Tensor, form: AttentionForm) -> Tensor:
         """``query`` ``[B, kv_heads, group, head_dim]`` to the same shape, of the values' width."""
         sequences = query.shape[0]
         keys, values = (
             part.view(sequences, -1, *part.shape[1:]).transpose(1, 2)
             for part in decode.source.read(self._kv, layer)
         )
-        if form.fused:
+        if plan.fused:
             return scaled_dot_product_attention(query, keys, values, attn_mask=decode.mask, scale=form.scale)
         sinks = None if form.sinks is None else form.sinks.view(1, *query.shape[1:3], 1)
         return _weigh(query, keys, values, decode.mask, form, sinks)
@@ -126,9 +134,13 @@ class _Chunk:
 
 @dataclass(slots=True)
 class _Plan:
-    """What the layers with one window share. ``band`` is the mask that blocks of chunks are cut from."""
+    """What the layers with one window share. ``band`` is the mask that blocks of chunks are cut from.
+
+    ``fused`` is whether torch's own attention computes it.
+    """
 
     window: int | None
+    fused: bool
     decode: _Decode | None
     chunks: list[_Chunk]
     band: Tensor | None
@@ -142,11 +154,11 @@ class _Plan:
         ]
         masked = [chunk for chunk in chunks if not chunk.causal]
         if not masked:
-            return cls(window, decode, chunks, None, 0)
+            return cls(window, fused, decode, chunks, None, 0)
         past = max(chunk.start + chunk.stop_row - chunk.first_row for chunk in masked)
         past = min(past, window) if window else past
         rows = min(_QUERY_BLOCK, max(chunk.stop_row - chunk.first_row for chunk in masked))
-        return cls(window, decode, chunks, _band(rows, past, window, kv.data), past)
+        return cls(window, fused, decode, chunks, _band(rows, past, window, kv.data), past)
 
 
 def _plan_decode(batch: Batch, kv: KVPool, window: int | None) -> _Decode:
@@ -214,7 +226,7 @@ def _attend_chunk(
         keys, values: ``[L, kv_heads, head_dim]``, from ``chunk.first_key`` on.
     """
     if chunk.causal:
-        _attend(query, keys, values, out, None, form)
+        _attend(query, keys, values, out, None, form, plan.fused)
         return
     assert plan.band is not None
     for first in range(0, len(query), _QUERY_BLOCK):
@@ -224,17 +236,23 @@ def _attend_chunk(
         past = position - lowest
         mask = plan.band[: stop - first, plan.band_past - past : plan.band_past + stop - first]
         seen = slice(lowest - chunk.first_key, chunk.start + stop - chunk.first_key)
-        _attend(query[first:stop], keys[seen], values[seen], out[first:stop], mask, form)
+        _attend(query[first:stop], keys[seen], values[seen], out[first:stop], mask, form, plan.fused)
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, out: Tensor, mask: Tensor | None, form: AttentionForm
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    mask: Tensor | None,
+    form: AttentionForm,
+    fused: bool,
 ) -> None:
     group = query.shape[2]
     heads = query.permute(1, 2, 0, 3)
     keys = keys.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
     values = values.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
-    if form.fused:
+    if fused:
         result = scaled_dot_product_attention(
             heads, keys, values, attn_mask=mask, is_causal=mask is None, scale=form.scale
         )

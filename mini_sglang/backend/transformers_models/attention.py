@@ -52,6 +52,12 @@ def register() -> None:
     transformers.AttentionMaskInterface.register(PROBE, asked_mask)
 
 
+def stay_eager() -> None:
+    """Keep torch.compile, which would follow a step's Python lists, out of our attention."""
+    transformers = importlib.import_module("transformers")
+    transformers.AttentionInterface.register(PAGED, torch.compiler.disable(_attend))  # type: ignore[no-untyped-call]
+
+
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **given: Any
 ) -> tuple[Tensor, None]:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from mini_sglang.backend.attention.base import Attention
+from mini_sglang.backend.attention.choice import torch_attention
 from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
+from mini_sglang.backend.compiling import Compiler
 from mini_sglang.backend.device import KV_DTYPES, choose_dtype, free_memory
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.layered import kv_pool
@@ -22,7 +24,9 @@ from mini_sglang.backend.loading.checkpoint import Checkpoint
 from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.models.config import read_eos_ids
 from mini_sglang.backend.sampling import Sampler
+from mini_sglang.backend.step import LoadedBackend
 from mini_sglang.backend.transformers_models import rotations
+from mini_sglang.backend.transformers_models.attention import stay_eager
 from mini_sglang.backend.transformers_models.check import self_check
 from mini_sglang.backend.transformers_models.decoder import TransformersConfig, TransformersDecoder, probe
 from mini_sglang.backend.transformers_models.kinds import Kind, why_per_request
@@ -30,19 +34,23 @@ from mini_sglang.backend.transformers_models.linears import pack_linears
 from mini_sglang.backend.transformers_models.loading import load_model
 from mini_sglang.backend.transformers_models.masks import NotPagedError
 from mini_sglang.config import Settings
-from mini_sglang.errors import InvalidValueError, ModelLoadError
+from mini_sglang.errors import InvalidValueError
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the model runs on. ``kernels_used`` says so in words; ``sharing`` backends share the memory."""
+    """What the model runs on. ``kernels_used`` says so in words; ``sharing`` backends share the memory.
+
+    ``compiler`` is None where nothing is to be compiled.
+    """
 
     device: torch.device
     kernels: NativeKernels | None
     kernels_used: str
     sharing: int
+    compiler: Compiler | None = None
 
 
 def load_transformers_backend(
@@ -52,8 +60,8 @@ def load_transformers_backend(
     settings: Settings,
     machine: Machine,
     notify: Callable[[str], None] | None,
-) -> ModelBackend:
-    """Load a model that is not native; see ``load_backend``.
+) -> LoadedBackend:
+    """Load a model through transformers; see ``load_backend``.
 
     Args:
         checkpoint: the open folder; its files have been checked.
@@ -65,16 +73,24 @@ def load_transformers_backend(
     if notify is not None:
         name = str(dtype).removeprefix("torch.")
         notify(f"Loading {count / 1e6:,.0f} M parameters as {name} on {machine.device} through transformers")
+    # Imported here: it imports this module.
+    from mini_sglang.backend.transformers_models.request_loading import generate_backend, request_backend
+
+    if settings.engine_fast_decode:
+        return generate_backend(path, checkpoint, settings, machine, dtype)
     model: Any = load_model(
         path, checkpoint.config, dtype, machine.device, "eager", settings.trust_remote_code
     )
     reason = why_per_request(model.config)
     if kind == "paged":
         try:
+            if settings.force_legacy_cache:
+                allowed = "0 for this model: it runs over this stack's pages, whose shape is fixed"
+                raise InvalidValueError("FORCE_LEGACY_CACHE", True, allowed)
             return _paged(model, checkpoint, settings, machine, dtype)
         except NotPagedError as error:
             reason = str(error)
-    raise ModelLoadError(f"The {model.config.model_type} model in {path} cannot be served: {reason}.")
+    return request_backend(path, model, checkpoint, settings, machine, reason)
 
 
 def _paged(
@@ -84,10 +100,12 @@ def _paged(
     length = config.context_length
     rotations.freeze(model, model.config.get_text_config(decoder=True), length)
     count = sum(parameter.numel() for parameter in model.parameters())
-    pack_linears(model, machine.kernels, settings.quantization)
+    # torch.compile cannot look into the kernels.
+    pack_linears(model, None if machine.compiler else machine.kernels, settings.quantization)
     decoder = probe(model, config)
-    attention = _attention(decoder, machine.kernels)
+    attention = _chosen_attention(settings, decoder, machine.kernels)
     self_check(decoder, attention, dtype)
+    compiled = _compile(decoder, attention, dtype, machine.compiler) if machine.compiler else "off"
     page_size = settings.page_size_tokens
     num_pages = kv_pages_for(
         token_budget=settings.kv_token_budget,
@@ -108,6 +126,7 @@ def _paged(
         dtype,
         quantization=settings.quantization,
         implementation="transformers paged",
+        compiled=compiled,
     )
     logger.info("Loaded %s", backend.describe())
     return backend
@@ -145,6 +164,35 @@ def _vocab_size(model: Any, text: Any) -> int:
     """Ids that have a row in both the embedding and the head, where they can be seen."""
     tables = (model.get_output_embeddings(), model.get_input_embeddings())
     return min((int(table.weight.shape[0]) for table in tables if table is not None), default=text.vocab_size)
+
+
+def _compile(
+    decoder: TransformersDecoder, attention: Attention, dtype: torch.dtype, compiler: Compiler
+) -> str:
+    """Compile what is between the attention calls, and prove it again; what became of it, in words.
+
+    Raises:
+        InvalidValueError: it was asked for, and torch.compile cannot, or not rightly.
+    """
+    stay_eager()
+    own = decoder.model.forward
+    decoder.model.forward = compiler.compile(own)
+    try:
+        self_check(decoder, attention, dtype)
+    except Exception as error:
+        decoder.model.forward = own
+        return compiler.give_up(f"the compiled model failed: {' '.join(str(error).split())[:200]}")
+    return compiler.mode
+
+
+def _chosen_attention(
+    settings: Settings, decoder: TransformersDecoder, kernels: NativeKernels | None
+) -> Attention:
+    chosen = torch_attention(settings.attn_impl)
+    if chosen is not None and chosen.fused and not all(call.form.fused for call in decoder.calls):
+        allowed = "auto, paged or eager for this model: torch's fused attention has no soft caps and no sinks"
+        raise InvalidValueError("ATTN_IMPL", settings.attn_impl, allowed)
+    return chosen or _attention(decoder, kernels)
 
 
 def _attention(decoder: TransformersDecoder, kernels: NativeKernels | None) -> Attention:

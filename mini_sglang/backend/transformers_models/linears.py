@@ -106,8 +106,8 @@ def _share(embedding: nn.Embedding, matrix: Weight) -> None:
     kind = type(embedding)
     # Behind the model's class, so that what it calls as its parent's forward is ours.
     bases = (PackedRows,) if kind is nn.Embedding else (kind, PackedRows)
-    # Its class may look at the weight's dtype, and at nothing else of it.
-    like = torch.empty(0, dtype=matrix.dtype)
+    # For code that looks at the weight's shape or dtype; NaN shows where it looks at the numbers.
+    like = torch.full((), torch.nan, dtype=matrix.dtype).expand(matrix.shape)
     del embedding._parameters["weight"]
     embedding.__dict__["weight"] = like
     embedding.__dict__["matrix"] = matrix
