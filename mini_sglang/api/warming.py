@@ -34,6 +34,9 @@ def fill_caches(
     """
     path = cache_file(settings, index)
     if path is not None:
+        if not core.info.shares_prefixes:
+            allowed = "unset for this model, which is served with one cache per request"
+            raise InvalidValueError("PREFIX_CACHE_FILE", str(path), allowed)
         core.saved_cache = path
         if path.exists():
             try:

@@ -43,12 +43,12 @@ def check_limits(limits: CacheLimits, backend: Backend) -> None:
     Raises:
         InvalidValueError: a host tier without a prefix cache, or for a backend that cannot copy pages.
     """
-    if limits.host_tokens and not limits.enabled:
-        raise InvalidValueError("PAGE_TOKEN_BUDGET", limits.host_tokens, "0 where PREFIX_CACHE is off")
     if limits.host_tokens and page_store(backend) is None:
         raise InvalidValueError(
             "PAGE_TOKEN_BUDGET", limits.host_tokens, "0 for a model whose KV is not in pages"
         )
+    if limits.host_tokens and not limits.enabled:
+        raise InvalidValueError("PAGE_TOKEN_BUDGET", limits.host_tokens, "0 where PREFIX_CACHE is off")
     if 0 < limits.host_tokens < backend.page_size:
         raise InvalidValueError(
             "PAGE_TOKEN_BUDGET", limits.host_tokens, f"at least {backend.page_size}, one page"

@@ -96,9 +96,10 @@ class EngineCore:
             max_sequence_tokens=min(backend.context_length, backend.num_pages * backend.page_size),
             page_size=backend.page_size,
             kv_tokens=backend.num_pages * backend.page_size,
+            shares_prefixes=backend.shares_prefixes,
         )
         limits = CacheLimits(
-            enabled=settings.prefix_cache,
+            enabled=settings.prefix_cache and backend.shares_prefixes,
             max_leaves=settings.prefix_cache_size,
             max_prompt_tokens=settings.prefix_cache_max_tokens,
             token_budget=settings.prefix_cache_token_budget,
@@ -114,7 +115,9 @@ class EngineCore:
             SchedulerLimits(
                 max_batch_size=settings.max_batch_size,
                 max_prefill_tokens=settings.max_prefill_tokens,
-                chunk_tokens=settings.prefill_chunk_size if settings.chunked_prefill else None,
+                chunk_tokens=settings.prefill_chunk_size
+                if settings.chunked_prefill and backend.chunks_prompts
+                else None,
             ),
         )
         self.counters = EngineCounters()
@@ -267,6 +270,7 @@ class EngineCore:
             "prefix_hit_tokens": counters.prefix_hit_tokens,
             "prefix_evicted_tokens": cache.evicted_tokens,
             "prefixes": cache.num_prefixes,
+            "prefix_reuse": int(cache.limits.enabled),
             "retractions": self.scheduler.num_retractions,
             "kv_tokens_total": cache.num_pages * page_size,
             "kv_tokens_free": cache.num_free * page_size,

@@ -82,11 +82,13 @@ class KVCacheManager:
         """How many of ``tokens`` are in the tree, in whole pages; changes nothing."""
         return self._tree.prefix_length(tokens, namespace)
 
-    def fetch(self, request: Request, num_running: int) -> bool:
+    def fetch(self, request: Request, headroom: int, *, busy: bool) -> bool:
         """Bring back from the host what continues the request's cached prefix, for ``attach`` to find.
 
-        True while that is under way, which is worth other requests' steps in the meantime; never where
-        ``num_running`` is 0.
+        True while that is under way, which it is only with ``busy``: while other requests have steps to run.
+
+        Args:
+            headroom: pages that must be left free for them.
         """
         if self.host is None:
             return False
@@ -94,7 +96,7 @@ class KVCacheManager:
         tokens = self._reusable(request) if self._entry(request) is None else request.tokens
         match = self._tree.match(tokens, request.namespace)
         if self.host.awaits(match, tokens):
-            if num_running:
+            if busy:
                 return True
             self.host.settle(wait=True)
             match = self._tree.match(tokens, request.namespace)
@@ -102,10 +104,10 @@ class KVCacheManager:
         self._tree.lock(match.node)
         # As the scheduler asks, so that nothing is fetched for a request that must wait for room.
         missing = self.pages_for(len(request.tokens)) - len(match.pages)
-        if not keys or missing + num_running > self.num_available:
+        if not keys or missing + headroom > self.num_available:
             self._tree.unlock(match.node)
             return False
-        return self.host.bring(match, tokens, keys, busy=num_running > 0)
+        return self.host.bring(match, tokens, keys, busy=busy)
 
     def attach(self, request: Request) -> int:
         """Lock the longest cached prefix for a request that holds no pages; returns its tokens.

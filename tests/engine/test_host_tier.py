@@ -328,7 +328,7 @@ class TwoTiers(RuleBasedStateMachine):
         request = Request("r", tokens, len(tokens), ONE, 1, 0, EOS_IDS, namespace=namespace)
         before, module.INLINE_BYTES = module.INLINE_BYTES, 0 if background else 1 << 30
         try:
-            waits = self.cache.fetch(request, len(self.running))
+            waits = self.cache.fetch(request, len(self.running), busy=bool(self.running))
         finally:
             module.INLINE_BYTES = before
         if waits:

@@ -17,7 +17,7 @@ _PIECES, _PIECE_BYTES = 16, 4 << 10
 
 
 def weights_fingerprint(path: Path) -> str:
-    """A digest over the headers of a model's weight files and over a part of every tensor in them.
+    """A digest over a model's config, the headers of its weight files and a part of every tensor in them.
 
     Training changes nearly all numbers of the matrices it changes at all, and 16 pieces of each are read;
     small tensors are read whole. Names of files and times do not count: a copy of a model is the same model.
@@ -26,6 +26,8 @@ def weights_fingerprint(path: Path) -> str:
         ModelLoadError: a file is damaged or gone.
     """
     digest = hashlib.sha256()
+    if path.is_dir() and (path / "config.json").is_file():
+        digest.update((path / "config.json").read_bytes())
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     for file in files:
         buffer = map_file(file)
