@@ -20,6 +20,9 @@ from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
 from tests.backend.kernels.twins import VARIANTS
 from tests.backend.loading.model_files import tiny_model, write_gguf
+from tests.backend.transformers_models.families import PAGED, VOCAB_SIZE, save
+from tests.backend.transformers_models.families import tiny_model as tiny_transformers_model
+from tests.backend.transformers_models.request_families import CASES
 from tests.tiny_folders import tiny_folder
 
 EOS = frozenset({2})
@@ -206,6 +209,45 @@ def test_gguf_weights_have_a_fingerprint(blocks: Path, tmp_path: Path) -> None:
     data[-1] ^= 1
     copy.write_bytes(data)
     assert weights_fingerprint(copy) != weights_fingerprint(blocks)
+
+
+PAGED_BY_TYPE = {family.model_type: family for family in PAGED}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "deepseek_v2"])
+def test_models_of_transformers_over_our_pages_have_every_cache(family: str, tmp_path: Path) -> None:
+    path = save(tiny_transformers_model(PAGED_BY_TYPE[family]), tmp_path / "model")
+    draw = random.Random(4)
+    stems = [[draw.randrange(3, VOCAB_SIZE) for _ in range(18)] for _ in range(4)]
+    requests: list[Asked] = [
+        (stem, SamplingParams(max_new_tokens=6, temperature=0.8 * (turn > 0), seed=turn, ignore_eos=True))
+        for turn in range(2)
+        for stem in stems
+    ]
+    small = {"page_size_tokens": 4, "prefill_cache_size": 2, "page_token_budget": 400}
+    expected = [answer[0] for answer in answers(core(path, prefix_cache=False), requests)]
+    engine = core(path, kv_token_budget=64, **small)
+    assert [answer[0] for answer in answers(engine, requests)] == expected
+    assert [answer[0] for answer in answers(engine, requests[:1] * 2)] == expected[:1] * 2
+    stats = engine.stats()
+    assert stats["host_hits"] > 0 and stats["prefill_cache_hits"] > 0
+    engine.cache.save(tmp_path / "c")
+    again = core(path, **small)
+    assert again.cache.load(tmp_path / "c") > 0
+    assert [answer[0] for answer in answers(again, requests)] == expected
+    assert again.stats()["prefix_hits"] > 0
+
+
+def test_a_model_with_one_cache_per_request_refuses_them(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.family.model_type == "mamba2")
+    path = save(tiny_transformers_model(case.family), tmp_path / "model")
+    with pytest.raises(InvalidValueError, match="PAGE_TOKEN_BUDGET is 64; it must be 0 for a model whose KV"):
+        core(path, page_token_budget=64)
+    engine = core(path)
+    with pytest.raises(InvalidValueError, match="one cache per request, which shares no prefix"):
+        engine.insert_prefix([5, 6, 7])
+    with pytest.raises(InvalidValueError, match="PREFIX_CACHE is 0; it must be on to be saved or loaded"):
+        engine.cache.save(tmp_path / "c")
 
 
 # The public engine and its settings.
