@@ -17,6 +17,7 @@ from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.device import KV_DTYPES, choose_device, choose_dtype, choose_threads, free_memory
+from mini_sglang.backend.kernels.adapters import NativeAdapters
 from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
 from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kernels.program import StepProgram
@@ -24,6 +25,7 @@ from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
 from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.loading.progress import progress_bar
+from mini_sglang.backend.lora.store import AdapterMath, Adapters, TorchAdapters
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
@@ -61,7 +63,9 @@ class ModelBackend:
         dtype: torch.dtype,
         program: StepProgram | None = None,
         quantization: str = "none",
+        adapters: Adapters | None = None,
     ) -> None:
+        self.adapters = adapters
         self.decoder = decoder
         self.kv = kv
         self.attention = attention
@@ -103,11 +107,16 @@ class ModelBackend:
         if not steps:
             return []
         batch = Batch.build(steps, self._limits, self.kv.data.device)
+        if batch.adapters is not None:
+            assert self.adapters is not None
+            self.adapters.check(batch.adapters)
         if self.program is not None and self.program.takes(batch):
             # Without torch's inference mode: to enter it takes a tenth of the time outside the kernels.
             return self._results(steps, batch, self.program.forward(batch))
         with torch.inference_mode():
-            return self._results(steps, batch, self.decoder.forward(batch, self.kv, self.attention))
+            adapters = self.adapters.begin(batch) if self.adapters and batch.adapters else None
+            hidden = self.decoder.forward(batch, self.kv, self.attention, adapters)
+            return self._results(steps, batch, hidden)
 
     def _results(self, steps: Sequence[SequenceStep], batch: Batch, hidden: Tensor) -> list[SequenceResult]:
         """What ``hidden`` ``[R, hidden_size]`` comes to: tokens and prompt logprobs."""
@@ -234,6 +243,7 @@ def load_backend(
         dtypes.weights,
         program,
         settings.quantization,
+        _adapters(settings, decoder, device, kernels, program),
     )
     logger.info("Loaded %s", backend.describe())
     return backend
@@ -287,6 +297,22 @@ def _attention(config: ModelConfig, dtype: torch.dtype, kernels: NativeKernels |
     if kernels and kernels.fast and NativeAttention.fit(heads, kv_heads, config.head_dim, dtype):
         return NativeAttention(kernels)
     return PagedAttention()
+
+
+def _adapters(
+    settings: Settings,
+    decoder: Decoder,
+    device: torch.device,
+    kernels: NativeKernels | None,
+    program: StepProgram | None,
+) -> Adapters:
+    config, room = decoder.config, settings.max_loras
+    math: AdapterMath = TorchAdapters(device, room)
+    if kernels is not None and kernels.fast and decoder.dtype == torch.float32:
+        math = NativeAdapters(kernels, config.num_layers, room)
+        if program is not None:
+            program.adapt(math)
+    return Adapters(config, math, room, settings.max_lora_rank)
 
 
 def _context_length(settings: Settings, config: ModelConfig) -> int:

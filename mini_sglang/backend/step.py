@@ -81,6 +81,7 @@ class SequenceStep:
         prompt_targets: for prompt logprobs, the token that follows each row (one fewer than
             ``token_ids`` where the last row's successor is not part of the prompt); else empty.
         prompt_top: with ``prompt_targets``, how many most probable tokens to report per row.
+        adapter: the id of the LoRA adapter the tokens run with; 0 is none.
     """
 
     token_ids: Sequence[int]
@@ -89,6 +90,7 @@ class SequenceStep:
     sample: SampleSpec | None = None
     prompt_targets: Sequence[int] = ()
     prompt_top: int = 0
+    adapter: int = 0
 
 
 @dataclass(slots=True)

@@ -64,7 +64,7 @@ enum { PANEL = 16 };
 
 // What one call does, each with its struct, to the first rows of x: jobs.py has the same. A recorded step is
 // a list of these whose addresses stay the same from step to step.
-enum Kind { PRODUCT, ATTENTION, NORM, ROTATE, SILU_AND_MUL, EMBED };
+enum Kind { PRODUCT, ATTENTION, NORM, ROTATE, SILU_AND_MUL, EMBED, ADAPT };
 
 struct Entry {
     int64_t kind;
@@ -177,6 +177,42 @@ struct SiluAndMul {
     const float* gate_up;
     float* out;
     int64_t width;
+};
+
+// Rows first to last - 1 of a step have the adapter in this slot.
+struct AdapterRun {
+    int64_t first, last, slot;
+};
+
+// The rows of a step that have an adapter, in order; the others have none.
+struct AdapterRuns {
+    const AdapterRun* runs;
+    int64_t count;
+};
+
+// What an adapter adds to n columns of y, from column first on: up [n, rank], packed, in float32.
+struct AdapterPart {
+    const void* up;
+    int64_t rank, first, n;
+};
+
+// An adapter at one place of the model: down [rank, k], packed, in float32, for all of its parts, one below
+// the other. Without any rank it leaves the place as it is.
+enum { ADAPTER_PARTS = 3 };
+struct AdapterSlot {
+    const void* down;
+    int64_t rank, parts;
+    AdapterPart part[ADAPTER_PARTS];
+};
+
+// Adds up (down x) to the rows of y that have an adapter. x is [rows, k], a row of y lies stride numbers after
+// the one before.
+struct Adapt {
+    const AdapterRuns* runs;
+    const AdapterSlot* slots;
+    const float* x;
+    float* y;
+    int64_t k, stride;
 };
 
 // One instruction set's functions. Every product is summed over the columns in one fixed order, whatever
