@@ -12,6 +12,7 @@ from mini_sglang.config import Settings
 if TYPE_CHECKING:
     from mini_sglang.backend.grammar import GrammarCompiler
     from mini_sglang.backend.loading.source import ModelFiles
+    from mini_sglang.backend.lora.files import Adapter
     from mini_sglang.engine.engine import EngineCore
     from mini_sglang.text.tokenizer import Tokenizer
 
@@ -40,6 +41,15 @@ def find_model(settings: Settings, notify: Notify) -> FoundModel:
     from mini_sglang.backend.loading.source import resolve_model
 
     return read_model(resolve_model(settings, notify=notify), settings)
+
+
+def named_adapters(settings: Settings, notify: Notify) -> list[Adapter]:
+    """The adapters that ``settings`` name, on disk. Raises as ``find_adapters``."""
+    if settings.lora_adapters is None:
+        return []
+    from mini_sglang.backend.lora.source import find_adapters
+
+    return find_adapters(settings, notify)
 
 
 def read_model(files: ModelFiles, settings: Settings) -> FoundModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mini_sglang.api.adapters import LOAD, UNLOAD
 from mini_sglang.api.native import DETOKENIZE, GENERATE, TOKENIZE
 from mini_sglang.api.schemas import Form
 
@@ -17,6 +18,11 @@ def document(version: str, extra_paths: Mapping[str, Any] | None = None) -> dict
         "/generate": {"post": _post("Generate text", GENERATE, "application/x-ndjson", "text/event-stream")},
         "/tokenize": {"post": _post("Text to token ids", TOKENIZE)},
         "/detokenize": {"post": _post("Token ids to text", DETOKENIZE)},
+        **{
+            f"{prefix}/{verb}_lora_adapter": {"post": _post(f"{verb.capitalize()} a LoRA adapter", form)}
+            for prefix in ("", "/v1")
+            for verb, form in (("load", LOAD), ("unload", UNLOAD))
+        },
         "/health": {"get": _get("Whether the server is alive, and each engine's state", key=False)},
         "/ready": {"get": _get("Whether a request would be served", key=False)},
         "/metrics": {"get": _get_metrics()},

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mini_sglang.api.errors import DeadlineError
+from mini_sglang.backend.lora.files import name_of
 from mini_sglang.engine.handle import NOT_STARTED, TIMEOUT, UNAVAILABLE
 from mini_sglang.errors import EngineError, OverloadedError, UnavailableError
 from mini_sglang.text.stream import TextStream
@@ -40,6 +41,7 @@ class ServedStream:
         self.request_id = work.request_id
         self.max_new_tokens = work.max_new_tokens
         self.prompt_tokens = len(work.prompt_ids)
+        self._lora = name_of(work.lora)
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self.matched_stop: str | int | None = None
         self._text = TextStream(service.tokenizer, work.params)
@@ -217,7 +219,7 @@ class ServedStream:
         seconds = time.perf_counter() - self.started
         usage, finish = self._usage, self._finish
         outcome = "timeout" if isinstance(self._error, DeadlineError) else str(finish)
-        self._service.metrics.request(outcome, seconds, usage)
+        self._service.metrics.request(outcome, seconds, usage, self._lora)
         if self._logs:
             first = "-" if self._first_at is None else f"{self._first_at - self.started:.3f}"
             logger.info(

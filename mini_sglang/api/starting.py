@@ -11,9 +11,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mini_sglang.api.loading import FoundModel, Notify, find_model, load_core, prepare_quietly, read_model
+from mini_sglang.api.loading import (
+    FoundModel,
+    Notify,
+    find_model,
+    load_core,
+    named_adapters,
+    prepare_quietly,
+    read_model,
+)
+from mini_sglang.api.openai.models import served_names
 from mini_sglang.api.service import Service
 from mini_sglang.config import Settings
+from mini_sglang.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from mini_sglang.backend.grammar import GrammarCompiler
@@ -45,7 +55,12 @@ async def open_service(settings: Settings, notify: Notify) -> Service:
     try:
         with _closing_on_signals(pool):
             await asyncio.to_thread(pool.wait_ready)
+            for adapter in model.adapters:
+                await asyncio.to_thread(pool.adapters.load, adapter)
         service = Service(settings, model.tokenizer, pool, model.name, model.grammar_checker(pool))
+        for adapter in model.adapters:
+            if adapter.name in served_names(service):
+                raise InvalidValueError("LORA_ADAPTERS", adapter.name, "names other than the model's own")
         service.prepare_grammars()
     except BaseException:
         await asyncio.to_thread(pool.close)
@@ -61,6 +76,7 @@ class Model:
         self.name = self._model.files.name
         self.tokenizer: Tokenizer = self._model.tokenizer
         self._notify = notify
+        self.adapters = named_adapters(settings, notify)
         # The engines load what was found here and ask no hub again.
         chosen = settings.chosen | {"model_local_dir"}
         self._settings = replace(settings, model_local_dir=self._model.files.path, chosen=chosen)

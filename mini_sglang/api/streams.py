@@ -18,6 +18,7 @@ from mini_sglang.types import Delta, FinishReason, Output, SamplingParams, Token
 
 if TYPE_CHECKING:
     from mini_sglang.api.mailbox import LoopCalls
+    from mini_sglang.backend.lora.files import Adapter
     from mini_sglang.engine.worker import EngineThread
     from mini_sglang.text.tokenizer import Tokenizer
 
@@ -39,9 +40,10 @@ class _Answer:
         prompt_ids: list[int],
         params: SamplingParams,
         ring: Callable[[], None],
+        adapter: Adapter | None = None,
     ) -> None:
         # Raises on a prompt that cannot run, before there is anything to close.
-        request = thread.core.make_request(request_id, prompt_ids, params)
+        request = thread.core.make_request(request_id, prompt_ids, params, adapter=adapter)
         self._thread = thread
         self._tokenizer = tokenizer
         self._params = params
@@ -152,9 +154,11 @@ class Stream(_Answer, Iterator[Delta]):
         request_id: str,
         prompt_ids: list[int],
         params: SamplingParams,
+        adapter: Adapter | None = None,
     ) -> None:
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-        super().__init__(thread, tokenizer, request_id, prompt_ids, params, partial(self._bell.put, None))
+        ring = partial(self._bell.put, None)
+        super().__init__(thread, tokenizer, request_id, prompt_ids, params, ring, adapter)
 
     def __next__(self) -> Delta:
         if self._finish is not None:
@@ -200,11 +204,12 @@ class AsyncStream(_Answer):
         prompt_ids: list[int],
         params: SamplingParams,
         calls: LoopCalls,
+        adapter: Adapter | None = None,
     ) -> None:
         self._waiter: asyncio.Future[None] | None = None
         # Raises in the engine's thread where the loop was closed; the request is dropped then.
         ring = partial(calls.put, self._wake)
-        super().__init__(thread, tokenizer, request_id, prompt_ids, params, ring)
+        super().__init__(thread, tokenizer, request_id, prompt_ids, params, ring, adapter)
 
     def __aiter__(self) -> AsyncStream:
         return self

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
+from mini_sglang.backend.lora.files import Adapter
 from mini_sglang.config import Settings
 from mini_sglang.engine.handle import EngineHandle, EngineInfo, Sink, Work, call_watchers
 from mini_sglang.engine.limits import make_work
@@ -70,6 +72,12 @@ class CanaryEngine:
 
     def stats(self) -> dict[str, int]:
         return self._engine.stats()
+
+    def load_adapter(self, adapter: Adapter, *, at_once: bool = False) -> Future[None]:
+        return self._engine.load_adapter(adapter, at_once=at_once)
+
+    def unload_adapter(self, key: str) -> None:
+        self._engine.unload_adapter(key)
 
     def kill(self, why: str) -> None:
         self._engine.kill(why)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mini_sglang.backend.lora.files import Adapter
 from mini_sglang.backend.step import (
     Backend,
     GrammarFactory,
@@ -14,6 +15,7 @@ from mini_sglang.backend.step import (
     SequenceStep,
 )
 from mini_sglang.config import Settings
+from mini_sglang.engine.adapters import LoadedAdapters
 from mini_sglang.engine.grammars import GrammarRoom
 from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.engine.kv_cache import CacheLimits, KVCacheManager
@@ -43,6 +45,7 @@ class EngineCounters:
     prefix_hits: int = 0
     prefix_misses: int = 0
     prefix_hit_tokens: int = 0
+    lora_requests: int = 0
 
 
 class EngineCore:
@@ -76,6 +79,7 @@ class EngineCore:
         self._settings = settings
         self._eos_ids = eos_ids
         self._grammars = GrammarRoom(grammars)
+        self.adapters = LoadedAdapters(getattr(backend, "adapters", None))
         self.on_start: Callable[[list[str]], None] | None = None
         self.info = EngineInfo(
             description=dict(description or {}),
@@ -122,6 +126,7 @@ class EngineCore:
         *,
         prefill_only: bool = False,
         namespace: str = "",
+        adapter: Adapter | None = None,
     ) -> Request:
         """Check a prompt against this model, compile its grammar, and wrap it up for ``add``.
 
@@ -139,14 +144,22 @@ class EngineCore:
             params,
             prefill_only=prefill_only,
             namespace=namespace,
+            adapter=adapter,
         )
         request = self.request_of(work)
         request.grammar = self._grammars.make(params)
         return request
 
-    def make_prefix_request(self, request_id: str, prompt_ids: Sequence[int], namespace: str = "") -> Request:
+    def make_prefix_request(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        namespace: str = "",
+        adapter: Adapter | None = None,
+    ) -> Request:
         """A request that only puts its prompt in the cache. Raises as ``limits.make_prefix_work``."""
-        return self.request_of(make_prefix_work(self.info, self._settings, request_id, prompt_ids, namespace))
+        work = make_prefix_work(self.info, self._settings, request_id, prompt_ids, namespace, adapter)
+        return self.request_of(work)
 
     def request_of(self, work: Work) -> Request:
         """Wrap up checked work for ``add``."""
@@ -161,18 +174,25 @@ class EngineCore:
             prefill_only=work.prefill_only,
             namespace=work.namespace,
             arrival=time.monotonic(),
+            lora=work.lora,
         )
 
     def add(self, request: Request) -> None:
-        """Queue a request made by ``make_request``."""
+        """Queue a request made by ``make_request``.
+
+        Raises:
+            InvalidValueError: one of its id runs, or its adapter is not loaded (``NoAdapterError``).
+        """
         if request.request_id in self._requests:
             raise InvalidValueError("request_id", request.request_id, "unique among running requests")
+        request.adapter = self.adapters.enter(request.lora)
         self._requests[request.request_id] = request
         if request.params.grammar is not None and request.grammar is None:
             self._grammars.add(request)
         else:
             self.scheduler.add(request)
         self.counters.requests += 1
+        self.counters.lora_requests += request.adapter > 0
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> TokenEvent | None:
         """End a request now; its computed KV stays cached.
@@ -222,6 +242,8 @@ class EngineCore:
             "prefix_evicted_tokens": cache.evicted_tokens,
             "prefixes": cache.num_prefixes,
             "retractions": self.scheduler.num_retractions,
+            "lora_requests": counters.lora_requests,
+            "loras": len(self.adapters),
             "kv_tokens_total": cache.num_pages * page_size,
             "kv_tokens_free": cache.num_free * page_size,
             "kv_tokens_cached": cache.num_cached * page_size,
@@ -249,7 +271,7 @@ class EngineCore:
     def _sequence_step(self, item: Scheduled) -> SequenceStep:
         request = item.request
         start, end = request.num_computed, request.num_computed + item.num_tokens
-        step = SequenceStep(request.tokens[start:end], start, request.pages)
+        step = SequenceStep(request.tokens[start:end], start, request.pages, adapter=request.adapter)
         if item.samples:
             step.sample = request.sample_spec()
         if request.wants_prompt_logprobs:
@@ -335,6 +357,7 @@ class EngineCore:
         else:
             self.scheduler.remove(request, keep_kv=keep_kv)
         del self._requests[request.request_id]
+        self.adapters.leave(request.lora)
         self.counters.finished += reason in (FinishReason.STOP, FinishReason.LENGTH)
         request.finish = reason
         return TokenEvent(

@@ -38,6 +38,7 @@ class Request:
         started: whether a step of it has run.
         node: the radix node locked for the tree's pages.
         grammar: what the answer must follow, as far as its tokens have come; retraction does not touch it.
+        lora: ``Adapter.key`` of its adapter, and ``adapter`` the backend's id of it; none without.
         end_ids: ids that end the answer.
     """
 
@@ -52,6 +53,8 @@ class Request:
     namespace: str = ""
     arrival: float = 0.0
     grammar: TokenGrammar | None = None
+    lora: str = ""
+    adapter: int = 0
 
     phase: Phase = Phase.WAITING
     pages: array[int] = field(default_factory=lambda: array("i"))

@@ -140,15 +140,20 @@ def _pattern(config: Mapping[str, Any], field: str) -> list[tuple[str, Any]]:
     if not isinstance(pattern, Mapping) or len(pattern) > _MAX_PATTERNS:
         raise InvalidValueError(field, pattern, f"an object of at most {_MAX_PATTERNS} keys")
     for key in pattern:
-        # A group that is repeated could take for ever to find out that it does not fit.
-        simple = _PATTERN.fullmatch(key) and not re.search(r"\)[*+?]", key)
-        try:
-            simple = simple and sum(map(key.count, "*+?")) <= _MAX_REPEATS and re.compile(f"({key})$")
-        except re.error:
-            simple = None
-        if not simple:
+        if not _is_simple(key):
             raise InvalidValueError(field, key, "made of names of modules, or simple patterns of them")
     return list(pattern.items())
+
+
+def _is_simple(key: str) -> bool:
+    # A group that is repeated could take for ever to find out that it does not fit.
+    if not _PATTERN.fullmatch(key) or re.search(r"\)[*+?]", key) or sum(map(key.count, "*+?")) > _MAX_REPEATS:
+        return False
+    try:
+        re.compile(f"({key})$")
+    except re.error:
+        return False
+    return True
 
 
 def _names(field: str, value: object) -> tuple[str, ...]:

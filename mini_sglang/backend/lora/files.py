@@ -91,7 +91,7 @@ def read_contents(folder: Path) -> Contents:
         with (folder / WEIGHTS_FILE).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             weights = mmap.mmap(-1, max(size, 1))
-            file.readinto(weights)  # type: ignore[attr-defined]
+            file.readinto(weights)
     except OSError as error:
         raise ModelLoadError(f"The adapter {folder} cannot be read: {error.strerror or error}.") from None
     digest = hashlib.sha256(b"%d\n" % len(config) + config)

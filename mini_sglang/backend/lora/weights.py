@@ -33,7 +33,7 @@ _TENSOR = re.compile(r"base_model\.model\.(model\.layers\.(\d{1,6})\.([a-z_.]+))
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is added to the columns from ``first`` on: ``up`` is float32 ``[n, rank]``, with the scale in it."""
+    """What is added to the columns from ``first`` on: ``up``, float32 ``[n, rank]``, has the scale in it."""
 
     first: int
     up: Tensor
