@@ -14,8 +14,9 @@ from starlette.routing import Route
 
 from mini_sglang.api.errors import RequestError
 from mini_sglang.api.schemas import Field, Form, Text
-from mini_sglang.backend.lora.files import MAX_NAME_CHARS, Adapter, check_name
+from mini_sglang.backend.lora.files import MAX_NAME_CHARS, check_name
 from mini_sglang.errors import InvalidValueError, shorten
+from mini_sglang.types import Adapter
 
 if TYPE_CHECKING:
     from mini_sglang.api.service import Service

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, cast, overload
 from mini_sglang.api.loading import find_model, load_core, named_adapters
 from mini_sglang.api.mailbox import LoopCalls
 from mini_sglang.api.streams import AsyncStream, Stream
-from mini_sglang.backend.lora.files import Adapter, open_adapter
+from mini_sglang.backend.lora.files import open_adapter
 from mini_sglang.config import Settings
 from mini_sglang.errors import EngineError, InvalidValueError
-from mini_sglang.types import FinishReason, Output, Prompt, SamplingParams, TokenEvent
+from mini_sglang.types import Adapter, FinishReason, Output, Prompt, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:
     from mini_sglang.text.tokenizer import Tokenizer

@@ -12,9 +12,9 @@ from mini_sglang.config import Settings
 if TYPE_CHECKING:
     from mini_sglang.backend.grammar import GrammarCompiler
     from mini_sglang.backend.loading.source import ModelFiles
-    from mini_sglang.backend.lora.files import Adapter
     from mini_sglang.engine.engine import EngineCore
     from mini_sglang.text.tokenizer import Tokenizer
+    from mini_sglang.types import Adapter
 
 logger = logging.getLogger(__name__)
 

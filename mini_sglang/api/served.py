@@ -9,11 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mini_sglang.api.errors import DeadlineError
-from mini_sglang.backend.lora.files import name_of
 from mini_sglang.engine.handle import NOT_STARTED, TIMEOUT, UNAVAILABLE
 from mini_sglang.errors import EngineError, OverloadedError, UnavailableError
 from mini_sglang.text.stream import TextStream
-from mini_sglang.types import Delta, FinishReason, Output, TokenEvent, TokenLogprob, Usage
+from mini_sglang.types import Adapter, Delta, FinishReason, Output, TokenEvent, TokenLogprob, Usage
 
 if TYPE_CHECKING:
     from mini_sglang.api.service import Service
@@ -41,7 +40,7 @@ class ServedStream:
         self.request_id = work.request_id
         self.max_new_tokens = work.max_new_tokens
         self.prompt_tokens = len(work.prompt_ids)
-        self._lora = name_of(work.lora)
+        self._lora = Adapter.name_in(work.lora)
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self.matched_stop: str | int | None = None
         self._text = TextStream(service.tokenizer, work.params)

@@ -27,11 +27,11 @@ from mini_sglang.types import Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from mini_sglang.backend.grammar import GrammarCompiler
-    from mini_sglang.backend.lora.files import Adapter
     from mini_sglang.engine.flights import Ticket
     from mini_sglang.engine.handle import EngineInfo, Work
     from mini_sglang.engine.pool import EnginePool
     from mini_sglang.text.tokenizer import Tokenizer
+    from mini_sglang.types import Adapter
 
 TEXT_THREADS = 4
 GRAMMAR_THREADS = 4

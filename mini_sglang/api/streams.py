@@ -18,9 +18,9 @@ from mini_sglang.types import Delta, FinishReason, Output, SamplingParams, Token
 
 if TYPE_CHECKING:
     from mini_sglang.api.mailbox import LoopCalls
-    from mini_sglang.backend.lora.files import Adapter
     from mini_sglang.engine.worker import EngineThread
     from mini_sglang.text.tokenizer import Tokenizer
+    from mini_sglang.types import Adapter
 
 logger = logging.getLogger(__name__)
 

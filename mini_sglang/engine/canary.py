@@ -6,11 +6,10 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from mini_sglang.backend.lora.files import Adapter
 from mini_sglang.config import Settings
 from mini_sglang.engine.handle import EngineHandle, EngineInfo, Sink, Work, call_watchers
 from mini_sglang.engine.limits import make_work
-from mini_sglang.types import FinishReason, SamplingParams, TokenEvent
+from mini_sglang.types import Adapter, FinishReason, SamplingParams, TokenEvent
 
 CANARY = "(canary)"
 """The id of the request for a token, which no client can give, and its part of the prefix cache."""

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mini_sglang.backend.lora.files import Adapter
 from mini_sglang.backend.step import (
     Backend,
     GrammarFactory,
@@ -23,7 +22,7 @@ from mini_sglang.engine.limits import make_prefix_work, make_work
 from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from mini_sglang.errors import InvalidValueError, shorten
-from mini_sglang.types import FinishReason, SamplingParams, TokenEvent, TokenLogprob
+from mini_sglang.types import Adapter, FinishReason, SamplingParams, TokenEvent, TokenLogprob
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from mini_sglang.backend.lora.files import Adapter
-from mini_sglang.types import FinishReason, SamplingParams, TokenEvent
+from mini_sglang.types import Adapter, FinishReason, SamplingParams, TokenEvent
 
 logger = logging.getLogger(__name__)
 

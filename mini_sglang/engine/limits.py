@@ -5,11 +5,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from mini_sglang.backend.lora.files import Adapter
 from mini_sglang.config import Settings
 from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.errors import ContextLengthError, InvalidValueError
-from mini_sglang.types import SamplingParams
+from mini_sglang.types import Adapter, SamplingParams
 
 
 def make_work(

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mini_sglang.config import Settings
-from mini_sglang.engine.adapters import PoolAdapters
 from mini_sglang.engine.admission import Admission
 from mini_sglang.engine.flights import Flight, PoolStats, Ticket
 from mini_sglang.engine.handle import (
@@ -23,6 +22,7 @@ from mini_sglang.engine.handle import (
     Work,
     call_sink,
 )
+from mini_sglang.engine.pool_adapters import PoolAdapters
 from mini_sglang.engine.routing import CacheAware, Candidate, Router, make_router
 from mini_sglang.engine.slots import EngineSlots
 from mini_sglang.errors import EngineError, InvalidValueError, OverloadedError, UnavailableError

@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from mini_sglang.backend.lora.files import Adapter
 from mini_sglang.config import Settings, setting_fields
 from mini_sglang.engine.child import ChildProcess
 from mini_sglang.engine.handle import (
@@ -43,7 +42,7 @@ from mini_sglang.engine.wire import (
     UnloadAdapter,
 )
 from mini_sglang.errors import EngineError, InvalidValueError, ModelLoadError
-from mini_sglang.types import FinishReason, TokenEvent
+from mini_sglang.types import Adapter, FinishReason, TokenEvent
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import msgspec
 
-from mini_sglang.backend.lora.files import Adapter
 from mini_sglang.engine.handle import EngineInfo, Work
-from mini_sglang.types import FinishReason, TokenEvent
+from mini_sglang.types import Adapter, FinishReason, TokenEvent
 
 Scalar = str | int | float | bool
 

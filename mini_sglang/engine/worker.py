@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TypeVar
 
-from mini_sglang.backend.lora.files import Adapter
 from mini_sglang.engine.adapters import NoAdapterError
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.engine.handle import (
@@ -24,7 +23,7 @@ from mini_sglang.engine.handle import (
 )
 from mini_sglang.engine.request import Request
 from mini_sglang.errors import EngineError, MiniSglangError
-from mini_sglang.types import FinishReason, TokenEvent
+from mini_sglang.types import Adapter, FinishReason, TokenEvent
 
 logger = logging.getLogger(__name__)
 

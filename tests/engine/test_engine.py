@@ -324,7 +324,7 @@ def test_counters_add_up() -> None:
         "steps": 13, "prefill_tokens": 10 + 2 + 10, "decode_tokens": 4 + 4 + 2,
         "prefix_hits": 1, "prefix_misses": 2, "prefix_hit_tokens": 8, "prefix_evicted_tokens": 0,
         "prefixes": 2, "retractions": 0, "kv_tokens_total": 256, "kv_tokens_free": 256 - 12 - 12,
-        "kv_tokens_cached": 12 + 12, "kv_tokens_private": 0,
+        "kv_tokens_cached": 12 + 12, "kv_tokens_private": 0, "lora_requests": 0, "loras": 0,
     }  # fmt: skip
 
 

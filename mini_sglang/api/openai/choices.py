@@ -15,8 +15,8 @@ from mini_sglang.types import Delta, FinishReason, SamplingParams, TokenLogprob,
 if TYPE_CHECKING:
     from mini_sglang.api.served import ServedStream
     from mini_sglang.api.service import Service
-    from mini_sglang.backend.lora.files import Adapter
     from mini_sglang.engine.flights import Ticket
+    from mini_sglang.types import Adapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from mini_sglang.errors import InvalidValueError, ModelLoadError
 if TYPE_CHECKING:
     from mini_sglang.api.openai.door import Call
     from mini_sglang.api.service import Service
-    from mini_sglang.backend.lora.files import Adapter
     from mini_sglang.text.tokenizer import Tokenizer
+    from mini_sglang.types import Adapter
 
 EMBEDDINGS_REASON = (
     "This server generates text and makes no embeddings: a decoder's hidden states are no good measure of "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mini_sglang.errors import InvalidValueError, ModelLoadError
+from mini_sglang.types import Adapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -20,35 +21,6 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"{_PART}(?:/{_PART})*")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _MAX_CONFIG_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """A LoRA adapter on disk.
-
-    Attributes:
-        name: what requests call it.
-        path: its folder.
-        fingerprint: SHA-256 of its two files, in hex.
-    """
-
-    name: str
-    path: str
-    fingerprint: str
-
-    @property
-    def key(self) -> str:
-        """Its name and content: two adapters that were called the same have different ones."""
-        return f"{self.name}@{self.fingerprint}"
-
-    def namespace(self, within: str) -> str:
-        """The part of the prefix cache that its requests share, of those in the part ``within``."""
-        return f"{within}|{self.key}"
-
-
-def name_of(key: str) -> str:
-    """The name in ``Adapter.key``."""
-    return key.rpartition("@")[0]
 
 
 def open_adapter(name: str, path: Path) -> Adapter:

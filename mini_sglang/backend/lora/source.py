@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mini_sglang.backend.loading.source import find_adapter_files
-from mini_sglang.backend.lora.files import Adapter, open_adapter, parse_adapters
+from mini_sglang.backend.lora.files import open_adapter, parse_adapters
 from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError, ModelLoadError
+from mini_sglang.types import Adapter
 
 
 def find_adapters(settings: Settings, notify: Callable[[str], None]) -> list[Adapter]:
@@ -37,9 +38,10 @@ def adapter_in(root: Path, name: str, place: str) -> Adapter:
     try:
         top = root.expanduser().resolve()
         path = (top / place).resolve()
+        inside = path.is_relative_to(top) and path.is_dir()
     except (OSError, ValueError, RuntimeError):
         raise InvalidValueError("lora_path", place, allowed) from None
-    if not path.is_relative_to(top) or not path.is_dir():
+    if not inside:
         raise InvalidValueError("lora_path", place, allowed)
     try:
         return open_adapter(name, path)

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mini_sglang.backend.batch import Batch
-from mini_sglang.backend.lora.files import Adapter
 from mini_sglang.backend.lora.runs import Run, narrowed, runs_of
 from mini_sglang.backend.lora.weights import AdapterWeights, read_weights
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.errors import InvalidValueError
+from mini_sglang.types import Adapter
 
 
 class AdapterMath(Protocol):

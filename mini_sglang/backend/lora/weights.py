@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mini_sglang.backend.loading.safetensors_folder import read_tensors
 from mini_sglang.backend.lora.config import TARGETS, AdapterConfig
-from mini_sglang.backend.lora.files import WEIGHTS_FILE, Adapter, read_contents
+from mini_sglang.backend.lora.files import WEIGHTS_FILE, read_contents
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.errors import InvalidValueError, ModelLoadError, shorten
+from mini_sglang.types import Adapter
 
 PLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
