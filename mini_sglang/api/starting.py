@@ -20,7 +20,7 @@ from mini_sglang.api.loading import (
     prepare_quietly,
     read_model,
 )
-from mini_sglang.api.openai.models import served_names
+from mini_sglang.api.openai.models import names_of
 from mini_sglang.api.service import Service
 from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError
@@ -58,9 +58,6 @@ async def open_service(settings: Settings, notify: Notify) -> Service:
             for adapter in model.adapters:
                 await asyncio.to_thread(pool.adapters.load, adapter)
         service = Service(settings, model.tokenizer, pool, model.name, model.grammar_checker(pool))
-        for adapter in model.adapters:
-            if adapter.name in served_names(service):
-                raise InvalidValueError("LORA_ADAPTERS", adapter.name, "names other than the model's own")
         service.prepare_grammars()
     except BaseException:
         await asyncio.to_thread(pool.close)
@@ -77,6 +74,9 @@ class Model:
         self.tokenizer: Tokenizer = self._model.tokenizer
         self._notify = notify
         self.adapters = named_adapters(settings, notify)
+        for adapter in self.adapters:
+            if adapter.name in names_of(self.name, settings):
+                raise InvalidValueError("LORA_ADAPTERS", adapter.name, "names other than the model's own")
         # The engines load what was found here and ask no hub again.
         chosen = settings.chosen | {"model_local_dir"}
         self._settings = replace(settings, model_local_dir=self._model.files.path, chosen=chosen)

@@ -16,6 +16,7 @@ from mini_sglang.errors import InvalidValueError, ModelLoadError
 if TYPE_CHECKING:
     from mini_sglang.api.openai.door import Call
     from mini_sglang.api.service import Service
+    from mini_sglang.config import Settings
     from mini_sglang.text.tokenizer import Tokenizer
     from mini_sglang.types import Adapter
 
@@ -83,8 +84,13 @@ def traits_of(tokenizer: Tokenizer) -> Traits:
 
 def served_names(service: Service) -> tuple[str, ...]:
     """What the model may be called: the served name, the name it was started with, and its last part."""
-    started = service.settings.model
-    names = [service.model_name, started, started.rstrip("/").rpartition("/")[2]]
+    return names_of(service.model_name, service.settings)
+
+
+def names_of(model_name: str, settings: Settings) -> tuple[str, ...]:
+    """``served_names`` of a model yet to be served."""
+    started = settings.model
+    names = [model_name, started, started.rstrip("/").rpartition("/")[2]]
     return tuple(dict.fromkeys(name for name in names if name))
 
 
