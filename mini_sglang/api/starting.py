@@ -61,6 +61,8 @@ async def open_service(settings: Settings, notify: Notify) -> Service:
         service.prepare_grammars()
     except BaseException:
         await asyncio.to_thread(pool.close)
+        # The interpreter must not end under native code of theirs.
+        await asyncio.to_thread(model.wait_prepared)
         raise
     return service
 
@@ -73,6 +75,7 @@ class Model:
         self.name = self._model.files.name
         self.tokenizer: Tokenizer = self._model.tokenizer
         self._notify = notify
+        self._preparing: list[threading.Thread] = []
         self.adapters = named_adapters(settings, notify)
         for adapter in self.adapters:
             if adapter.name in names_of(self.name, settings):
@@ -97,11 +100,21 @@ class Model:
 
         return GrammarCompiler(self.tokenizer.vocabulary, pool.info.vocab_size, pool.info.eos_ids)
 
+    def wait_prepared(self) -> None:
+        """Wait until no engine of this process prepares for grammars any more."""
+        for thread in self._preparing:
+            thread.join()
+
     def _make_handle(self, index: int) -> EngineHandle:
         if self._settings.engine_isolation == "thread":
             from mini_sglang.engine.worker import EngineThread
 
-            return EngineThread(lambda: _load_served(self._model, self._settings, self._notify))
+            def load() -> EngineCore:
+                core, preparing = _load_served(self._model, self._settings, self._notify)
+                self._preparing.append(preparing)
+                return core
+
+            return EngineThread(load)
         from mini_sglang.engine.process import ProcessEngine
 
         files = self._model.files
@@ -132,10 +145,13 @@ def make_core(settings: Settings, setup: Setup, notify: Notify) -> EngineCore:
 
         # Engines that each took every core would wait for one another at every step.
         settings = replace(settings, num_threads=max(1, choose_threads(0) // setup.num_engines))
-    return _load_served(model, settings, notify)
+    return _load_served(model, settings, notify)[0]
 
 
-def _load_served(model: FoundModel, settings: Settings, notify: Notify) -> EngineCore:
+def _load_served(
+    model: FoundModel, settings: Settings, notify: Notify
+) -> tuple[EngineCore, threading.Thread]:
+    """A core, and the thread that prepares it for its first grammar."""
     sharing = max(1, settings.num_engines)
     # Grammars go unchecked here: the server has tried every one before it sends it.
     core, grammars = load_core(model, settings, notify, sharing=sharing, check_grammars=False)
@@ -148,8 +164,9 @@ def _load_served(model: FoundModel, settings: Settings, notify: Notify) -> Engin
         prepare_quietly(grammars)
 
     # Beside the steps after that, so that nobody waits: a large vocabulary's tree takes a while to build.
-    threading.Thread(target=prepare, name="mini-sglang-prepare", daemon=True).start()
-    return core
+    preparing = threading.Thread(target=prepare, name="mini-sglang-prepare", daemon=True)
+    preparing.start()
+    return core, preparing
 
 
 @contextmanager

@@ -71,9 +71,16 @@ def read_weights(adapter: Adapter, model: ModelConfig, max_rank: int) -> Adapter
     """Read an adapter for a model.
 
     Raises:
-        ModelLoadError: its files are damaged, incomplete, changed, or made for another model.
-        InvalidValueError: it asks for what is not supported, or has a rank above ``max_rank``.
+        ModelLoadError: its files are damaged, incomplete, changed, or made for another model; it asks for
+            what is not supported, or has a rank above ``max_rank``.
     """
+    try:
+        return _read(adapter, model, max_rank)
+    except InvalidValueError as error:
+        raise ModelLoadError(f"The adapter {adapter.name} cannot be used: {error}") from None
+
+
+def _read(adapter: Adapter, model: ModelConfig, max_rank: int) -> AdapterWeights:
     folder = Path(adapter.path)
     contents = read_contents(folder)
     if contents.fingerprint != adapter.fingerprint:
