@@ -50,7 +50,7 @@ def forward(backend: ModelBackend, steps: Sequence[SequenceStep], program: bool)
     limits = Limits(backend.page_size, backend.num_pages, backend.vocab_size, backend.context_length)
     batch = Batch.build(steps, limits, torch.device("cpu"))
     if program:
-        assert backend.program is not None and backend.program.takes(batch)
+        assert backend.program is not None
         hidden = backend.program.forward(batch).clone()
     else:
         adapters = backend.adapters.begin(batch) if batch.adapters else None  # type: ignore[union-attr]
