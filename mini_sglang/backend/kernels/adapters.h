@@ -64,12 +64,19 @@ public:
         const AdapterPart& part = slot.part[task.part];
         int64_t offset = 0;
         for (int64_t p = 0; p < task.part; p++) offset += slot.part[p].rank;
-        for (int64_t row = task.first_row; row < task.last_row; row++) {
-            // y itself is what a product adds as its bias; that is for one row at a time.
-            float* y = job.y + row * job.stride + part.first;
-            variant.product(F32, static_cast<const uint8_t*>(part.up), task.first, task.last, part.rank,
-                            middle_.data() + row * rank_ + offset, 1, y, y, part.n, job.stride);
+        const int64_t rows = task.last_row - task.first_row;
+        const float* x = middle_.data() + task.first_row * rank_ + offset;
+        if (rows > 1 && part.rank < rank_) {
+            // Rows of x lie side by side.
+            thread_local std::vector<float> gathered;
+            gathered.resize(rows * part.rank);
+            for (int64_t row = 0; row < rows; row++)
+                std::copy_n(x + row * rank_, part.rank, gathered.data() + row * part.rank);
+            x = gathered.data();
         }
+        float* y = job.y + task.first_row * job.stride + part.first;
+        variant.product(F32, static_cast<const uint8_t*>(part.up), task.first, task.last, part.rank, x, rows, y, y,
+                        part.n, job.stride);
     }
 
 private:
