@@ -22,6 +22,7 @@ from mini_sglang.api.loading import (
 )
 from mini_sglang.api.openai.models import names_of
 from mini_sglang.api.service import Service
+from mini_sglang.api.warming import cache_file, fill_caches, warm_prefixes
 from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError
 
@@ -75,6 +76,9 @@ class Model:
         self.name = self._model.files.name
         self.tokenizer: Tokenizer = self._model.tokenizer
         self._notify = notify
+        # What can be known to be wrong before the weights are loaded.
+        cache_file(settings, 0)
+        warm_prefixes(self.tokenizer, settings)
         self._preparing: list[threading.Thread] = []
         self.adapters = named_adapters(settings, notify)
         for adapter in self.adapters:
@@ -110,7 +114,7 @@ class Model:
             from mini_sglang.engine.worker import EngineThread
 
             def load() -> EngineCore:
-                core, preparing = _load_served(self._model, self._settings, self._notify)
+                core, preparing = _load_served(self._model, self._settings, self._notify, index)
                 self._preparing.append(preparing)
                 return core
 
@@ -145,16 +149,17 @@ def make_core(settings: Settings, setup: Setup, notify: Notify) -> EngineCore:
 
         # Engines that each took every core would wait for one another at every step.
         settings = replace(settings, num_threads=max(1, choose_threads(0) // setup.num_engines))
-    return _load_served(model, settings, notify)[0]
+    return _load_served(model, settings, notify, setup.index)[0]
 
 
 def _load_served(
-    model: FoundModel, settings: Settings, notify: Notify
+    model: FoundModel, settings: Settings, notify: Notify, index: int
 ) -> tuple[EngineCore, threading.Thread]:
     """A core, and the thread that prepares it for its first grammar."""
     sharing = max(1, settings.num_engines)
     # Grammars go unchecked here: the server has tried every one before it sends it.
     core, grammars = load_core(model, settings, notify, sharing=sharing, check_grammars=False)
+    fill_caches(core, model.tokenizer, settings, notify, index)
 
     def prepare() -> None:
         # Nobody is served before the first step is done, so it has the cores to itself.

@@ -47,6 +47,7 @@ from mini_sglang.types import Adapter, FinishReason, TokenEvent
 logger = logging.getLogger(__name__)
 
 CLOSE_GRACE = 5.0  # seconds a child has to end its requests and itself
+SAVE_GRACE = 120.0  # from then on where it says that it saves its prefix cache
 _TICK = 1.0  # seconds between two looks of the watchdog, at most
 
 
@@ -280,6 +281,8 @@ class ProcessEngine:
             else:
                 future.set_exception(ModelLoadError(message.failure))
         elif isinstance(message, Notice):
+            if self._state == "closed" and self._kill_at is not None:
+                self._kill_at = max(self._kill_at, time.monotonic() + SAVE_GRACE)
             if self._notify is not None:
                 self._notify(message.line)
         elif isinstance(message, Ready):
