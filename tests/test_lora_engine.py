@@ -119,6 +119,18 @@ def test_loading_and_unloading(engine: Engine, root: Path, reference: Any) -> No
         engine.generate(LONG, GREEDY, lora=["a"])  # type: ignore[call-overload]
 
 
+def test_a_model_of_transformers_code_takes_none(tmp_path: Path) -> None:
+    model = tiny_model("olmo2", vocab_size=259)
+    adapter = save_tiny_adapter(tmp_path / "a", model)
+    folder = tiny_folder(tmp_path / "model", "olmo2")
+    with Engine(str(folder), dtype="fp32", kv_token_budget=1024) as engine:
+        assert engine.generate(LONG, GREEDY).token_ids
+        with pytest.raises(InvalidValueError, match="natively served model families only"):
+            engine.load_lora("a", adapter)
+    with pytest.raises(InvalidValueError, match="natively served"):
+        Engine(str(folder), dtype="fp32", kv_token_budget=1024, lora_adapters=f"a={adapter}")
+
+
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "blocks"])
 def test_the_same_answer_under_any_load(tmp_path: Path, name: str) -> None:
     """Adapters mixed in batches that also retract and chunk, against each request alone."""
