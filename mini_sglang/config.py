@@ -153,6 +153,34 @@ class Settings:
         low=0,
         high=1 << 24,
     )
+    lora_adapters: str | None = setting(
+        "Model and device",
+        "LORA_ADAPTERS",
+        None,
+        "LoRA adapters to load at the start, name=folder or name=repository, with commas between",
+    )
+    max_loras: int = setting(
+        "Model and device",
+        "MAX_LORAS",
+        8,
+        "LoRA adapters that may be loaded at a time",
+        low=1,
+        high=1024,
+    )
+    max_lora_rank: int = setting(
+        "Model and device",
+        "MAX_LORA_RANK",
+        64,
+        "highest rank of a LoRA adapter",
+        low=1,
+        high=4096,
+    )
+    lora_root: Path | None = setting(
+        "Model and device",
+        "LORA_ROOT",
+        None,
+        "the folder that clients may load and unload LoRA adapters from, over HTTP; without it they may not",
+    )
     num_threads: int = setting(
         "Model and device",
         "NUM_THREADS",

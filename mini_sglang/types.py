@@ -255,6 +255,35 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter on disk.
+
+    Attributes:
+        name: what requests call it.
+        path: its folder.
+        fingerprint: SHA-256 of its files, in hex.
+    """
+
+    name: str
+    path: str
+    fingerprint: str
+
+    @property
+    def key(self) -> str:
+        """Its name and content: two adapters that were called the same have different ones."""
+        return f"{self.name}@{self.fingerprint}"
+
+    def namespace(self, within: str) -> str:
+        """The part of the prefix cache that its requests share, of those in the part ``within``."""
+        return f"{within}|{self.key}"
+
+    @staticmethod
+    def name_in(key: str) -> str:
+        """The name in a ``key``; empty for an empty one."""
+        return key.rpartition("@")[0]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """The natural-log probability of one token, and of the most probable ones at its place."""
 

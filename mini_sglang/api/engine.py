@@ -10,13 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from mini_sglang.api.loading import find_model, load_core
+from mini_sglang.api.loading import find_model, load_core, named_adapters
 from mini_sglang.api.mailbox import LoopCalls
 from mini_sglang.api.streams import AsyncStream, Stream
 from mini_sglang.api.warming import fill_caches
+from mini_sglang.backend.lora.files import open_adapter
 from mini_sglang.config import Settings
 from mini_sglang.errors import EngineError, InvalidValueError
-from mini_sglang.types import FinishReason, Output, Prompt, SamplingParams, TokenEvent
+from mini_sglang.types import Adapter, FinishReason, Output, Prompt, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:
     from mini_sglang.text.tokenizer import Tokenizer
@@ -69,6 +70,9 @@ class Engine:
         core, self._grammars = load_core(found, self.settings, notify)
         try:
             fill_caches(core, self.tokenizer, self.settings, notify)
+            self._adapters = {adapter.name: adapter for adapter in named_adapters(self.settings, notify)}
+            for adapter in self._adapters.values():
+                core.adapters.load(adapter)
         except BaseException:
             self._grammars.close()
             raise
@@ -80,25 +84,32 @@ class Engine:
     # A str is itself a sequence of str; the first overload is the one that counts for it.
     @overload
     def generate(  # type: ignore[overload-overlap]
-        self, prompts: str | Sequence[int], params: SamplingParams | None = None
+        self, prompts: str | Sequence[int], params: SamplingParams | None = None, *, lora: str | None = None
     ) -> Output: ...
     @overload
     def generate(
-        self, prompts: Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+        self,
+        prompts: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        lora: str | None = None,
     ) -> Output: ...
     @overload
     def generate(
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[Mapping[str, Any]]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[Output]: ...
 
-    def generate(self, prompts: Any, params: Any = None) -> Any:
+    def generate(self, prompts: Any, params: Any = None, *, lora: Any = None) -> Any:
         """Answer one prompt, or many together; gives an ``Output`` or a list of them in order.
 
         Args:
             prompts: one prompt or a list of prompts.
             params: for all of them, or a list with one for each.
+            lora: the name of a loaded adapter for all of them, or a list with one, or None, for each.
 
         Raises:
             InvalidValueError: a prompt or parameter that cannot be used; none is answered then.
@@ -108,55 +119,94 @@ class Engine:
         many, pairs = _pair_up(prompts, params)
         streams: list[Stream] = []
         try:
+            adapters = self._adapters_of(lora, len(pairs), many)
             requests = [(self.encode(prompt), one) for prompt, one in pairs]
-            streams.extend(self._open(ids, one) for ids, one in requests)
+            streams.extend(self._open(*pair, one) for pair, one in zip(requests, adapters, strict=True))
             outputs = [stream.output() for stream in streams]
         finally:
             for stream in streams:
                 stream.close()
         return outputs if many else outputs[0]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, lora: str | None = None
+    ) -> Stream:
         """Answer one prompt as it is made: an iterator of ``Delta``.
 
         The last delta has ``finish_reason`` and ``usage``. Closing the iterator, or leaving its ``with``
         block, aborts the request. Raises as ``generate`` does, for bad input at once.
         """
-        return self._open(self.encode(prompt), params or SamplingParams())
+        return self._open(self.encode(prompt), params or SamplingParams(), self._adapter(lora))
 
     @overload
     async def agenerate(  # type: ignore[overload-overlap]
-        self, prompts: str | Sequence[int] | Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+        self,
+        prompts: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        lora: str | None = None,
     ) -> Output: ...
     @overload
     async def agenerate(
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[Mapping[str, Any]]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[Output]: ...
 
-    async def agenerate(self, prompts: Any, params: Any = None) -> Any:
+    async def agenerate(self, prompts: Any, params: Any = None, *, lora: Any = None) -> Any:
         """``generate`` for asyncio; cancelling it aborts the requests."""
         many, pairs = _pair_up(prompts, params)
         streams: list[AsyncStream] = []
         try:
+            adapters = self._adapters_of(lora, len(pairs), many)
             requests = [(await asyncio.to_thread(self._prepare, *pair), pair[1]) for pair in pairs]
-            streams.extend(self._open_async(ids, one) for ids, one in requests)
+            streams.extend(self._open_async(*pair, one) for pair, one in zip(requests, adapters, strict=True))
             outputs = [await stream.output() for stream in streams]
         finally:
             for stream in streams:
                 await stream.aclose()
         return outputs if many else outputs[0]
 
-    def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncStream:
+    def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, lora: str | None = None
+    ) -> AsyncStream:
         """``stream`` for asyncio: ``async for delta in engine.astream(prompt)``.
 
         A grammar that is new to the engine is compiled at once, on the loop; ``agenerate`` compiles in a
         thread.
         """
-        return self._open_async(self.encode(prompt), params or SamplingParams())
+        return self._open_async(self.encode(prompt), params or SamplingParams(), self._adapter(lora))
 
-    def insert_prefix(self, prefix: Prompt) -> int:
+    def load_lora(self, name: str, path: str | Path) -> None:
+        """Load a LoRA adapter, a folder as PEFT saves it; ``lora=name`` then has requests run with it.
+
+        Raises:
+            InvalidValueError: a name that is none or is taken, no room, or an adapter of a kind that is not
+                supported.
+            ModelLoadError: the folder is incomplete or damaged, or made for another model.
+        """
+        adapter = open_adapter(name, Path(path).expanduser())
+        core = self._thread.core
+        if name in self._adapters:
+            raise InvalidValueError("lora_name", name, "a name that no loaded adapter has")
+        prepared = core.adapters.read(adapter)
+        self._thread.call(lambda: core.adapters.attach(adapter, prepared))
+        self._adapters[name] = adapter
+
+    def unload_lora(self, name: str) -> None:
+        """Take an adapter's name away; requests that run go on with it, and the last takes it along.
+
+        Raises:
+            InvalidValueError: there is no adapter of that name.
+        """
+        adapter = self._adapter(name)
+        assert adapter is not None
+        self._thread.call(lambda: self._thread.core.adapters.unload(adapter.key))
+        self._adapters.pop(name, None)
+
+    def insert_prefix(self, prefix: Prompt, *, lora: str | None = None) -> int:
         """Compute a prefix now, so that prompts that begin with it start faster; returns its tokens.
 
         For messages the prefix ends where the next message would begin, so a system prompt can be
@@ -166,7 +216,7 @@ class Engine:
             InvalidValueError: the prefix cache is off, or the prefix is longer than it takes.
         """
         ids = self.encode(prefix, add_generation_prompt=False)
-        request = self._thread.core.make_prefix_request(self._next_id(), ids)
+        request = self._thread.core.make_prefix_request(self._next_id(), ids, adapter=self._adapter(lora))
         events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self._thread.submit(request, events.put)
         event = events.get()
@@ -243,14 +293,29 @@ class Engine:
     def _next_id(self) -> str:
         return f"r{next(self._ids)}"
 
-    def _open(self, ids: list[int], params: SamplingParams) -> Stream:
-        return Stream(self._thread, self.tokenizer, self._next_id(), ids, params)
+    def _adapter(self, name: str | None) -> Adapter | None:
+        if name is None:
+            return None
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            known = ", ".join(self._adapters) or "there is none"
+            raise InvalidValueError("lora", name, f"the name of a loaded adapter ({known})")
+        return adapter
 
-    def _open_async(self, ids: list[int], params: SamplingParams) -> AsyncStream:
+    def _adapters_of(self, lora: Any, count: int, many: bool) -> list[Adapter | None]:
+        names = [lora] * count if lora is None or isinstance(lora, str) else lora
+        if not isinstance(names, Sequence) or len(names) != count or (names is lora and not many):
+            raise InvalidValueError("lora", lora, f"one name, or a list of one for each of {count} prompts")
+        return [self._adapter(name) for name in names]
+
+    def _open(self, ids: list[int], params: SamplingParams, adapter: Adapter | None) -> Stream:
+        return Stream(self._thread, self.tokenizer, self._next_id(), ids, params, adapter)
+
+    def _open_async(self, ids: list[int], params: SamplingParams, adapter: Adapter | None) -> AsyncStream:
         loop, calls = asyncio.get_running_loop(), self._loop_calls
         if calls is None or calls.loop is not loop:
             calls = self._loop_calls = LoopCalls(loop)
-        return AsyncStream(self._thread, self.tokenizer, self._next_id(), ids, params, calls)
+        return AsyncStream(self._thread, self.tokenizer, self._next_id(), ids, params, calls, adapter)
 
 
 def _pair_up(prompts: Any, params: Any) -> tuple[bool, list[tuple[Prompt, SamplingParams]]]:

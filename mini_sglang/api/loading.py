@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mini_sglang.backend.loading.source import ModelFiles
     from mini_sglang.engine.engine import EngineCore
     from mini_sglang.text.tokenizer import Tokenizer
+    from mini_sglang.types import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,15 @@ def find_model(settings: Settings, notify: Notify) -> FoundModel:
     from mini_sglang.backend.loading.source import resolve_model
 
     return read_model(resolve_model(settings, notify=notify), settings)
+
+
+def named_adapters(settings: Settings, notify: Notify) -> list[Adapter]:
+    """The adapters that ``settings`` name, on disk. Raises as ``find_adapters``."""
+    if settings.lora_adapters is None:
+        return []
+    from mini_sglang.backend.lora.source import find_adapters
+
+    return find_adapters(settings, notify)
 
 
 def read_model(files: ModelFiles, settings: Settings) -> FoundModel:

@@ -37,6 +37,7 @@ _TOTALS = {
     "host_spilled_tokens": "tokens copied to the host tier",
     "host_restored_tokens": "tokens copied back from the host tier",
     "host_dropped_tokens": "tokens that the host tier had no room for",
+    "lora_requests": "requests that ran with an adapter",
     "retractions": "requests set back because the KV pool was full",
 }
 _GAUGES = {
@@ -51,6 +52,7 @@ _GAUGES = {
     "warm_prefixes_done": "of these, those that are computed",
     "warm_prefixes_failed": "of these, those that could not be computed or kept",
     "prefix_reuse": "whether prompts can start from what others have computed",
+    "loras": "LoRA adapters loaded",
     "kv_tokens_total": "tokens the KV pool holds",
     "kv_tokens_free": "tokens of the KV pool that are free",
     "kv_tokens_cached": "tokens of the KV pool kept for later prompts",
@@ -90,13 +92,16 @@ class Metrics:
         self.itl = Histogram(ITL_BUCKETS)
         self.seconds = Histogram(SECONDS_BUCKETS)
         self.outcomes: Counter[str] = Counter()
+        self.loras: Counter[str] = Counter()
         self.responses: Counter[tuple[str, int]] = Counter()
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.cached_tokens = 0
 
-    def request(self, outcome: str, seconds: float, usage: Usage) -> None:
-        """One request ended: ``outcome`` is its finish reason, or ``timeout``."""
+    def request(self, outcome: str, seconds: float, usage: Usage, lora: str = "") -> None:
+        """One request ended: ``outcome`` is its finish reason, or ``timeout``; ``lora`` its adapter."""
+        if lora:
+            self.loras[lora] += 1
         self.outcomes[outcome] += 1
         self.seconds.observe(seconds)
         self.prompt_tokens += usage.prompt_tokens
@@ -132,6 +137,7 @@ def as_json(metrics: Metrics, pool: PoolStats, extra: Mapping[str, Any]) -> dict
             for engine in pool.engines
         ],
         "requests": dict(metrics.outcomes),
+        "lora_requests": dict(metrics.loras),
         "responses": [
             {"route": route, "status": status, "count": count}
             for (route, status), count in sorted(metrics.responses.items())
@@ -188,6 +194,11 @@ def as_prometheus(metrics: Metrics, pool: PoolStats, model: str, implementation:
         "requests_total", "counter", "requests that ended, by how",
         [({"outcome": outcome}, count) for outcome, count in sorted(metrics.outcomes.items())],
     )  # fmt: skip
+    if metrics.loras:
+        out.family(
+            "lora_requests_total", "counter", "requests that ended, by their LoRA adapter",
+            [({"lora": name}, count) for name, count in sorted(metrics.loras.items())],
+        )  # fmt: skip
     out.family(
         "http_responses_total", "counter", "HTTP responses by route and status",
         [

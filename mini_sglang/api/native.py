@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from mini_sglang.api.adapters import LORA_FIELDS, chosen_adapter
 from mini_sglang.api.errors import Problem, problem_of
 from mini_sglang.api.middleware import request_id_of, tenant_of
 from mini_sglang.api.schemas import (
@@ -63,6 +64,7 @@ GENERATE = Form(
         "stream": Field(Boolean(), "send the answer as it is made, one JSON object a line", default=False),
         "return_token_ids": Field(Boolean(), "give the ids of the generated tokens too", default=False),
         "cache_salt": CACHE_SALT,
+        **LORA_FIELDS,
         **sampling_fields(),
     },
     either=("prompt", "messages"),
@@ -145,6 +147,7 @@ async def _generate(service: Service, request: Request) -> Any:
     )
     request_id = request_id_of(request.scope)
     namespace = service.namespace(values.get("cache_salt"), tenant_of(request.scope))
+    adapter = chosen_adapter(service, values)
     shape = _Shape(request_id, many, values.get("return_token_ids", False), params.logprobs)
 
     async def open_all() -> list[ServedStream]:
@@ -159,6 +162,7 @@ async def _generate(service: Service, request: Request) -> Any:
                         namespace=namespace,
                         ticket=ticket,
                         template=template,
+                        adapter=adapter,
                     )
                     streams.append(stream)
             except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mini_sglang.api.adapters import LOAD, UNLOAD
 from mini_sglang.api.native import DETOKENIZE, GENERATE, TOKENIZE
 from mini_sglang.api.schemas import Form
 
@@ -17,6 +18,8 @@ def document(version: str, extra_paths: Mapping[str, Any] | None = None) -> dict
         "/generate": {"post": _post("Generate text", GENERATE, "application/x-ndjson", "text/event-stream")},
         "/tokenize": {"post": _post("Text to token ids", TOKENIZE)},
         "/detokenize": {"post": _post("Token ids to text", DETOKENIZE)},
+        "/load_lora_adapter": {"post": _post("Load a LoRA adapter", LOAD, refused=403)},
+        "/unload_lora_adapter": {"post": _post("Unload a LoRA adapter", UNLOAD, refused=403)},
         "/health": {"get": _get("Whether the server is alive, and each engine's state", key=False)},
         "/ready": {"get": _get("Whether a request would be served", key=False)},
         "/metrics": {"get": _get_metrics()},
@@ -52,7 +55,7 @@ def document(version: str, extra_paths: Mapping[str, Any] | None = None) -> dict
     }
 
 
-def _post(summary: str, form: Form, *streamed: str) -> dict[str, Any]:
+def _post(summary: str, form: Form, *streamed: str, refused: int = 400) -> dict[str, Any]:
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": form.schema()}}},
@@ -64,7 +67,7 @@ def _post(summary: str, form: Form, *streamed: str) -> dict[str, Any]:
                     **{kind: {"schema": {"type": "string"}} for kind in streamed},
                 },
             },
-            **errors(400, 401, 408, 413, 415, 429, 431, 500, 503, 504),
+            **errors(400, refused, 401, 408, 413, 415, 429, 431, 500, 503, 504),
         },
     }
 

@@ -13,7 +13,7 @@ from mini_sglang.api.streams import cache_figures
 from mini_sglang.engine.handle import NOT_STARTED, TIMEOUT, UNAVAILABLE
 from mini_sglang.errors import EngineError, OverloadedError, UnavailableError
 from mini_sglang.text.stream import TextStream
-from mini_sglang.types import Delta, FinishReason, Output, TokenEvent, TokenLogprob, Usage
+from mini_sglang.types import Adapter, Delta, FinishReason, Output, TokenEvent, TokenLogprob, Usage
 
 if TYPE_CHECKING:
     from mini_sglang.api.service import Service
@@ -41,6 +41,7 @@ class ServedStream:
         self.request_id = work.request_id
         self.max_new_tokens = work.max_new_tokens
         self.prompt_tokens = len(work.prompt_ids)
+        self._lora = Adapter.name_in(work.lora)
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self.matched_stop: str | int | None = None
         self._text = TextStream(service.tokenizer, work.params)
@@ -218,7 +219,7 @@ class ServedStream:
         seconds = time.perf_counter() - self.started
         usage, finish = self._usage, self._finish
         outcome = "timeout" if isinstance(self._error, DeadlineError) else str(finish)
-        self._service.metrics.request(outcome, seconds, usage)
+        self._service.metrics.request(outcome, seconds, usage, self._lora)
         if self._logs:
             first = "-" if self._first_at is None else f"{self._first_at - self.started:.3f}"
             logger.info(

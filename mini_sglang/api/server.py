@@ -16,12 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from mini_sglang.api import native, openai, ops
+from mini_sglang.api import adapters, native, openai, ops
 from mini_sglang.api.connections import Connections
 from mini_sglang.api.errors import RequestError
 from mini_sglang.api.lifecycle import Ending
 from mini_sglang.api.middleware import BodyReader, Envelope, ErrorTeller, Gate
 from mini_sglang.api.openai.document import paths as openai_paths
+from mini_sglang.api.openai.models import served_names
 from mini_sglang.api.openapi import document
 from mini_sglang.api.service import Service
 from mini_sglang.api.starting import open_service
@@ -40,6 +41,7 @@ def create_app(settings: Settings, service: Service, connections: Connections | 
         InvalidValueError: a setting of the server that cannot be used.
     """
     routes: list[Route] = [*native.routes(service), *openai.routes(service)]
+    routes += adapters.routes(service, served_names(service))
     routes += ops.routes(service, document(VERSION, openai_paths()))
     route_of: dict[Callable[..., Any], str] = {route.endpoint: route.path for route in routes}
     middleware = [

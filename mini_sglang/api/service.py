@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mini_sglang.engine.handle import EngineInfo, Work
     from mini_sglang.engine.pool import EnginePool
     from mini_sglang.text.tokenizer import Tokenizer
+    from mini_sglang.types import Adapter
 
 TEXT_THREADS = 4
 GRAMMAR_THREADS = 4
@@ -120,6 +121,7 @@ class Service:
         namespace: str = "",
         ticket: Ticket | None = None,
         template: Mapping[str, Any] | None = None,
+        adapter: Adapter | None = None,
     ) -> ServedStream:
         """Send one prompt to an engine.
 
@@ -128,6 +130,7 @@ class Service:
             ticket: a place from ``reserve``; without one, one is taken here. One of several places
                 may be used for as many calls.
             template: ``tools`` and ``template_kwargs`` of ``Tokenizer.encode_chat``, for messages.
+            adapter: that it runs with, one of ``pool.adapters``.
 
         Raises:
             InvalidValueError: a prompt, parameter or grammar that cannot be used.
@@ -139,7 +142,9 @@ class Service:
         self._opening += 1
         self._idle.clear()
         try:
-            stream = await self._open(prompt, params, request_id, namespace, ticket, template, started)
+            stream = await self._open(
+                prompt, params, request_id, namespace, ticket, template, started, adapter
+            )
         finally:
             self._opening -= 1
             self._note_idle()
@@ -155,6 +160,7 @@ class Service:
         ticket: Ticket | None,
         template: Mapping[str, Any] | None,
         started: float,
+        adapter: Adapter | None,
     ) -> ServedStream:
         own = self.reserve() if ticket is None else None
         try:
@@ -163,7 +169,9 @@ class Service:
 
             def prepare() -> Work:
                 ids = self._ids_of(prompt, template or {})
-                return make_work(info, self.settings, work_id, ids, params, namespace=namespace)
+                return make_work(
+                    info, self.settings, work_id, ids, params, namespace=namespace, adapter=adapter
+                )
 
             work = await self._run(prepare, small=_is_short_ids(prompt))
             if params.grammar is not None and self._grammars is not None:

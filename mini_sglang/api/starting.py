@@ -11,10 +11,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mini_sglang.api.loading import FoundModel, Notify, find_model, load_core, prepare_quietly, read_model
+from mini_sglang.api.loading import (
+    FoundModel,
+    Notify,
+    find_model,
+    load_core,
+    named_adapters,
+    prepare_quietly,
+    read_model,
+)
+from mini_sglang.api.openai.models import names_of
 from mini_sglang.api.service import Service
 from mini_sglang.api.warming import cache_file, fill_caches, warm_prefixes
 from mini_sglang.config import Settings
+from mini_sglang.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from mini_sglang.backend.grammar import GrammarCompiler
@@ -46,10 +56,14 @@ async def open_service(settings: Settings, notify: Notify) -> Service:
     try:
         with _closing_on_signals(pool):
             await asyncio.to_thread(pool.wait_ready)
+            for adapter in model.adapters:
+                await asyncio.to_thread(pool.adapters.load, adapter)
         service = Service(settings, model.tokenizer, pool, model.name, model.grammar_checker(pool))
         service.prepare_grammars()
     except BaseException:
         await asyncio.to_thread(pool.close)
+        # The interpreter must not end under native code of theirs.
+        await asyncio.to_thread(model.wait_prepared)
         raise
     return service
 
@@ -65,6 +79,11 @@ class Model:
         # What can be known to be wrong before the weights are loaded.
         cache_file(settings, 0)
         warm_prefixes(self.tokenizer, settings)
+        self._preparing: list[threading.Thread] = []
+        self.adapters = named_adapters(settings, notify)
+        for adapter in self.adapters:
+            if adapter.name in names_of(self.name, settings):
+                raise InvalidValueError("LORA_ADAPTERS", adapter.name, "names other than the model's own")
         # The engines load what was found here and ask no hub again.
         chosen = settings.chosen | {"model_local_dir"}
         self._settings = replace(settings, model_local_dir=self._model.files.path, chosen=chosen)
@@ -85,11 +104,21 @@ class Model:
 
         return GrammarCompiler(self.tokenizer.vocabulary, pool.info.vocab_size, pool.info.eos_ids)
 
+    def wait_prepared(self) -> None:
+        """Wait until no engine of this process prepares for grammars any more."""
+        for thread in self._preparing:
+            thread.join()
+
     def _make_handle(self, index: int) -> EngineHandle:
         if self._settings.engine_isolation == "thread":
             from mini_sglang.engine.worker import EngineThread
 
-            return EngineThread(lambda: _load_served(self._model, self._settings, self._notify, index))
+            def load() -> EngineCore:
+                core, preparing = _load_served(self._model, self._settings, self._notify, index)
+                self._preparing.append(preparing)
+                return core
+
+            return EngineThread(load)
         from mini_sglang.engine.process import ProcessEngine
 
         files = self._model.files
@@ -120,10 +149,13 @@ def make_core(settings: Settings, setup: Setup, notify: Notify) -> EngineCore:
 
         # Engines that each took every core would wait for one another at every step.
         settings = replace(settings, num_threads=max(1, choose_threads(0) // setup.num_engines))
-    return _load_served(model, settings, notify, setup.index)
+    return _load_served(model, settings, notify, setup.index)[0]
 
 
-def _load_served(model: FoundModel, settings: Settings, notify: Notify, index: int) -> EngineCore:
+def _load_served(
+    model: FoundModel, settings: Settings, notify: Notify, index: int
+) -> tuple[EngineCore, threading.Thread]:
+    """A core, and the thread that prepares it for its first grammar."""
     sharing = max(1, settings.num_engines)
     # Grammars go unchecked here: the server has tried every one before it sends it.
     core, grammars = load_core(model, settings, notify, sharing=sharing, check_grammars=False)
@@ -137,8 +169,9 @@ def _load_served(model: FoundModel, settings: Settings, notify: Notify, index: i
         prepare_quietly(grammars)
 
     # Beside the steps after that, so that nobody waits: a large vocabulary's tree takes a while to build.
-    threading.Thread(target=prepare, name="mini-sglang-prepare", daemon=True).start()
-    return core
+    preparing = threading.Thread(target=prepare, name="mini-sglang-prepare", daemon=True)
+    preparing.start()
+    return core, preparing
 
 
 @contextmanager

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mini_sglang.api.mailbox import LoopCalls
     from mini_sglang.engine.worker import EngineThread
     from mini_sglang.text.tokenizer import Tokenizer
+    from mini_sglang.types import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,10 @@ class _Answer:
         prompt_ids: list[int],
         params: SamplingParams,
         ring: Callable[[], None],
+        adapter: Adapter | None = None,
     ) -> None:
         # Raises on a prompt that cannot run, before there is anything to close.
-        request = thread.core.make_request(request_id, prompt_ids, params)
+        request = thread.core.make_request(request_id, prompt_ids, params, adapter=adapter)
         self._thread = thread
         self._tokenizer = tokenizer
         self._params = params
@@ -160,9 +162,11 @@ class Stream(_Answer, Iterator[Delta]):
         request_id: str,
         prompt_ids: list[int],
         params: SamplingParams,
+        adapter: Adapter | None = None,
     ) -> None:
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-        super().__init__(thread, tokenizer, request_id, prompt_ids, params, partial(self._bell.put, None))
+        ring = partial(self._bell.put, None)
+        super().__init__(thread, tokenizer, request_id, prompt_ids, params, ring, adapter)
 
     def __next__(self) -> Delta:
         if self._finish is not None:
@@ -208,11 +212,12 @@ class AsyncStream(_Answer):
         prompt_ids: list[int],
         params: SamplingParams,
         calls: LoopCalls,
+        adapter: Adapter | None = None,
     ) -> None:
         self._waiter: asyncio.Future[None] | None = None
         # Raises in the engine's thread where the loop was closed; the request is dropped then.
         ring = partial(calls.put, self._wake)
-        super().__init__(thread, tokenizer, request_id, prompt_ids, params, ring)
+        super().__init__(thread, tokenizer, request_id, prompt_ids, params, ring, adapter)
 
     def __aiter__(self) -> AsyncStream:
         return self

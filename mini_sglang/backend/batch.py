@@ -44,6 +44,8 @@ class Batch:
         output_rows: ``[R]`` int64, the rows whose hidden state is needed; ``None`` is all of them.
         samples: (place in the caller's list, output row) of each token to choose; ``specs`` say how.
         prompts: (place in the caller's list, first output row, last + 1) of each run of prompt logprobs.
+        adapters: ``[S]``, the adapter of each sequence, 0 for none; None where no sequence has one. Those of
+            one adapter stand together.
     """
 
     page_size: int
@@ -60,6 +62,7 @@ class Batch:
     samples: list[tuple[int, int]]
     specs: list[SampleSpec]
     prompts: list[tuple[int, int, int]]
+    adapters: list[int] | None = None
 
     @classmethod
     def build(cls, steps: Sequence[SequenceStep], limits: Limits, device: torch.device) -> Batch:
@@ -78,6 +81,10 @@ class Batch:
         num_decodes = len(order)
         if num_decodes < len(counts):
             order += [place for place, count in enumerate(counts) if count > 1]
+        adapters = None
+        if any(step.adapter for step in steps):
+            order.sort(key=lambda place: (counts[place] > 1, steps[place].adapter))
+            adapters = [steps[place].adapter for place in order]
         ordered = [steps[place] for place in order]
         starts = [step.start for step in ordered]
         ends = [steps[place].start + counts[place] for place in order]
@@ -121,6 +128,7 @@ class Batch:
             samples=samples,
             specs=[step.sample for step in ordered if step.sample is not None],
             prompts=prompts,
+            adapters=adapters,
         )
 
 

@@ -21,6 +21,7 @@ from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.compiling import Compiler, choose_compiler
 from mini_sglang.backend.device import KV_DTYPES, choose_device, choose_dtype, choose_threads, free_memory
 from mini_sglang.backend.kept_logits import KeptLogits
+from mini_sglang.backend.kernels.adapters import NativeAdapters
 from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
 from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kernels.program import StepProgram
@@ -30,6 +31,7 @@ from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
 from mini_sglang.backend.loading.fingerprint import weights_fingerprint
 from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.loading.progress import progress_bar
+from mini_sglang.backend.lora.store import AdapterMath, Adapters, TorchAdapters
 from mini_sglang.backend.models.compiled import CompiledDecoder, prove
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder
@@ -74,10 +76,12 @@ class ModelBackend:
         dtype: torch.dtype,
         program: StepProgram | None = None,
         quantization: str = "none",
+        adapters: Adapters | None = None,
         implementation: str = "native",
         compiled: str = "off",
         path: Path | None = None,
     ) -> None:
+        self.adapters = adapters
         self.decoder = decoder
         self.kv = kv
         self.attention = attention
@@ -125,23 +129,35 @@ class ModelBackend:
             return []
         if any(step.from_logits is not None for step in steps):
             return self._kept.run(steps, self.sampler, self.run)
-        program, device = self.program, self.kv.data.device
+        program = self.program
         if program is None or sum([len(step.token_ids) for step in steps]) <= program.max_rows:
-            return self._run(steps, Batch.build(steps, self._limits, device))
+            return self._run(steps, self._batch(steps))
         # Bit for bit the same, as in chunks.
         pieces = cut(steps, program.max_rows)
         parts = [[part for _, part in piece] for piece in pieces]
-        batches = [Batch.build(part, self._limits, device) for part in parts]
+        batches = [self._batch(part) for part in parts]
         return join(
             len(steps), pieces, [self._run(part, batch) for part, batch in zip(parts, batches, strict=True)]
         )
+
+    def _batch(self, steps: Sequence[SequenceStep]) -> Batch:
+        batch = Batch.build(steps, self._limits, self.kv.data.device)
+        if batch.adapters is not None:
+            assert self.adapters is not None
+            self.adapters.check(batch.adapters)
+        return batch
 
     def _run(self, steps: Sequence[SequenceStep], batch: Batch) -> list[SequenceResult]:
         if self.program is not None:
             # Without torch's inference mode: to enter it takes a tenth of the time outside the kernels.
             return self._results(steps, batch, self.program.forward(batch))
         with torch.inference_mode():
-            return self._results(steps, batch, self.decoder.forward(batch, self.kv, self.attention))
+            if self.adapters is not None and batch.adapters is not None and isinstance(self.decoder, Decoder):
+                adapters = self.adapters.begin(batch)
+                hidden = self.decoder.forward(batch, self.kv, self.attention, adapters)
+            else:
+                hidden = self.decoder.forward(batch, self.kv, self.attention)
+            return self._results(steps, batch, hidden)
 
     def _results(self, steps: Sequence[SequenceStep], batch: Batch, hidden: Tensor) -> list[SequenceResult]:
         """What ``hidden`` ``[R, hidden_size]`` comes to: tokens and prompt logprobs."""
@@ -302,6 +318,7 @@ def load_backend(
         dtypes.weights,
         program,
         settings.quantization,
+        _adapters(settings, decoder, device, kernels, program),
         compiled=compiled,
         path=path,
     )
@@ -393,6 +410,22 @@ def _attention(config: ModelConfig, dtype: torch.dtype, kernels: NativeKernels |
     if kernels and kernels.fast and NativeAttention.fit(heads, kv_heads, config.head_dim, dtype):
         return NativeAttention(kernels)
     return PagedAttention()
+
+
+def _adapters(
+    settings: Settings,
+    decoder: Decoder,
+    device: torch.device,
+    kernels: NativeKernels | None,
+    program: StepProgram | None,
+) -> Adapters:
+    config, room = decoder.config, settings.max_loras
+    math: AdapterMath = TorchAdapters(device, room)
+    if kernels is not None and kernels.fast and decoder.dtype == torch.float32:
+        math = NativeAdapters(kernels, config.num_layers, room)
+        if program is not None:
+            program.adapt(math)
+    return Adapters(config, math, room, settings.max_lora_rank)
 
 
 def _context_length(settings: Settings, config: ModelConfig) -> int:

@@ -84,6 +84,7 @@ class SequenceStep:
         keep_logits: with ``sample``, keep the last row's logits under this number, for ``from_logits`` later.
         from_logits: choose the token from the logits kept under this number, as they were before this call,
             instead of running any.
+        adapter: the id of the LoRA adapter the tokens run with; 0 is none.
     """
 
     token_ids: Sequence[int]
@@ -94,6 +95,7 @@ class SequenceStep:
     prompt_top: int = 0
     keep_logits: int | None = None
     from_logits: int | None = None
+    adapter: int = 0
 
 
 @dataclass(slots=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 from mini_sglang.config import Settings
 from mini_sglang.engine.handle import EngineHandle, EngineInfo, Sink, Work, call_watchers
 from mini_sglang.engine.limits import make_work
-from mini_sglang.types import FinishReason, SamplingParams, TokenEvent
+from mini_sglang.types import Adapter, FinishReason, SamplingParams, TokenEvent
 
 CANARY = "(canary)"
 """The id of the request for a token, which no client can give, and its part of the prefix cache."""
@@ -70,6 +71,12 @@ class CanaryEngine:
 
     def stats(self) -> dict[str, int]:
         return self._engine.stats()
+
+    def load_adapter(self, adapter: Adapter, *, at_once: bool = False) -> Future[None]:
+        return self._engine.load_adapter(adapter, at_once=at_once)
+
+    def unload_adapter(self, key: str) -> None:
+        self._engine.unload_adapter(key)
 
     def kill(self, why: str) -> None:
         self._engine.kill(why)

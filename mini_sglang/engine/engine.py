@@ -16,6 +16,7 @@ from mini_sglang.backend.step import (
     page_store,
 )
 from mini_sglang.config import Settings
+from mini_sglang.engine.adapters import LoadedAdapters
 from mini_sglang.engine.cache_limits import CacheLimits, check_limits
 from mini_sglang.engine.grammars import GrammarRoom
 from mini_sglang.engine.handle import EngineInfo, Work
@@ -25,7 +26,7 @@ from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from mini_sglang.engine.warming import WarmQueue
 from mini_sglang.errors import InvalidValueError, MiniSglangError, shorten
-from mini_sglang.types import FinishReason, SamplingParams, TokenEvent, TokenLogprob
+from mini_sglang.types import Adapter, FinishReason, SamplingParams, TokenEvent, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class EngineCounters:
     prefill_cache_misses: int = 0
     prefill_cache_hit_tokens: int = 0
     prefill_cache_miss_tokens: int = 0
+    lora_requests: int = 0
 
 
 class EngineCore:
@@ -87,6 +89,7 @@ class EngineCore:
         self._eos_ids = eos_ids
         self._grammars = GrammarRoom(grammars)
         self.saved_cache: Path | None = None
+        self.adapters = LoadedAdapters(getattr(backend, "adapters", None))
         self.on_start: Callable[[list[str]], None] | None = None
         self.info = EngineInfo(
             description=dict(description or {}),
@@ -143,6 +146,7 @@ class EngineCore:
         *,
         prefill_only: bool = False,
         namespace: str = "",
+        adapter: Adapter | None = None,
     ) -> Request:
         """Check a prompt against this model, compile its grammar, and wrap it up for ``add``.
 
@@ -160,14 +164,22 @@ class EngineCore:
             params,
             prefill_only=prefill_only,
             namespace=namespace,
+            adapter=adapter,
         )
         request = self.request_of(work)
         request.grammar = self._grammars.make(params)
         return request
 
-    def make_prefix_request(self, request_id: str, prompt_ids: Sequence[int], namespace: str = "") -> Request:
+    def make_prefix_request(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        namespace: str = "",
+        adapter: Adapter | None = None,
+    ) -> Request:
         """A request that only puts its prompt in the cache. Raises as ``limits.make_prefix_work``."""
-        return self.request_of(make_prefix_work(self.info, self._settings, request_id, prompt_ids, namespace))
+        work = make_prefix_work(self.info, self._settings, request_id, prompt_ids, namespace, adapter)
+        return self.request_of(work)
 
     def request_of(self, work: Work) -> Request:
         """Wrap up checked work for ``add``."""
@@ -182,6 +194,7 @@ class EngineCore:
             prefill_only=work.prefill_only,
             namespace=work.namespace,
             arrival=time.monotonic(),
+            lora=work.lora,
         )
 
     def insert_prefix(self, prompt_ids: Sequence[int]) -> int:
@@ -194,15 +207,21 @@ class EngineCore:
         return len(prompt_ids)
 
     def add(self, request: Request) -> None:
-        """Queue a request made by ``make_request``."""
+        """Queue a request made by ``make_request``.
+
+        Raises:
+            InvalidValueError: one of its id runs, or its adapter is not loaded (``NoAdapterError``).
+        """
         if request.request_id in self._requests:
             raise InvalidValueError("request_id", request.request_id, "unique among running requests")
+        request.adapter = self.adapters.enter(request.lora)
         self._requests[request.request_id] = request
         if request.params.grammar is not None and request.grammar is None:
             self._grammars.add(request)
         else:
             self.scheduler.add(request)
         self.counters.requests += 1
+        self.counters.lora_requests += request.adapter > 0
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> TokenEvent | None:
         """End a request now; its computed KV stays cached.
@@ -272,6 +291,8 @@ class EngineCore:
             "prefixes": cache.num_prefixes,
             "prefix_reuse": int(cache.limits.enabled),
             "retractions": self.scheduler.num_retractions,
+            "lora_requests": counters.lora_requests,
+            "loras": len(self.adapters),
             "kv_tokens_total": cache.num_pages * page_size,
             "kv_tokens_free": cache.num_free * page_size,
             "kv_tokens_cached": cache.num_cached * page_size,
@@ -320,7 +341,7 @@ class EngineCore:
     def _sequence_step(self, item: Scheduled) -> SequenceStep:
         request = item.request
         start, end = request.num_computed, request.num_computed + item.num_tokens
-        step = SequenceStep(request.tokens[start:end], start, request.pages)
+        step = SequenceStep(request.tokens[start:end], start, request.pages, adapter=request.adapter)
         if item.samples:
             step.sample = request.sample_spec()
             if request.num_output == 0:
@@ -420,6 +441,7 @@ class EngineCore:
         else:
             self.scheduler.remove(request, keep_kv=keep_kv)
         del self._requests[request.request_id]
+        self.adapters.leave(request.lora)
         self.counters.finished += request is not self._warm and reason in (
             FinishReason.STOP,
             FinishReason.LENGTH,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from mini_sglang.types import FinishReason, SamplingParams, TokenEvent
+from mini_sglang.types import Adapter, FinishReason, SamplingParams, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Work:
         prefill_only: end when the prompt's KV is in the prefix cache, without a token.
         namespace: prefixes are shared only within one.
         seed: the caller's, or drawn where there is none.
+        lora: ``Adapter.key`` of the adapter it runs with; empty is none. It is in ``namespace`` too.
     """
 
     request_id: str
@@ -44,6 +46,7 @@ class Work:
     prefill_only: bool = False
     namespace: str = ""
     seed: int = 0
+    lora: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,16 @@ class EngineHandle(Protocol):
 
     def stats(self) -> dict[str, int]:
         """Counters and gauges as last known; empty before the engine is ready. Never waits."""
+
+    def load_adapter(self, adapter: Adapter, *, at_once: bool = False) -> Future[None]:
+        """Load an adapter; the future fails with the reason where it cannot be.
+
+        Args:
+            at_once: before whatever is sent after it, though steps wait; else between two steps.
+        """
+
+    def unload_adapter(self, key: str) -> None:
+        """Take no more requests with the adapter; it is freed when those that run have ended."""
 
     def kill(self, why: str) -> None:
         """Have the engine die at once, for the reason ``why``, and in a step too where it is a process."""

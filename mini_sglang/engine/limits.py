@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mini_sglang.config import Settings
 from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.errors import ContextLengthError, InvalidValueError
-from mini_sglang.types import SamplingParams
+from mini_sglang.types import Adapter, SamplingParams
 
 
 def make_work(
@@ -20,6 +20,7 @@ def make_work(
     *,
     prefill_only: bool = False,
     namespace: str = "",
+    adapter: Adapter | None = None,
 ) -> Work:
     """Check a prompt against the model, cap its ``max_new_tokens`` and draw its seed.
 
@@ -39,13 +40,19 @@ def make_work(
         params=params,
         max_new_tokens=_cap_new_tokens(info, settings, len(prompt_ids), params, prefill_only),
         prefill_only=prefill_only,
-        namespace=namespace,
+        namespace=namespace if adapter is None else adapter.namespace(namespace),
+        lora="" if adapter is None else adapter.key,
         seed=secrets.randbits(63) if params.seed is None else params.seed,
     )
 
 
 def make_prefix_work(
-    info: EngineInfo, settings: Settings, request_id: str, prompt_ids: Sequence[int], namespace: str = ""
+    info: EngineInfo,
+    settings: Settings,
+    request_id: str,
+    prompt_ids: Sequence[int],
+    namespace: str = "",
+    adapter: Adapter | None = None,
 ) -> Work:
     """Work that only puts its prompt in the prefix cache.
 
@@ -61,7 +68,14 @@ def make_prefix_work(
         allowed = f"at most {settings.prefix_cache_max_tokens} tokens (PREFIX_CACHE_MAX_TOKENS)"
         raise InvalidValueError("prefix", f"{len(prompt_ids)} tokens", allowed)
     return make_work(
-        info, settings, request_id, prompt_ids, SamplingParams(), prefill_only=True, namespace=namespace
+        info,
+        settings,
+        request_id,
+        prompt_ids,
+        SamplingParams(),
+        prefill_only=True,
+        namespace=namespace,
+        adapter=adapter,
     )
 
 

@@ -22,6 +22,7 @@ from mini_sglang.engine.handle import (
     Work,
     call_sink,
 )
+from mini_sglang.engine.pool_adapters import PoolAdapters
 from mini_sglang.engine.routing import CacheAware, Candidate, Router, make_router
 from mini_sglang.engine.slots import EngineSlots
 from mini_sglang.errors import EngineError, InvalidValueError, OverloadedError, UnavailableError
@@ -71,6 +72,7 @@ class EnginePool:
             make_handle, max(1, settings.num_engines), self._lock, self._wake.set, saving
         )
         self._admission = Admission(settings, self._slots)
+        self.adapters = PoolAdapters(self._lock, self._slots, settings.max_loras)
         self._changed = threading.Condition(self._lock)
         self._flights: dict[str, Flight] = {}
         self._queue: deque[Flight] = deque()
@@ -166,7 +168,7 @@ class EnginePool:
         """Give a request one of the ticket's places; ``sink`` hears of it in threads of the engines.
 
         Raises:
-            InvalidValueError: a request of this id runs.
+            InvalidValueError: a request of this id runs, or its adapter was unloaded.
             EngineError: the ticket has no place left.
             UnavailableError: the server has stopped since the place was taken.
         """
@@ -177,6 +179,7 @@ class EnginePool:
                 raise EngineError("the ticket has no place left")
             if work.request_id in self._flights:
                 raise InvalidValueError("request_id", work.request_id, "unique among running requests")
+            self.adapters.enter(work.lora)
             ticket.remaining -= 1
             self._admission.reserved -= 1
             self._totals["accepted"] += 1
@@ -385,6 +388,7 @@ class EnginePool:
         flight.ended = True
         del self._flights[flight.work.request_id]
         self._leave_slot(flight)
+        self.adapters.leave(flight.work.lora)
         self._totals["ended"] += 1
         if not self._flights:
             self._changed.notify_all()
@@ -419,6 +423,8 @@ class EnginePool:
             for slot, info in opened:
                 self._info = self._info or info
                 self._router.opened(slot.index, info)
+                if slot.handle is not None:
+                    self.adapters.opened(slot.handle)
             expired = [flight for flight in self._queue if now - flight.queued_at >= timeout]
             for flight in expired:
                 self._queue.remove(flight)

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +26,23 @@ from mini_sglang.engine.handle import (
     call_sink,
     call_watchers,
 )
-from mini_sglang.engine.wire import Abort, Close, Codec, Hello, Message, Notice, Ready, Report, Scalar, Setup
-from mini_sglang.errors import EngineError, InvalidValueError
-from mini_sglang.types import FinishReason, TokenEvent
+from mini_sglang.engine.wire import (
+    Abort,
+    AdapterLoaded,
+    Close,
+    Codec,
+    Hello,
+    LoadAdapter,
+    Message,
+    Notice,
+    Ready,
+    Report,
+    Scalar,
+    Setup,
+    UnloadAdapter,
+)
+from mini_sglang.errors import EngineError, InvalidValueError, ModelLoadError
+from mini_sglang.types import Adapter, FinishReason, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +101,7 @@ class ProcessEngine:
         self._entries: dict[str, _Entry] = {}
         self._by_serial: dict[int, _Entry] = {}
         self._next_serial = 0
+        self._loads: dict[int, Future[None]] = {}
         self._codec = Codec()
         self._kill_at: float | None = None
         self._watchers: list[Callable[[], None]] = []
@@ -139,6 +155,23 @@ class ProcessEngine:
         with self._lock:
             if request_id in self._entries and self._state == "ready":
                 self._send(self._codec.encode(Abort(request_id, reason)))
+
+    def load_adapter(self, adapter: Adapter, *, at_once: bool = False) -> Future[None]:
+        """See ``EngineHandle``; where the child refuses it, the future has a ``ModelLoadError``."""
+        future: Future[None] = Future()
+        with self._lock:
+            if self._state != "ready":
+                future.set_exception(EngineError(self._failure or f"engine {self.index} is {self._state}"))
+                return future
+            serial, self._next_serial = self._next_serial, self._next_serial + 1
+            self._loads[serial] = future
+            self._send(self._codec.encode(LoadAdapter(serial, adapter, at_once)))
+        return future
+
+    def unload_adapter(self, key: str) -> None:
+        with self._lock:
+            if self._state == "ready":
+                self._send(self._codec.encode(UnloadAdapter(key)))
 
     def kill(self, why: str) -> None:
         """Kill the child; each of its requests is told ``why``."""
@@ -240,6 +273,13 @@ class ProcessEngine:
             with self._lock:
                 child.connect(message.address)
                 child.send(self._codec.encode(self._setup))
+        elif isinstance(message, AdapterLoaded):
+            with self._lock:
+                future = self._loads.pop(message.serial)
+            if message.failure is None:
+                future.set_result(None)
+            else:
+                future.set_exception(ModelLoadError(message.failure))
         elif isinstance(message, Notice):
             if self._state == "closed" and self._kill_at is not None:
                 self._kill_at = max(self._kill_at, time.monotonic() + SAVE_GRACE)
@@ -276,7 +316,10 @@ class ProcessEngine:
         """One terminal event for each request the child left without."""
         with self._lock:
             entries, self._entries, self._by_serial = self._entries, {}, {}
+            loads, self._loads = self._loads, {}
             closed, failure = self._state == "closed", self._failure
+        for future in loads.values():
+            future.set_exception(EngineError(failure or f"engine {self.index} is closed"))
         for request_id, entry in entries.items():
             if closed:
                 event = TokenEvent(request_id, finish=FinishReason.ABORT)

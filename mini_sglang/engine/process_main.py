@@ -14,6 +14,7 @@ import gc
 import importlib
 import logging
 import os
+import queue
 import signal
 import struct
 import sys
@@ -25,20 +26,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mini_sglang.config import Settings
+from mini_sglang.engine.adapters import NoAdapterError
 from mini_sglang.engine.engine import EngineCore
+from mini_sglang.engine.handle import NOT_STARTED
 from mini_sglang.engine.wire import (
     Abort,
+    AdapterLoaded,
     Close,
     Codec,
     Command,
     Failed,
     Hello,
+    LoadAdapter,
     Message,
     Notice,
     Ready,
     Report,
     Setup,
     Submit,
+    UnloadAdapter,
 )
 from mini_sglang.errors import MiniSglangError, shorten
 from mini_sglang.types import FinishReason, TokenEvent
@@ -51,6 +57,7 @@ logger = logging.getLogger("mini_sglang.engine.process")
 # Seconds between signs of life while there is nothing to do, and between counters while there is.
 HEARTBEAT = 0.5
 STATS_EVERY = 0.2
+ADAPTER_LOOK = 0.01  # between looks for an adapter that is being read
 SERIAL = struct.Struct("<Q")
 
 MakeCore = Callable[[Settings, Setup, Callable[[str], None]], EngineCore]
@@ -82,6 +89,8 @@ class Child:
         self._serials: dict[str, int] = {}
         self._told_stats = 0.0
         self._heartbeat = HEARTBEAT
+        self._loads = 0  # adapters being read by threads of their own
+        self._read: queue.SimpleQueue[tuple[LoadAdapter, object]] = queue.SimpleQueue()
 
     def run(self, make_core: MakeCore) -> int:
         """Load and serve until told to close; the exit status."""
@@ -132,7 +141,9 @@ class Child:
         events: list[TokenEvent] = []
         busy = core.has_work
         if not busy:
-            self._commands.poll(max(1, int(self._heartbeat * 1000)))
+            wait = ADAPTER_LOOK if self._loads else self._heartbeat
+            self._commands.poll(max(1, int(wait * 1000)))
+        self._attach_read()
         while going_on:
             try:
                 data = self._commands.recv(zmq.NOBLOCK)
@@ -165,13 +176,55 @@ class Child:
                 self._serials[command.request_id] = command.serial
             except Exception as error:
                 logger.warning("refused request=%s: %s", command.request_id, error)
-                event = TokenEvent(command.request_id, finish=FinishReason.ERROR, error=shorten(str(error)))
+                kind = NOT_STARTED if isinstance(error, NoAdapterError) else None
+                event = TokenEvent(
+                    command.request_id, finish=FinishReason.ERROR, error=shorten(str(error)), error_kind=kind
+                )
                 events.append(event)
         elif isinstance(command, Abort):
             ended = self._core.abort(command.request_id, command.reason)
             if ended is not None:
                 events.append(ended)
+        elif isinstance(command, LoadAdapter):
+            self._load(command)
+        elif isinstance(command, UnloadAdapter):
+            self._core.adapters.unload(command.key)
         return not isinstance(command, Close)
+
+    def _load(self, command: LoadAdapter) -> None:
+        def read() -> None:
+            try:
+                prepared: object = self._core.adapters.read(command.adapter)
+            except Exception as error:
+                prepared = error
+            self._read.put((command, prepared))
+
+        self._loads += 1
+        if command.at_once:
+            read()
+            self._attach_read()
+        else:
+            threading.Thread(target=read, name="mini-sglang-adapter", daemon=True).start()
+
+    def _attach_read(self) -> None:
+        """Take in the adapters that were read, between two steps."""
+        while self._loads:
+            try:
+                command, prepared = self._read.get_nowait()
+            except queue.Empty:
+                return
+            self._loads -= 1
+            failure = None
+            try:
+                if isinstance(prepared, Exception):
+                    raise prepared
+                self._core.adapters.attach(command.adapter, prepared)
+            except MiniSglangError as error:
+                failure = str(error)
+            except Exception as error:
+                logger.exception("adapter %s was not loaded", command.adapter.name)
+                failure = f"the adapter was not loaded: {error!r:.200}"
+            self._send(AdapterLoaded(command.serial, failure))
 
     def _write_started(self, request_ids: list[str]) -> None:
         self._write(b"".join(SERIAL.pack(self._serials[request_id]) for request_id in request_ids))

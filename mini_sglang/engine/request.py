@@ -41,6 +41,7 @@ class Request:
         tail_page: with ``from_logits``, the page to be copied into its own first one.
         keep_logits: where the logits of its prompt's last token are kept in the step that computes it.
         grammar: what the answer must follow, as far as its tokens have come; retraction does not touch it.
+        lora: ``Adapter.key`` of its adapter, and ``adapter`` the backend's id of it; none without.
         end_ids: ids that end the answer.
     """
 
@@ -55,6 +56,8 @@ class Request:
     namespace: str = ""
     arrival: float = 0.0
     grammar: TokenGrammar | None = None
+    lora: str = ""
+    adapter: int = 0
 
     phase: Phase = Phase.WAITING
     pages: array[int] = field(default_factory=lambda: array("i"))

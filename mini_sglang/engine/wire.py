@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from mini_sglang.engine.handle import EngineInfo, Work
-from mini_sglang.types import FinishReason, TokenEvent
+from mini_sglang.types import Adapter, FinishReason, TokenEvent
 
 Scalar = str | int | float | bool
 
@@ -47,6 +47,18 @@ class Abort(msgspec.Struct, array_like=True, tag="abort"):
     reason: FinishReason
 
 
+class LoadAdapter(msgspec.Struct, array_like=True, tag="load_adapter"):
+    """To the child: load an adapter, ``at_once`` or beside the steps. ``AdapterLoaded`` answers."""
+
+    serial: int
+    adapter: Adapter
+    at_once: bool
+
+
+class UnloadAdapter(msgspec.Struct, array_like=True, tag="unload_adapter"):
+    key: str
+
+
 class Close(msgspec.Struct, array_like=True, tag="close"):
     """To the child: end all requests with an event, then end."""
 
@@ -75,6 +87,13 @@ class Failed(msgspec.Struct, array_like=True, tag="failed"):
     message: str
 
 
+class AdapterLoaded(msgspec.Struct, array_like=True, tag="adapter_loaded"):
+    """From the child: the adapter of ``LoadAdapter`` is loaded, or why it cannot be."""
+
+    serial: int
+    failure: str | None = None
+
+
 class Report(msgspec.Struct, array_like=True, tag="report"):
     """From the child: all events since the last report, or none as a sign of life.
 
@@ -85,8 +104,8 @@ class Report(msgspec.Struct, array_like=True, tag="report"):
     stats: dict[str, int] | None = None
 
 
-Command = Setup | Submit | Abort | Close
-Message = Hello | Notice | Ready | Failed | Report
+Command = Setup | Submit | Abort | LoadAdapter | UnloadAdapter | Close
+Message = Hello | Notice | Ready | Failed | AdapterLoaded | Report
 
 
 def _plain(value: object) -> Any:

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TypeVar
 
+from mini_sglang.engine.adapters import NoAdapterError
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.engine.handle import (
     ENGINE_DIED,
@@ -22,7 +23,7 @@ from mini_sglang.engine.handle import (
 )
 from mini_sglang.engine.request import Request
 from mini_sglang.errors import EngineError, MiniSglangError
-from mini_sglang.types import FinishReason, TokenEvent
+from mini_sglang.types import Adapter, FinishReason, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,10 @@ class EngineThread:
                 self.core.add(work if isinstance(work, Request) else self.core.request_of(work))
             except Exception as error:
                 # Refused (its id is taken): the sink of the running request of that id stays.
-                event = TokenEvent(work.request_id, finish=FinishReason.ERROR, error=str(error))
+                kind = NOT_STARTED if isinstance(error, NoAdapterError) else None
+                event = TokenEvent(
+                    work.request_id, finish=FinishReason.ERROR, error=str(error), error_kind=kind
+                )
                 call_sink(sink, event)
             else:
                 self._sinks[work.request_id] = sink
@@ -143,6 +147,34 @@ class EngineThread:
                     return future.result()
                 if not self._thread.is_alive():
                     raise EngineError(self._closed or "the engine has ended") from None
+
+    def load_adapter(self, adapter: Adapter, *, at_once: bool = False) -> Future[None]:
+        """See ``EngineHandle``; the engine must have been ready."""
+        future: Future[None] = Future()
+
+        def load() -> None:
+            try:
+                if at_once:
+                    self.call(lambda: self.core.adapters.load(adapter))
+                else:
+                    prepared = self.core.adapters.read(adapter)
+                    self.call(lambda: self.core.adapters.attach(adapter, prepared))
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+
+        try:
+            if at_once:
+                self._send(load)  # in the engine's own thread, where ``call`` is at once
+            else:
+                threading.Thread(target=load, name="mini-sglang-adapter", daemon=True).start()
+        except EngineError as error:
+            future.set_exception(error)
+        return future
+
+    def unload_adapter(self, key: str) -> None:
+        with suppress(EngineError):
+            self._send(lambda: self.core.adapters.unload(key))
 
     def kill(self, why: str) -> None:
         """Have the engine die after the step it is in; nothing can end that."""

@@ -49,11 +49,14 @@ def step(tokens: Sequence[int], start: int, pages: array[int], sample: bool = Fa
 def step_logits(backend: ModelBackend, steps: Sequence[SequenceStep]) -> list[Tensor]:
     """Logits after every token of every step, in the order given: ``[len(token_ids), V]`` each."""
     everything = [
-        SequenceStep(s.token_ids, s.start, s.pages, prompt_targets=[0] * len(s.token_ids)) for s in steps
+        SequenceStep(s.token_ids, s.start, s.pages, prompt_targets=[0] * len(s.token_ids), adapter=s.adapter)
+        for s in steps
     ]
     limits = Limits(backend.page_size, backend.num_pages, backend.vocab_size, backend.context_length)
     batch = Batch.build(everything, limits, torch.device("cpu"))
-    logits = backend.decoder.logits(backend.decoder.forward(batch, backend.kv, backend.attention))
+    adapters = backend.adapters.begin(batch) if backend.adapters and batch.adapters else None
+    hidden = backend.decoder.forward(batch, backend.kv, backend.attention, adapters)
+    logits = backend.decoder.logits(hidden)
     result: list[Tensor] = [logits] * len(steps)
     for place, first, stop in batch.prompts:
         result[place] = logits[first:stop]

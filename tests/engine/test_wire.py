@@ -14,19 +14,22 @@ from hypothesis import strategies as st
 from mini_sglang.engine.handle import Work
 from mini_sglang.engine.wire import (
     Abort,
+    AdapterLoaded,
     Close,
     Codec,
     Command,
     Failed,
     Hello,
+    LoadAdapter,
     Message,
     Notice,
     Ready,
     Report,
     Setup,
     Submit,
+    UnloadAdapter,
 )
-from mini_sglang.types import FinishReason, SamplingParams, TokenEvent, TokenLogprob
+from mini_sglang.types import Adapter, FinishReason, SamplingParams, TokenEvent, TokenLogprob
 
 from .fake_backend import examples
 from .fake_handles import INFO
@@ -119,6 +122,8 @@ COMMANDS: list[Command] = [
         {"a": 1},
     ),
     Abort("r", FinishReason.STOP),
+    LoadAdapter(3, Adapter("a", "/adapters/a", "f1"), True),
+    UnloadAdapter("a@f1"),
     Close(),
 ]
 MESSAGES: list[Message] = [
@@ -127,6 +132,8 @@ MESSAGES: list[Message] = [
     Ready(INFO),
     Failed("out of memory"),
     Report([]),
+    AdapterLoaded(3),
+    AdapterLoaded(4, "It is damaged."),
 ]
 
 

@@ -14,7 +14,7 @@ from mini_sglang.api.openai.door import DONE, Call, Events, error_frame, sse
 from mini_sglang.api.openai.forms import number_of
 from mini_sglang.api.openai.logprobs import chat_logprobs
 from mini_sglang.api.openai.messages import read_messages
-from mini_sglang.api.openai.models import check_chat, check_model, traits_of
+from mini_sglang.api.openai.models import check_chat, check_model, shown_name, traits_of
 from mini_sglang.api.openai.prompts import Conversation, make_conversation, reasoning_tokens
 from mini_sglang.api.openai.tools import read_tools
 from mini_sglang.errors import InvalidValueError
@@ -40,7 +40,7 @@ class Chat:
         """
         service = self._service
         values = call.values
-        check_model(service, values.get("model"))
+        adapter = check_model(service, values)
         check_chat(service)
         chat, max_tokens = self._read(values)
         n = number_of(values, "n", 1)
@@ -54,8 +54,9 @@ class Chat:
             capped=max_tokens is not None,
             request_id=call.request_id,
             namespace=service.namespace(values.get("cache_salt"), call.tenant),
+            adapter=adapter,
         )
-        answer = _Answer(service, chat)
+        answer = _Answer(service, chat, shown_name(service, adapter))
         if not values.get("stream"):
             return await answer.whole(run(service, plan))
         include_usage = bool(values.get("stream_options", {}).get("include_usage"))
@@ -118,7 +119,7 @@ class _Choice:
 class _Answer:
     """The answers to one chat, in the shapes of the API."""
 
-    def __init__(self, service: Service, chat: Conversation) -> None:
+    def __init__(self, service: Service, chat: Conversation, model: str) -> None:
         self.service = service
         self.chat = chat
         self._choices: dict[int, _Choice] = {}
@@ -126,7 +127,7 @@ class _Answer:
         self._head = {
             "id": new_id("chatcmpl-"),
             "created": int(time.time()),
-            "model": service.model_name,
+            "model": model,
         }
 
     async def whole(self, steps: AsyncGenerator[Step, None]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mini_sglang.api.served import ServedStream
     from mini_sglang.api.service import Service
     from mini_sglang.engine.flights import Ticket
+    from mini_sglang.types import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Plan:
     Attributes:
         encode: gives the prompts as token ids; awaited once a place for the answers is taken.
         prompts: how many prompts it gives.
+        adapter: that all of them run with.
         capped: whether the client named the most tokens to make; else it is what the context leaves.
     """
 
@@ -35,6 +37,7 @@ class Plan:
     capped: bool
     request_id: str
     namespace: str
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,12 @@ async def _run_one(
     service: Service, index: int, job: Job, ticket: Ticket, plan: Plan
 ) -> AsyncGenerator[Step, None]:
     stream = await service.open(
-        job.ids, job.params, request_id=plan.request_id, namespace=plan.namespace, ticket=ticket
+        job.ids,
+        job.params,
+        request_id=plan.request_id,
+        namespace=plan.namespace,
+        ticket=ticket,
+        adapter=plan.adapter,
     )
     try:
         async for delta in stream:

@@ -12,7 +12,7 @@ from mini_sglang.api.openai.choices import Plan, Step, UsageSum, run, usage_json
 from mini_sglang.api.openai.door import DONE, Call, Events, error_frame, sse
 from mini_sglang.api.openai.forms import number_of
 from mini_sglang.api.openai.logprobs import TextLogprobs
-from mini_sglang.api.openai.models import check_model
+from mini_sglang.api.openai.models import check_model, shown_name
 from mini_sglang.api.openai.params import sampling_params
 from mini_sglang.errors import InvalidValueError
 from mini_sglang.types import FinishReason, TokenLogprob, Usage
@@ -37,7 +37,7 @@ class Completions:
             OverloadedError, UnavailableError: there is no place for it.
         """
         service, values = self._service, call.values
-        check_model(service, values.get("model"))
+        adapter = check_model(service, values)
         prompts = _prompts(values["prompt"])
         n = number_of(values, "n", 1)
         limit = service.settings.max_prompts_per_request
@@ -45,7 +45,7 @@ class Completions:
             raise InvalidValueError(
                 "n", n, f"such that prompts times n are at most {limit} (MAX_PROMPTS_PER_REQUEST)"
             )
-        answer = _Answer(service, values)
+        answer = _Answer(service, values, shown_name(service, adapter))
 
         async def encode() -> list[list[int]]:
             return [await service.encode(prompt) for prompt in prompts]
@@ -58,6 +58,7 @@ class Completions:
             capped=True,
             request_id=call.request_id,
             namespace=service.namespace(values.get("cache_salt"), call.tenant),
+            adapter=adapter,
         )
         if not values.get("stream"):
             return await answer.whole(run(service, plan))
@@ -86,7 +87,7 @@ class _Choice:
 class _Answer:
     """The answers to one request, in the shapes of the API."""
 
-    def __init__(self, service: Service, values: Mapping[str, Any]) -> None:
+    def __init__(self, service: Service, values: Mapping[str, Any], model: str) -> None:
         self._service = service
         self._top: int | None = values.get("logprobs")
         self._echo = values.get("echo", False)
@@ -108,7 +109,7 @@ class _Answer:
             "id": new_id("cmpl-"),
             "object": "text_completion",
             "created": int(time.time()),
-            "model": service.model_name,
+            "model": model,
         }
 
     async def whole(self, steps: AsyncGenerator[Step, None]) -> dict[str, Any]:

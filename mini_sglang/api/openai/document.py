@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mini_sglang.api.adapters import LOAD, UNLOAD
 from mini_sglang.api.openai.forms import CHAT, COMPLETION, RESPONSE
 from mini_sglang.api.schemas import Form
 
@@ -36,18 +37,20 @@ def paths() -> dict[str, Any]:
         },
         "/v1/models": {"get": _plain("The model")},
         "/v1/models/{name}": {"get": _plain("The model", "name", 404)},
+        "/v1/load_lora_adapter": {"post": _post("Load a LoRA adapter", LOAD, 403)},
+        "/v1/unload_lora_adapter": {"post": _post("Unload a LoRA adapter", UNLOAD, 403)},
         "/v1/embeddings": {"post": _embeddings()},
     }
 
 
-def _post(summary: str, form: Form) -> dict[str, Any]:
+def _post(summary: str, form: Form, *statuses: int) -> dict[str, Any]:
     events = {"text/event-stream": {"schema": {"type": "string"}}}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": form.schema()}}},
         "responses": {
             "200": {"description": "done", "content": _json({"type": "object"}) | events},
-            **_errors(400, 401, 404, 408, 413, 415, 429, 431, 500, 503, 504),
+            **_errors(*statuses, 400, 401, 404, 408, 413, 415, 429, 431, 500, 503, 504),
         },
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mini_sglang.api.adapters import LORA_FIELDS
 from mini_sglang.api.errors import RequestError
 from mini_sglang.api.openai.tools import MAX_TOOLS
 from mini_sglang.api.schemas import (
@@ -78,7 +79,6 @@ REFUSED: Mapping[str, str] = {
     "length_penalty": "it belongs to beam search, which is not supported",
     "skip_special_tokens": "special tokens are never part of the text",
     "include_stop_str_in_output": "a stop string is never part of the text",
-    "lora_path": "adapters are not supported",
 }
 
 
@@ -167,6 +167,7 @@ def _sampling() -> dict[str, Field]:
             nullable=True,
         ),
         "cache_salt": CACHE_SALT,
+        **LORA_FIELDS,
     }
 
 

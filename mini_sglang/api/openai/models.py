@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mini_sglang.api.adapters import chosen_adapter, unknown_model
 from mini_sglang.api.errors import RequestError
 from mini_sglang.api.openai.calls import Format
 from mini_sglang.api.openai.reasoning import CLOSE_TAG, OPEN_TAG
 from mini_sglang.api.openai.tools import call_formats
-from mini_sglang.errors import InvalidValueError, ModelLoadError, shorten
+from mini_sglang.errors import InvalidValueError, ModelLoadError
 
 if TYPE_CHECKING:
     from mini_sglang.api.openai.door import Call
     from mini_sglang.api.service import Service
+    from mini_sglang.config import Settings
     from mini_sglang.text.tokenizer import Tokenizer
+    from mini_sglang.types import Adapter
 
 EMBEDDINGS_REASON = (
     "This server generates text and makes no embeddings: a decoder's hidden states are no good measure of "
@@ -81,20 +84,37 @@ def traits_of(tokenizer: Tokenizer) -> Traits:
 
 def served_names(service: Service) -> tuple[str, ...]:
     """What the model may be called: the served name, the name it was started with, and its last part."""
-    started = service.settings.model
-    names = [service.model_name, started, started.rstrip("/").rpartition("/")[2]]
+    return names_of(service.model_name, service.settings)
+
+
+def names_of(model_name: str, settings: Settings) -> tuple[str, ...]:
+    """``served_names`` of a model yet to be served."""
+    started = settings.model
+    names = [model_name, started, started.rstrip("/").rpartition("/")[2]]
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def check_model(service: Service, name: str | None) -> None:
-    """Raises RequestError (404) for a model that is not served here; no name is the one that is."""
-    if name is not None and name not in served_names(service):
-        raise RequestError(
-            404,
-            "model_not_found",
-            f"The model {shorten(name)} is not served here; {service.model_name!r} is.",
-            field="model",
-        )
+def check_model(service: Service, values: Mapping[str, Any]) -> Adapter | None:
+    """The adapter that a request names, as its ``model`` or beside it; None where the model is meant itself.
+
+    Raises:
+        RequestError: 404, a ``model`` that is not served here; no name is the one that is.
+        InvalidValueError: an adapter that is not loaded, or two of them.
+    """
+    beside, name = chosen_adapter(service, values), values.get("model")
+    if name is None or name in served_names(service):
+        return beside
+    adapter = service.pool.adapters.find(name)
+    if adapter is None:
+        raise unknown_model(service, name)
+    if beside not in (None, adapter):
+        raise InvalidValueError("model", name, "the model's own name where lora names another adapter")
+    return adapter
+
+
+def shown_name(service: Service, adapter: Adapter | None) -> str:
+    """What an answer says that it was made by."""
+    return service.model_name if adapter is None else adapter.name
 
 
 def check_chat(service: Service) -> None:
@@ -110,14 +130,18 @@ class Models:
         self._service = service
 
     async def list(self, call: Call) -> dict[str, Any]:
-        return {"object": "list", "data": [self._model()]}
+        adapters = self._service.pool.adapters.all()
+        return {"object": "list", "data": [self._model(), *map(self._adapter, adapters)]}
 
     async def get(self, call: Call) -> dict[str, Any]:
-        check_model(self._service, call.path["name"])
-        return self._model()
+        adapter = check_model(self._service, {"model": call.path["name"]})
+        return self._model() if adapter is None else self._adapter(adapter)
 
     async def embeddings(self, call: Call) -> dict[str, Any]:
         raise RequestError(400, "unsupported_endpoint", EMBEDDINGS_REASON)
+
+    def _adapter(self, adapter: Adapter) -> dict[str, Any]:
+        return self._model() | {"id": adapter.name, "parent": self._service.model_name}
 
     def _model(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,7 @@ from mini_sglang.api.openai.choices import Plan, Step, run
 from mini_sglang.api.openai.door import Call, Events
 from mini_sglang.api.openai.logprobs import chat_logprobs
 from mini_sglang.api.openai.messages import read_messages
-from mini_sglang.api.openai.models import check_chat, check_model, traits_of
+from mini_sglang.api.openai.models import check_chat, check_model, shown_name, traits_of
 from mini_sglang.api.openai.prompts import Conversation, make_conversation, reasoning_tokens
 from mini_sglang.api.openai.response_events import EventWriter, answer_message, items_of
 from mini_sglang.api.openai.response_items import chat_tools, input_messages
@@ -46,7 +46,7 @@ class Responses:
             OverloadedError, UnavailableError: there is no place for it.
         """
         service, values = self._service, call.values
-        check_model(service, values.get("model"))
+        adapter = check_model(service, values)
         check_chat(service)
         messages = self._history(values.get("previous_response_id"), call.tenant)
         messages += input_messages(values["input"])
@@ -63,6 +63,7 @@ class Responses:
             capped="max_output_tokens" in values,
             request_id=call.request_id,
             namespace=service.namespace(values.get("cache_salt"), call.tenant),
+            adapter=adapter,
         )
         keep = values.get("store", True) and self._store.on
 
@@ -70,7 +71,9 @@ class Responses:
             if keep:
                 self._store.put(call.tenant, response, [*messages, answer_message(response["output"])])
 
-        answer = _Answer(service, chat, _head(service, chat, values, stored=keep), done)
+        answer = _Answer(
+            service, chat, _head(chat, values, stored=keep, model=shown_name(service, adapter)), done
+        )
         if not values.get("stream"):
             return await answer.whole(run(service, plan))
         return Events(answer.events(run(service, plan)), answer.failed)
@@ -239,7 +242,7 @@ class _Answer:
         }
 
 
-def _head(service: Service, chat: Conversation, values: Mapping[str, Any], *, stored: bool) -> dict[str, Any]:
+def _head(chat: Conversation, values: Mapping[str, Any], *, stored: bool, model: str) -> dict[str, Any]:
     """What a response says from its beginning to its end."""
     return {
         "id": new_id("resp_"),
@@ -250,7 +253,7 @@ def _head(service: Service, chat: Conversation, values: Mapping[str, Any], *, st
         "instructions": values.get("instructions"),
         "max_output_tokens": values.get("max_output_tokens"),
         "metadata": values.get("metadata", {}),
-        "model": service.model_name,
+        "model": model,
         "parallel_tool_calls": chat.tools.parallel,
         "previous_response_id": values.get("previous_response_id"),
         "reasoning": {"effort": values.get("reasoning", {}).get("effort"), "summary": None},

@@ -1,5 +1,6 @@
 // The C interface that library.py calls: the choice of the variant, the threads, who does what part of a job.
 
+#include "adapters.h"
 #include "kernels.h"
 #include "pack.h"
 #include "pool.h"
@@ -52,6 +53,7 @@ struct Kernels {
     std::vector<uint8_t> prepared;
     std::vector<AttentionTask> tasks;
     std::vector<Partial> partials;
+    AdapterScratch adapters;
 
     Kernels(const Variant* variant, int threads) : variant(variant), pool(threads) {}
 
@@ -159,6 +161,24 @@ struct Kernels {
             }
     }
 
+    void run(const Adapt& job) {
+        const int64_t numbers = adapters.begin(job);
+        if (!numbers) return;
+        auto stage = [&](auto work) {
+            auto tasks = [&](int64_t first, int64_t last) {
+                for (int64_t i = first; i < last; i++) work(adapters.tasks[i]);
+            };
+            const int64_t count = static_cast<int64_t>(adapters.tasks.size());
+            if (numbers < ALONE) tasks(0, count);
+            else share(count, 64 << 10, tasks);
+        };
+        const int together = variant->groups_together(F32);
+        adapters.plan_down(job, together);
+        stage([&](const AdapterTask& task) { adapters.down(*variant, job, task); });
+        adapters.plan_up(job, together);
+        stage([&](const AdapterTask& task) { adapters.up(*variant, job, task); });
+    }
+
 private:
     // Rows without weights: by one thread where it would be done before another had begun.
     template <class Fields>
@@ -203,6 +223,7 @@ void kernels_run(void* handle, const Entry* entries, int64_t count, int64_t rows
             case NORM: kernels.run(*static_cast<const Norm*>(job), rows); break;
             case ROTATE: kernels.run(*static_cast<const Rotate*>(job), rows); break;
             case EMBED: kernels.run(*static_cast<const Embed*>(job), rows); break;
+            case ADAPT: kernels.run(*static_cast<const Adapt*>(job)); break;
             case SILU_AND_MUL: kernels.run(*static_cast<const SiluAndMul*>(job), rows); break;
         }
     }

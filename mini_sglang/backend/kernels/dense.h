@@ -46,11 +46,14 @@ template <int ROWS, int GROUPS>
 struct Sums {
     Floats at[ROWS][GROUPS][HALVES] = {};
 
+    // A bias that is y itself is a row's own.
     void write(const float* bias, float* y, int64_t stride, int64_t valid) const {
+        const int64_t bias_stride = bias == y ? stride : 0;
         UNROLL for (int r = 0; r < ROWS; r++)
             UNROLL for (int g = 0; g < GROUPS; g++) {
                 const int64_t column = g * GROUP;
-                write_group(at[r][g], bias ? bias + column : nullptr, y + r * stride + column, valid - column);
+                write_group(at[r][g], bias ? bias + r * bias_stride + column : nullptr, y + r * stride + column,
+                            valid - column);
             }
     }
 };
@@ -130,6 +133,7 @@ template <class X, class Tiles>
 void dense_groups(const uint8_t* packed, int64_t bytes, int64_t first, int64_t last, int64_t width, const X* x,
                   int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride, Tiles tiles) {
     int64_t g = first;
+    const int64_t bias_stride = bias == y ? y_stride : 0;
     auto block = [&](auto groups) {
         for (; g + groups.value <= last; g += groups.value) {
             const int64_t column = g * GROUP;
@@ -137,8 +141,8 @@ void dense_groups(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
             auto part = [&](auto count) {
                 for (; row + count.value <= rows; row += count.value)
                     tiles(count, groups)(packed + g * bytes, bytes, width, x + row * width,
-                                         bias ? bias + column : nullptr, y + row * y_stride + column, y_stride,
-                                         n - column);
+                                         bias ? bias + row * bias_stride + column : nullptr,
+                                         y + row * y_stride + column, y_stride, n - column);
             };
             struct Tall { enum { value = TALL }; };
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar
@@ -173,6 +174,45 @@ class Embed(Job):
 
     KIND = 5
     _fields_ = (*((name, _POINTER) for name in ("weight", "ids", "out")), ("k", _SIZE), ("format", _SIZE))
+
+
+class Adapt(Job):
+    """What the adapters of a step's rows add to a product: ``y += (x @ down.T) @ up.T``."""
+
+    KIND = 6
+    _fields_ = (
+        *((name, _POINTER) for name in ("runs", "slots", "x", "y")),
+        ("k", _SIZE),
+        ("stride", _SIZE),
+    )
+
+
+class AdapterPart(ctypes.Structure):
+    _fields_ = (("up", _POINTER), *((name, _SIZE) for name in ("rank", "first", "n")))
+
+
+class AdapterSlot(ctypes.Structure):
+    """One adapter at one place of the model; all zeros where it changes nothing there."""
+
+    MAX_PARTS: ClassVar[int] = 3
+    _fields_ = (("down", _POINTER), ("rank", _SIZE), ("parts", _SIZE), ("part", AdapterPart * 3))
+
+
+class _AdapterRuns(ctypes.Structure):
+    _fields_ = (("runs", _POINTER), ("count", _SIZE))
+
+
+class AdapterRuns:
+    """Which rows of a step have which adapter, at an address that does not change."""
+
+    def __init__(self) -> None:
+        self._fields = _AdapterRuns()
+        self.address = ctypes.addressof(self._fields)
+
+    def set(self, runs: Sequence[tuple[int, int, int]]) -> None:
+        """Take (first row, last + 1, slot) of each run of rows with one adapter, in order."""
+        self._runs = array("q", [number for run in runs for number in run])
+        self._fields.runs, self._fields.count = self._runs.buffer_info()[0], len(runs)
 
 
 class Entry(ctypes.Structure):

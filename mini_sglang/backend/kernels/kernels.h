@@ -65,7 +65,7 @@ enum { PANEL = 16 };
 
 // What one call does, each with its struct, to the first rows of x: jobs.py has the same. A recorded step is
 // a list of these whose addresses stay the same from step to step.
-enum Kind { PRODUCT, ATTENTION, NORM, ROTATE, SILU_AND_MUL, EMBED };
+enum Kind { PRODUCT, ATTENTION, NORM, ROTATE, SILU_AND_MUL, EMBED, ADAPT };
 
 struct Entry {
     int64_t kind;
@@ -182,6 +182,42 @@ struct SiluAndMul {
     int64_t width;
 };
 
+// Rows first to last - 1 of a step have the adapter in this slot.
+struct AdapterRun {
+    int64_t first, last, slot;
+};
+
+// The rows of a step that have an adapter, in order; the others have none.
+struct AdapterRuns {
+    const AdapterRun* runs;
+    int64_t count;
+};
+
+// What an adapter adds to n columns of y, from column first on: up [n, rank], packed, in float32.
+struct AdapterPart {
+    const void* up;
+    int64_t rank, first, n;
+};
+
+// An adapter at one place of the model: down [rank, k], packed, in float32, for all of its parts, one below
+// the other. Without any rank it leaves the place as it is.
+enum { ADAPTER_PARTS = 3 };
+struct AdapterSlot {
+    const void* down;
+    int64_t rank, parts;
+    AdapterPart part[ADAPTER_PARTS];
+};
+
+// Adds up (down x) to the rows of y that have an adapter. x is [rows, k], a row of y lies stride numbers after
+// the one before.
+struct Adapt {
+    const AdapterRuns* runs;
+    const AdapterSlot* slots;
+    const float* x;
+    float* y;
+    int64_t k, stride;
+};
+
 // One instruction set's functions. Every product is summed over the columns in one fixed order, whatever
 // the number of rows of x.
 struct Variant {
@@ -192,7 +228,8 @@ struct Variant {
     int64_t (*prepared_bytes)(int format, int64_t rows, int64_t k);
     // Rows first to last of x.
     void (*prepare)(int format, const float* x, int64_t first, int64_t last, int64_t k, void* out);
-    // Groups first to last of a packed matrix [n, k].
+    // Groups first to last of a packed matrix [n, k]. With a dense one a bias that is y itself adds to what
+    // is there.
     void (*product)(int format, const uint8_t* packed, int64_t first, int64_t last, int64_t k, const void* x,
                     int64_t rows, const float* bias, float* y, int64_t n, int64_t stride);
     // Rows first to last.

@@ -137,13 +137,17 @@ class NativeKernels:
         self.run(job, x.numel() // job.k)
         return out if dtype == torch.float32 else out.to(dtype)
 
-    def pack(self, blocks: Tensor, type: GGMLType) -> Tensor:
-        """Interleave the rows ``[N, bytes_per_row]`` of a matrix, uint8, for ``multiply``."""
+    def pack(self, blocks: Tensor, type: GGMLType, arena: Arena | None = None) -> Tensor:
+        """Interleave the rows ``[N, bytes_per_row]`` of a matrix, uint8, for ``multiply``.
+
+        Args:
+            arena: where the result goes; by default among the matrices that stay as long as the kernels do.
+        """
         rows, row_bytes = blocks.shape
         columns = row_bytes // type.block_bytes * type.block_size
         number = FORMATS[type.name]
         blocks = blocks.contiguous()
-        packed = self._arena.empty(self._lib.kernels_packed_bytes(number, rows, columns))
+        packed = (arena or self._arena).empty(self._lib.kernels_packed_bytes(number, rows, columns))
         self._lib.kernels_pack(self._handle, number, blocks.data_ptr(), packed.data_ptr(), rows, columns)
         return packed
 

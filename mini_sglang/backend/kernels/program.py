@@ -6,10 +6,14 @@ results are equal to the bit.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mini_sglang.backend.batch import Batch
+from mini_sglang.backend.kernels.adapters import NativeAdapters
 from mini_sglang.backend.kernels.jobs import (
     Attention,
     Entry,
@@ -23,6 +27,8 @@ from mini_sglang.backend.kernels.jobs import (
 )
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.pool import KVPool
+from mini_sglang.backend.lora.runs import narrowed, runs_of
+from mini_sglang.backend.lora.weights import PLACES
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.weights import Weight
 
@@ -50,6 +56,9 @@ class StepProgram:
         # Where the kernels cannot, torch looks the rows up.
         self._embed = decoder.embedding.lookup()
         self.jobs: list[Job] = []
+        # After how many jobs each product is whole, what it reads and what it writes.
+        self._products: list[tuple[int, Tensor, Tensor]] = []
+        self._adapters: NativeAdapters | None = None
         if self._embed is not None:
             self._embed.out = self._hidden.data_ptr()
             self.jobs.append(self._embed)
@@ -68,10 +77,8 @@ class StepProgram:
             delta = self._delta
         self._norm(delta, decoder.final_norm)
         # The last ones are for the rows alone whose hidden states are wanted.
-        self._entries, self._last_entries = (
-            (Entry * len(jobs))(*map(Entry.of, jobs))
-            for jobs in (self.jobs[:wanted_from], self.jobs[wanted_from:])
-        )
+        self._wanted_from = wanted_from
+        self._entries, self._last_entries = _entries(self.jobs, wanted_from)
 
     @classmethod
     def build(cls, kernels: NativeKernels, decoder: Decoder, kv: KVPool, max_rows: int) -> StepProgram | None:
@@ -84,6 +91,20 @@ class StepProgram:
         if any(weight.products() is None for weight in weights):
             return None
         return cls(kernels, decoder, kv, max_rows)
+
+    def adapt(self, adapters: NativeAdapters) -> None:
+        """Write down, beside the list without them, one whose products have what ``adapters`` add."""
+        self._adapters = adapters
+        jobs: list[Job] = []
+        done = 0
+        for index, (end, x, out) in enumerate(self._products):
+            jobs += self.jobs[done:end]
+            jobs.append(adapters.job(*divmod(index, len(PLACES)), x, out))
+            done = end
+        self._adapted_jobs = jobs + self.jobs[done:]
+        self._adapted_entries = _entries(
+            self._adapted_jobs, self._adapted_jobs.index(self.jobs[self._wanted_from])
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         """``Decoder.forward`` for a batch of at most ``max_rows`` rows.
@@ -102,12 +123,20 @@ class StepProgram:
             self._hidden[:rows] = decoder.embedding.rows(batch.token_ids)
         else:
             self._embed.ids = batch.token_ids.data_ptr()
-        self.kernels.run_all(self._entries, rows)
+        entries, last_entries, runs = self._entries, self._last_entries, None
+        if batch.adapters is not None:
+            assert self._adapters is not None
+            entries, last_entries = self._adapted_entries
+            runs = runs_of(batch)
+            self._adapters.begin(runs)
+        self.kernels.run_all(entries, rows)
         if batch.output_rows is not None:
+            if runs is not None and self._adapters is not None:
+                self._adapters.begin(narrowed(runs, batch.output_rows))
             rows = len(batch.output_rows)
             for buffer in (self._hidden, self._attended):
                 buffer[:rows] = buffer.index_select(0, batch.output_rows)
-        self.kernels.run_all(self._last_entries, rows)
+        self.kernels.run_all(last_entries, rows)
         hidden: Tensor = self._normed[:rows]
         return hidden
 
@@ -126,6 +155,7 @@ class StepProgram:
             product.stride = out.shape[1]
             first += product.n
         self.jobs += products
+        self._products.append((len(self.jobs), x, out))
 
     def _attend(self, index: int, head_norm: Tensor | None) -> None:
         config, kv = self._decoder.config, self._kv
@@ -134,3 +164,9 @@ class StepProgram:
         self.jobs.append(Rotate.of(qkv, head_norm, turns, self._slots, kv, index, config.norm_eps))
         query, window = qkv[:, : config.num_heads], config.windows[index]
         self.jobs.append(Attention.of(self._sequences, kv, index, query, self._attended, window))
+
+
+def _entries(jobs: Sequence[Job], split: int) -> tuple[ctypes.Array[Entry], ctypes.Array[Entry]]:
+    """The jobs as two lists, the second from ``split`` on."""
+    first, last = jobs[:split], jobs[split:]
+    return (Entry * len(first))(*map(Entry.of, first)), (Entry * len(last))(*map(Entry.of, last))

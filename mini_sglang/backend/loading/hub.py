@@ -25,9 +25,11 @@ from mini_sglang.backend.loading.files import (
     whole_model,
 )
 from mini_sglang.backend.loading.progress import Progress, progress_bar, size_text
+from mini_sglang.backend.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from mini_sglang.errors import ModelLoadError, shorten
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 NOT_A_LISTING = "answers with something that is not its list of files"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -36,11 +38,15 @@ _MAX_FILE_BYTES = 1 << 44
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A repository ``repo`` at ``revision``, and one ``.gguf`` of it where one was named."""
+    """A repository ``repo`` at ``revision``, and one ``.gguf`` of it where one was named.
+
+    ``adapter`` asks for a LoRA adapter's files rather than a model's.
+    """
 
     repo: str
     revision: str
     gguf: str | None = None
+    adapter: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,12 @@ class Hub(ABC):
 
     def _fetch_model(self, fetch: _Fetch, remote_code: bool) -> Path:
         files, repo = fetch.files, fetch.wanted.repo
+        if fetch.wanted.adapter:
+            for name in ADAPTER_FILES:
+                if name not in files:
+                    raise HubError(f"has no file {name} in {repo}")
+            fetch(ADAPTER_FILES, repo)
+            return fetch.folder
         if fetch.wanted.gguf:
             return fetch.one(fetch.wanted.gguf)
         names = small_files(files, remote_code=remote_code)
@@ -103,7 +115,10 @@ class Hub(ABC):
     def cached(self, wanted: Wanted) -> Path | None:
         """The model, whole in this hub's cache, found without the network; None where it is not."""
         for folder in self._cached_folders(wanted):
-            if model := whole_model(folder, wanted.gguf):
+            if wanted.adapter:
+                if all((folder / name).is_file() for name in ADAPTER_FILES):
+                    return folder
+            elif model := whole_model(folder, wanted.gguf):
                 return model
         return None
 

@@ -163,9 +163,9 @@ class SafetensorsCheckpoint:
 class _SafetensorsFile:
     """One mapped file: 8 bytes of header length, the header as JSON, then the data."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: mmap.mmap | None = None) -> None:
         self.path = path
-        self.buffer: mmap.mmap = map_file(path)
+        self.buffer: mmap.mmap = map_file(path) if content is None else content
 
     def close(self) -> None:
         # Tensors still in use keep the map; it goes with the last of them.
@@ -296,3 +296,26 @@ def _no_weights(folder: Path) -> ModelLoadError:
             "loaded, since opening them can run code."
         )
     return ModelLoadError(f"The model folder {folder} has no {found}.")
+
+
+def parse_json(text: bytes, what: str) -> dict[str, Any]:
+    """The JSON object that ``text`` is. Raises ``ModelLoadError``, of ``what``, where it is none."""
+    return _parse_json(text, what)
+
+
+def read_tensors(path: Path, content: mmap.mmap) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file; they keep its ``content`` alive.
+
+    Raises:
+        ModelLoadError: it is damaged, or has a tensor of another type than F32, F16 and BF16.
+    """
+    file = _SafetensorsFile(path, content)
+    found: dict[str, Tensor] = {}
+    for name, entry in file.entries().items():
+        if entry.dtype not in _DTYPES:
+            raise ModelLoadError(
+                f"The tensor {shorten(name)} of {path} has the type {entry.dtype}; "
+                f"supported are {', '.join(_DTYPES)}."
+            )
+        found[name] = file.tensor(entry, _DTYPES[entry.dtype])
+    return found

@@ -7,8 +7,8 @@ was looked for and why each place could not give it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,17 +98,54 @@ def _local_model(path: Path, what: str) -> ModelFiles:
 
 
 def _remote_model(settings: Settings, notify: Callable[[str], None]) -> ModelFiles:
-    from mini_sglang.backend.loading.download import HubError, HubUnreachable
     from mini_sglang.backend.loading.huggingface import HuggingFace, offline_reason
     from mini_sglang.backend.loading.modelscope import ModelScope
 
     wanted = _parse(settings, settings.model, "model")
     other = settings.modelscope_model_name
     wanted_there = _parse(settings, other, "modelscope_model_name") if other else wanted
+    attempts: list[tuple[Hub, Wanted]] = [(HuggingFace(), wanted), (ModelScope(), wanted_there)]
+    found, failures, answered = _ask(attempts, settings, notify)
+    if found is not None:
+        return found
+    nobody_chose = settings.chosen.isdisjoint({"model", "modelscope_model_name"})
+    if nobody_chose and not answered:
+        return _starter(settings, failures, offline_reason() is not None, notify)
+    raise ModelNotFoundError(_not_found(wanted.repo, failures))
+
+
+def find_adapter_files(settings: Settings, place: str, notify: Callable[[str], None]) -> Path:
+    """The folder of a LoRA adapter, itself or that of a repository, downloaded where it is not on disk.
+
+    Raises:
+        InvalidValueError: ``place`` is neither a folder nor a repository's name.
+        ModelNotFoundError: there is no such folder, or no source has the repository.
+        ModelLoadError: the cache cannot be written.
+    """
+    path = Path(place).expanduser()
+    if _exists(path):
+        return path
+    from mini_sglang.backend.loading.huggingface import HuggingFace
+    from mini_sglang.backend.loading.modelscope import ModelScope
+
+    wanted = replace(_parse(settings, place, "LORA_ADAPTERS"), revision="main", adapter=True)
+    found, failures, _ = _ask([(HuggingFace(), wanted), (ModelScope(), wanted)], settings, notify)
+    if found is None:
+        raise ModelNotFoundError(f"The adapter {place} could not be had: {'; '.join(failures)}.")
+    return found.path
+
+
+def _ask(
+    attempts: Sequence[tuple[Hub, Wanted]], settings: Settings, notify: Callable[[str], None]
+) -> tuple[ModelFiles | None, list[str], bool]:
+    """What the first hub gave that could, why each before could not, and whether one of those answered."""
+    from mini_sglang.backend.loading.download import HubError, HubUnreachable
+    from mini_sglang.backend.loading.huggingface import offline_reason
+    from mini_sglang.backend.loading.modelscope import ModelScope
+
     offline = offline_reason()
     failures: list[str] = []
     answered = False
-    attempts: list[tuple[Hub, Wanted]] = [(HuggingFace(), wanted), (ModelScope(), wanted_there)]
     for hub, there in attempts:
         try:
             if isinstance(hub, ModelScope) and "/" not in there.repo:
@@ -123,17 +160,14 @@ def _remote_model(settings: Settings, notify: Callable[[str], None]) -> ModelFil
                 timeout=settings.download_timeout,
                 notify=notify,
             )
-            return ModelFiles(path, _shown(there, path), hub.source)
+            return ModelFiles(path, _shown(there, path), hub.source), failures, answered
         except HubError as error:
             failures.append(f"{hub.title} {error}")
             answered = answered or not isinstance(error, HubUnreachable)
             if isinstance(error, HubUnreachable) and (cached := hub.cached(there)):
                 notify(_sentence(f"{failures[-1]}: using the copy of {there.repo} in its cache."))
-                return ModelFiles(cached, _shown(there, cached), hub.source)
-    nobody_chose = settings.chosen.isdisjoint({"model", "modelscope_model_name"})
-    if nobody_chose and not answered:
-        return _starter(settings, failures, offline is not None, notify)
-    raise ModelNotFoundError(_not_found(wanted.repo, failures))
+                return ModelFiles(cached, _shown(there, cached), hub.source), failures, answered
+    return None, failures, answered
 
 
 def _starter(

@@ -14,6 +14,7 @@ from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.compiling import Compiler
 from mini_sglang.backend.kv.pool import KVPool
+from mini_sglang.backend.lora.store import StepAdapters
 from mini_sglang.backend.models.decoder import Decoder, LayerWeights
 from mini_sglang.backend.models.operations import TorchOperations
 from mini_sglang.backend.step import SequenceStep
@@ -38,7 +39,12 @@ class CompiledDecoder(Decoder):
         self._after = compiler.compile(self._after_attention)
         self._last_norm = compiler.compile(self._operations.norm)
 
-    def forward(self, batch: Batch, kv: KVPool, attention: Attention) -> Tensor:
+    def forward(
+        self, batch: Batch, kv: KVPool, attention: Attention, adapters: StepAdapters | None = None
+    ) -> Tensor:
+        if adapters is not None:
+            # They come between what the pieces have in one.
+            return super().forward(batch, kv, attention, adapters)
         config = self.config
         last = config.num_layers - 1
         if batch.opened_pages is not None:

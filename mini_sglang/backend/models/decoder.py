@@ -13,6 +13,8 @@ from torch import Tensor
 from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.batch import Batch
 from mini_sglang.backend.kv.pool import KVPool
+from mini_sglang.backend.lora.store import StepAdapters
+from mini_sglang.backend.lora.weights import DOWN, GATE_UP, OUT, QKV
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.operations import Operations
 from mini_sglang.backend.models.rope import Rotations, inverse_frequencies
@@ -70,8 +72,10 @@ class Decoder:
             matrices.append(self.lm_head)
         return sum(weight.nbytes for weight in matrices)
 
-    def forward(self, batch: Batch, kv: KVPool, attention: Attention) -> Tensor:
-        """Run the batch's tokens, writing their KV.
+    def forward(
+        self, batch: Batch, kv: KVPool, attention: Attention, adapters: StepAdapters | None = None
+    ) -> Tensor:
+        """Run the batch's tokens, writing their KV, with what ``adapters`` add to the products.
 
         Returns:
             ``[R, hidden_size]``: the normed hidden state of ``batch.output_rows``, or of all T rows.
@@ -86,7 +90,10 @@ class Decoder:
         hidden = self.embedding.rows(batch.token_ids)
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            qkv = layer.qkv.linear(ops.norm(hidden, delta, layer.input_norm), layer.qkv_bias)
+            normed = ops.norm(hidden, delta, layer.input_norm)
+            qkv = layer.qkv.linear(normed, layer.qkv_bias)
+            if adapters is not None:
+                adapters.add(index, QKV, normed, qkv)
             qkv = qkv.view(len(qkv), heads + 2 * kv_heads, head_dim)
             turns = rotation if config.rope_layers[index] else None
             ops.rotate_and_store(qkv, layer.qk_norm, turns, kv, index, batch.slot_mapping)
@@ -95,9 +102,19 @@ class Decoder:
             if index == last and batch.output_rows is not None:
                 attended = attended.index_select(0, batch.output_rows)
                 hidden = hidden.index_select(0, batch.output_rows)
-            normed = ops.norm(hidden, layer.o.linear(attended, layer.o_bias), layer.post_norm)
+                if adapters is not None:
+                    adapters.narrow(batch.output_rows)
+            delta = layer.o.linear(attended, layer.o_bias)
+            if adapters is not None:
+                adapters.add(index, OUT, attended, delta)
+            normed = ops.norm(hidden, delta, layer.post_norm)
             gate_up = layer.gate_up.linear(normed, layer.gate_up_bias)
-            delta = layer.down.linear(ops.silu_and_mul(gate_up), layer.down_bias)
+            if adapters is not None:
+                adapters.add(index, GATE_UP, normed, gate_up)
+            inner = ops.silu_and_mul(gate_up)
+            delta = layer.down.linear(inner, layer.down_bias)
+            if adapters is not None:
+                adapters.add(index, DOWN, inner, delta)
         return ops.norm(hidden, delta, self.final_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
