@@ -17,7 +17,7 @@ from mini_sglang.config import Settings
 from mini_sglang.engine.grammars import GrammarRoom
 from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.engine.kv_cache import CacheLimits, KVCacheManager
-from mini_sglang.engine.limits import make_prefix_work, make_work
+from mini_sglang.engine.limits import BY_CONTEXT, BY_LOAD, make_prefix_work, make_work
 from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from mini_sglang.errors import InvalidValueError, shorten
@@ -43,6 +43,8 @@ class EngineCounters:
     prefix_hits: int = 0
     prefix_misses: int = 0
     prefix_hit_tokens: int = 0
+    capped_by_load: int = 0
+    capped_by_context: int = 0
 
 
 class EngineCore:
@@ -100,10 +102,12 @@ class EngineCore:
                 max_batch_size=settings.max_batch_size,
                 max_prefill_tokens=settings.max_prefill_tokens,
                 chunk_tokens=settings.prefill_chunk_size if settings.chunked_prefill else None,
+                aging_seconds=settings.priority_aging_seconds,
             ),
         )
         self.counters = EngineCounters()
         self._requests: dict[str, Request] = {}
+        self._arrivals: dict[int, float] = {}
 
     @property
     def has_work(self) -> bool:
@@ -122,8 +126,12 @@ class EngineCore:
         *,
         prefill_only: bool = False,
         namespace: str = "",
+        inflight: int = 0,
     ) -> Request:
         """Check a prompt against this model, compile its grammar, and wrap it up for ``add``.
+
+        Args:
+            inflight: requests there are with this one (``limits.make_work``).
 
         Takes as long as the compile does. Raises as ``limits.make_work``, and for a grammar:
 
@@ -139,6 +147,7 @@ class EngineCore:
             params,
             prefill_only=prefill_only,
             namespace=namespace,
+            inflight=inflight,
         )
         request = self.request_of(work)
         request.grammar = self._grammars.make(params)
@@ -149,7 +158,11 @@ class EngineCore:
         return self.request_of(make_prefix_work(self.info, self._settings, request_id, prompt_ids, namespace))
 
     def request_of(self, work: Work) -> Request:
-        """Wrap up checked work for ``add``."""
+        """Wrap up checked work for ``add``; it counts as having arrived ``work.waited`` seconds ago."""
+        # Those of one priority stay in the order they come in, whatever the way here took each.
+        priority = work.params.priority
+        arrival = max(time.monotonic() - work.waited, self._arrivals.get(priority, 0.0))
+        self._arrivals[priority] = arrival
         return Request(
             request_id=work.request_id,
             tokens=list(work.prompt_ids),
@@ -160,7 +173,8 @@ class EngineCore:
             eos_ids=self._eos_ids,
             prefill_only=work.prefill_only,
             namespace=work.namespace,
-            arrival=time.monotonic(),
+            arrival=arrival,
+            capped_by=work.capped_by,
         )
 
     def add(self, request: Request) -> None:
@@ -173,6 +187,8 @@ class EngineCore:
         else:
             self.scheduler.add(request)
         self.counters.requests += 1
+        self.counters.capped_by_load += request.capped_by == BY_LOAD
+        self.counters.capped_by_context += request.capped_by == BY_CONTEXT
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> TokenEvent | None:
         """End a request now; its computed KV stays cached.

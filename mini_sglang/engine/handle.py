@@ -35,6 +35,8 @@ class Work:
         prefill_only: end when the prompt's KV is in the prefix cache, without a token.
         namespace: prefixes are shared only within one.
         seed: the caller's, or drawn where there is none.
+        capped_by: why ``max_new_tokens`` is less than was asked for: "load", "context" or None.
+        waited: seconds it waited before it was sent.
     """
 
     request_id: str
@@ -44,6 +46,8 @@ class Work:
     prefill_only: bool = False
     namespace: str = ""
     seed: int = 0
+    capped_by: str | None = None
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

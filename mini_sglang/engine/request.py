@@ -7,6 +7,7 @@ from dataclasses import InitVar, dataclass, field
 from enum import Enum
 
 from mini_sglang.backend.step import SampleSpec, TokenGrammar
+from mini_sglang.engine.order import Order
 from mini_sglang.engine.radix import RadixNode
 from mini_sglang.types import FinishReason, SamplingParams, TokenLogprob
 
@@ -37,6 +38,9 @@ class Request:
         num_cached: prompt tokens taken from the prefix cache when it was first admitted.
         started: whether a step of it has run.
         node: the radix node locked for the tree's pages.
+        arrival: ``time.monotonic`` seconds, from when on it ages.
+        capped_by: why ``max_new_tokens`` is less than was asked for, "load" or "context"; else None.
+        order: its place in the scheduler, set when it is added there.
         grammar: what the answer must follow, as far as its tokens have come; retraction does not touch it.
         end_ids: ids that end the answer.
     """
@@ -52,7 +56,9 @@ class Request:
     namespace: str = ""
     arrival: float = 0.0
     grammar: TokenGrammar | None = None
+    capped_by: str | None = None
 
+    order: Order = (0.0, 0.0, 0)
     phase: Phase = Phase.WAITING
     pages: array[int] = field(default_factory=lambda: array("i"))
     num_tree_pages: int = 0
