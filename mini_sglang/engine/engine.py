@@ -238,6 +238,8 @@ class EngineCore:
             "prefix_evicted_tokens": cache.evicted_tokens,
             "prefixes": cache.num_prefixes,
             "retractions": self.scheduler.num_retractions,
+            "capped_by_load": counters.capped_by_load,
+            "capped_by_context": counters.capped_by_context,
             "kv_tokens_total": cache.num_pages * page_size,
             "kv_tokens_free": cache.num_free * page_size,
             "kv_tokens_cached": cache.num_cached * page_size,
