@@ -205,7 +205,7 @@ class Settings:
     chunked_prefill: bool = setting(
         "Scheduling",
         "CHUNKED_PREFILL",
-        False,
+        True,
         "split long prompts, so that running answers go on between the chunks",
     )
     prefill_chunk_size: int = setting(
@@ -223,7 +223,7 @@ class Settings:
         "Scheduling",
         "MAX_PREFILL_TOKENS",
         4096,
-        "prompt tokens of several requests per step; one longer prompt runs alone",
+        "without CHUNKED_PREFILL: prompt tokens of several requests per step; one longer prompt runs alone",
         low=1,
         high=1 << 20,
     )

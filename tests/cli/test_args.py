@@ -88,8 +88,8 @@ def test_flag_wins_over_environment(cli, monkeypatch):
 
 
 def test_bare_bool_setting_is_on_and_short_model(cli):
-    ran = cli("generate", "hello", "--chunked-prefill", "-m", "folder")
-    assert (ran.engine.settings.chunked_prefill, ran.engine.settings.model) == (True, "folder")
+    ran = cli("generate", "hello", "--adaptive-max-new-tokens", "-m", "folder")
+    assert (ran.engine.settings.adaptive_max_new_tokens, ran.engine.settings.model) == (True, "folder")
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])

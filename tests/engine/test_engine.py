@@ -325,6 +325,7 @@ def test_counters_add_up() -> None:
         "prefix_hits": 1, "prefix_misses": 2, "prefix_hit_tokens": 8, "prefix_evicted_tokens": 0,
         "prefixes": 2, "retractions": 0, "kv_tokens_total": 256, "kv_tokens_free": 256 - 12 - 12,
         "kv_tokens_cached": 12 + 12, "kv_tokens_private": 0,
+        "capped_by_load": 0, "capped_by_context": 0,
     }  # fmt: skip
 
 
