@@ -205,6 +205,7 @@ def load_backend(
         context_length=context_length,
         max_batch_size=settings.max_batch_size,
     )
+    attention = _attention(config, dtypes.compute, kernels)
     kv = KVPool(
         num_layers=config.num_layers,
         num_pages=num_pages,
@@ -213,8 +214,9 @@ def load_backend(
         head_dim=config.head_dim,
         dtype=dtypes.kv,
         device=device,
+        tiled=isinstance(attention, NativeAttention)
+        and attention.tiles(dtypes.kv, settings.page_size_tokens),
     )
-    attention = _attention(config, dtypes.compute, kernels)
     program = None
     if (
         kernels

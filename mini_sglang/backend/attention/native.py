@@ -8,7 +8,7 @@ from torch import Tensor
 from mini_sglang.backend.batch import Batch
 from mini_sglang.backend.kernels.jobs import Attention, SequenceTable
 from mini_sglang.backend.kernels.library import NativeKernels
-from mini_sglang.backend.kv.pool import KVPool
+from mini_sglang.backend.kv.pool import TILE, KVPool
 
 # MAX_HEAD_DIM and MAX_PARTIALS of kernels.h.
 _MAX_HEAD_DIM, _MAX_GROUP = 256, 48
@@ -28,6 +28,10 @@ class NativeAttention:
             and head_dim <= _MAX_HEAD_DIM
             and heads // kv_heads <= _MAX_GROUP
         )
+
+    def tiles(self, dtype: torch.dtype, page_size: int) -> bool:
+        """Whether a KV pool of ``dtype`` is read faster in tiles, and can be."""
+        return self._kernels.tiles and dtype == torch.bfloat16 and page_size % TILE == 0
 
     def begin(self, batch: Batch, kv: KVPool) -> NativeStep:
         return NativeStep(self._kernels, batch, kv)

@@ -72,6 +72,31 @@ inline void store_heads(const float* from, int format, int64_t heads, int64_t di
     }
 }
 
+// The keys and values of one row to its place in a tile; heads is 2 * kv_heads. Threads may write neighbouring rows.
+inline void store_in_tile(const float* from, const Pool& pool, int64_t slot) {
+    const int64_t dim = pool.head_dim, head_bytes = dim * GROUP * 2;
+    const int lane = (int)(slot % GROUP);
+    uint8_t* to = pool.data + (slot - lane) * pool_row_bytes(pool);
+    for (int64_t h = 0; h < 2 * pool.kv_heads; h++, from += dim, to += head_bytes) {
+        uint16_t numbers[MAX_HEAD_DIM];
+        for (int64_t i = 0; i < dim; i += LANES) store_bfloats(numbers + i, load<Floats>(from + i));
+        if (h < pool.kv_heads) {
+            for (int64_t i = 0; i < dim; i += 2) memcpy(to + 2 * GROUP * i + 4 * lane, numbers + i, 4);
+            continue;
+        }
+        uint16_t* pairs = (uint16_t*)to + lane / 2 * 2 * dim;
+#if defined(__AVX512VNNI__)
+        for (int64_t i = 0; i < dim; i += LANES) {
+            const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(numbers + i)));
+            const __m512i odd = _mm512_slli_epi32(wide, 16);
+            _mm512_mask_storeu_epi16(pairs + 2 * i, lane % 2 ? 0xaaaaaaaa : 0x55555555, lane % 2 ? odd : wide);
+        }
+#else
+        for (int64_t i = 0; i < dim; i++) pairs[2 * i + lane % 2] = numbers[i];
+#endif
+    }
+}
+
 void rotate(const Rotate& job, int64_t first, int64_t last) {
     const Pool& pool = job.pool;
     const int64_t dim = pool.head_dim, half = dim / 2, turning = job.heads + pool.kv_heads;
@@ -100,6 +125,10 @@ void rotate(const Rotate& job, int64_t first, int64_t last) {
                 if (half % LANES == 0) turn(head, cos, sin, Floats{});
                 else turn(head, cos, sin, Eights{});
             }
+        }
+        if (pool.format == TILES) {
+            store_in_tile(qkv + job.heads * dim, pool, job.slots[row]);
+            continue;
         }
         uint8_t* to = pool.data + job.slots[row] * row_bytes;
         float* scales = (float*)(to + 2 * pool.kv_heads * dim);

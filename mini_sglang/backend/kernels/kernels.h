@@ -4,8 +4,8 @@
 
 #include <stdint.h>
 
-// ggml's numbers. INT8 is of the KV pool alone.
-enum Format { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14, INT8 = 24, BF16 = 30 };
+// ggml's numbers. INT8 and TILES are of the KV pool alone.
+enum Format { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14, INT8 = 24, BF16 = 30, TILES = 100 };
 
 // Rows of a matrix are interleaved in groups, so that one vector holds the same columns of all of a group's
 // rows. Dense: number 16 c + r is column c of row r; of BF16 number 32 p + 2 r + j is column 2 p + j, the last
@@ -95,7 +95,9 @@ struct Sequences {
 };
 
 // A row of the KV pool is [2, kv_heads, head_dim] of format, keys before values; of INT8 a float32 scale for
-// each key and value head follows.
+// each key and value head follows. TILES are bfloat16: GROUP rows, as attention wants them, number 2 p + j of row
+// r of a key head at 32 p + 2 r + j, number i of row 2 r + j of a value head at 2 (head_dim r + i) + j; the key
+// heads follow each other, then the value heads.
 struct Pool {
     uint8_t* data;
     int64_t format, kv_heads, head_dim;  // head_dim is a multiple of 16
@@ -120,12 +122,12 @@ struct Attention {
     float scale;
 };
 
-// One head of one row so far: the largest score, to the base 2, and the sums of its weights and of weighted
-// values.
-struct Partial {
-    float largest;
-    float totals[GROUP];  // each of every LANES-th key
+// One head of one row so far: the sums of weighted values and of weights, powers of two of scores less largest:
+// about the largest score, to the base 2.
+struct alignas(64) Partial {
     float values[MAX_HEAD_DIM];
+    float totals[GROUP];  // each of every LANES-th key
+    float largest;
 };
 
 // Some new rows of a sequence, counted from its first, and some KV heads; at most MAX_PARTIALS heads of rows.

@@ -35,6 +35,7 @@ class NativeKernels:
         variant: the instruction set in use: ``avx512bf16``, ``avx512vnni``, ``avx2`` or ``generic``.
         fast: whether they are faster than torch with a dense matrix; the generic ones are not, and serve
             where a matrix is to stay in blocks.
+        tiles: whether attention over a tiled ``KVPool`` is to be had.
         half: the 16-bit dtype that attention works in fastest.
         fast_formats: names of the block formats that are faster than the dense matrix.
     """
@@ -77,7 +78,8 @@ class NativeKernels:
         self._finalizer.atexit = False
         self.variant: str = lib.kernels_variant(self._handle).decode()
         self.fast = self.variant != "generic"
-        self.half = torch.bfloat16 if self.variant == "avx512bf16" else torch.float16
+        self.tiles = self.variant == "avx512bf16"
+        self.half = torch.bfloat16 if self.tiles else torch.float16
         self.fast_formats = _FAST_FORMATS if self.fast else frozenset()
 
     def has_format(self, type: GGMLType) -> bool:

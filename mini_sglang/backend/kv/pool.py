@@ -11,6 +11,8 @@ from mini_sglang.errors import InvalidValueError
 _FREE_MEMORY_SHARE = 0.4
 _USEFUL_TOKENS = 65_536
 _USEFUL_TOKENS_PER_SEQUENCE = 1_024
+TILE = 16
+"""Rows of a tile."""
 
 
 class KVPool:
@@ -19,10 +21,12 @@ class KVPool:
     Args:
         dtype: int8 keeps each head's key and value with a float32 scale of its own behind the row's numbers:
             the compiled kernels alone read it.
+        tiled: keeps 16 rows of bfloat16 together as the compiled attention reads them, and only it does; see
+            kernels.h. Pages are then whole tiles.
 
-    Layout: ``data[layer, slot]`` is one token's ``2 * kv_heads * head_dim`` numbers, keys before values,
-    so that the rows a fused qkv projection gives are written, and a page is read, in one piece. Slot
-    ``page * page_size + offset``. On a CPU a page costs no memory until it is written.
+    Layout otherwise: ``data[layer, slot]`` is one token's ``2 * kv_heads * head_dim`` numbers, keys before
+    values, so that the rows a fused qkv projection gives are written, and a page is read, in one piece.
+    Slot ``page * page_size + offset``. On a CPU a page costs no memory until it is written.
 
     A free page may hold anything, NaN too, and a masked score does not stop a NaN value: attention
     multiplies it by a weight of 0. ``open_pages`` therefore clears a page that a step fills only in part.
@@ -38,6 +42,7 @@ class KVPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        tiled: bool = False,
     ) -> None:
         """Allocate.
 
@@ -49,6 +54,8 @@ class KVPool:
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.dtype = dtype
+        self.tiled = tiled
+        assert not tiled or (dtype == torch.bfloat16 and page_size % TILE == 0)
         self._row = (2, kv_heads, head_dim)
         width = kv_bytes_per_token(1, kv_heads, head_dim, dtype) // dtype.itemsize
         try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mini_sglang.backend.kernels.jobs import Attention, SequenceTable
 from mini_sglang.backend.kernels.library import NativeKernels
-from mini_sglang.backend.kv.pool import KVPool
+from mini_sglang.backend.kv.pool import TILE, KVPool
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 # A number of positions from first to last of a sequence, its rows in one step.
@@ -72,7 +72,30 @@ class Sequence:
 def attend(
     kernels: NativeKernels, parts: list[Part], page_size: int, window: int | None, seed: int
 ) -> list[Tensor]:
-    """One step: of each sequence the rows from first to last, its pages scattered over a pool of NaN."""
+    """One step: of each sequence the rows from first to last, its pages scattered over a pool of NaN.
+
+    Where the kernels read tiles too, those must give the same bits.
+    """
+    out = _attend(kernels, parts, page_size, window, seed, tiled=False)
+    if kernels.tiles and parts[0][0].dtype == torch.bfloat16 and page_size % TILE == 0:
+        again = _attend(kernels, parts, page_size, window, seed, tiled=True)
+        assert torch.equal(out.nan_to_num(7.5), again.nan_to_num(7.5))
+    return list(out.split([last - first for _, first, last in parts]))
+
+
+def tiles(rows: Tensor) -> Tensor:
+    """Rows of bfloat16 ``[16 n, 2, kv_heads, head_dim]`` in the order of tiles, ``[n, numbers]``: of keys pairs of
+    numbers of each row, of values pairs of rows."""
+    numbers = rows.view(-1, TILE, *rows.shape[1:])
+    keys, values = numbers.unbind(2)
+    keys = keys.unflatten(-1, (-1, 2)).permute(0, 2, 3, 1, 4)
+    values = values.unflatten(1, (-1, 2)).permute(0, 3, 1, 4, 2)
+    return torch.cat([keys.flatten(1), values.flatten(1)], 1)
+
+
+def _attend(
+    kernels: NativeKernels, parts: list[Part], page_size: int, window: int | None, seed: int, tiled: bool
+) -> Tensor:
     counts = [-(-last // page_size) for _, _, last in parts]
     some = parts[0][0]
     kv = KVPool(
@@ -83,6 +106,7 @@ def attend(
         head_dim=some.head_dim,
         dtype=some.dtype,
         device=torch.device("cpu"),
+        tiled=tiled,
     )
     # All bits set: NaN as a number of every dtype, and as a scale.
     kv.data.view(torch.uint8).fill_(255)
@@ -92,6 +116,13 @@ def attend(
     for row, count, (sequence, _, last) in zip(pages, counts, parts, strict=True):
         row[:count] = order[taken : taken + count]
         taken += count
+        if tiled:
+            # The last page is not full: a step that opens it clears it.
+            whole = torch.zeros(count * page_size, sequence.stored.shape[1], dtype=torch.uint8)
+            whole[:last] = sequence.stored[:last]
+            numbers = whole.view(torch.bfloat16).view(-1, 2, sequence.kv_heads, sequence.head_dim)
+            kv.rows(0).view(kv.num_pages, -1)[torch.from_numpy(row[:count])] = tiles(numbers).view(count, -1)
+            continue
         slots = (row[:count, None] * page_size + np.arange(page_size)).ravel()[:last]
         kv.rows(0).view(torch.uint8)[torch.from_numpy(slots)] = sequence.stored[:last]
     rows = [last - first for _, first, last in parts]
@@ -103,4 +134,4 @@ def attend(
     wide[:, :heads] = torch.cat([sequence.query[first:last] for sequence, first, last in parts])
     out = torch.full((sum(rows), heads * some.head_dim), torch.nan)
     kernels.run(Attention.of(table, kv, 0, wide[:, :heads], out, window), len(out))
-    return list(out.split(rows))
+    return out

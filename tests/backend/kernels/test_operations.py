@@ -13,6 +13,7 @@ from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.models.operations import Operations, TorchOperations
 from mini_sglang.backend.models.rope import Rotations
+from tests.backend.kernels.sequences import tiles
 
 EPS = 1e-5
 # Rows enough for one thread, and for the threads to share.
@@ -100,6 +101,31 @@ def stored(kernels: NativeKernels, kv: KVPool, keys_and_values: Tensor, slots: T
     assert torch.equal(kept[others], untouched[others])
     assert torch.equal(kv.rows(0).view(torch.uint8), untouched)
     return kept[slots]
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 128])
+def test_a_tiled_pool_has_the_numbers_of_another_in_its_own_order(
+    kernels: NativeKernels, head_dim: int
+) -> None:
+    slots = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:37]
+    keys_and_values = rows(37, 2 * KV_HEADS * head_dim, 5).view(37, -1, head_dim)
+    plain = pool(64, head_dim, torch.bfloat16)
+    stored(kernels, plain, keys_and_values, slots)
+    shape = {
+        "num_layers": LAYERS,
+        "num_pages": 2,
+        "page_size": 32,
+        "kv_heads": KV_HEADS,
+        "head_dim": head_dim,
+    }
+    tiled = KVPool(**shape, dtype=torch.bfloat16, device=torch.device("cpu"), tiled=True)
+    tiled.data.fill_(-1)
+    queries = torch.zeros(37, HEADS, head_dim)
+    fused = torch.cat([queries, keys_and_values], 1)
+    both(kernels)[0].rotate_and_store(fused, None, None, tiled, 1, slots)
+    expected = tiles(plain.rows(1).view(64, 2, KV_HEADS, head_dim))
+    assert torch.equal(tiled.rows(1).view(4, -1), expected)
+    assert (tiled.rows(0) == -1).all()
 
 
 def hard_numbers(count: int, head_dim: int) -> Tensor:

@@ -1,0 +1,321 @@
+// One block of keys against some heads of rows: scores, the running softmax, the sum of values.
+
+#pragma once
+
+#include "elementwise.h"
+
+namespace {
+
+struct KV32 {
+    static constexpr int FORMAT = F32, BYTES = 4;
+    static Floats numbers(const uint8_t* p) { return load<Floats>(p); }
+    static Eights eight(const uint8_t* p) { return load<Eights>(p); }
+};
+struct KV16 {
+    static constexpr int FORMAT = F16, BYTES = 2;
+    static Floats numbers(const uint8_t* p) { return halves(p); }
+    static Eights eight(const uint8_t* p) { return eight_halves(p); }
+};
+struct KVB16 {
+    static constexpr int FORMAT = BF16, BYTES = 2;
+    static Floats numbers(const uint8_t* p) { return bfloats(p); }
+    static Eights eight(const uint8_t* p) { return eight_bfloats(p); }
+};
+struct KV8 {
+    static constexpr int FORMAT = INT8, BYTES = 1;
+    static Floats numbers(const uint8_t* p) { return bytes((const int8_t*)p); }
+    static Eights eight(const uint8_t* p) { return eight_bytes((const int8_t*)p); }
+};
+struct KVTiles : KVB16 {
+    static constexpr int FORMAT = TILES;
+};
+
+enum { PARTS = KEYS / LANES };
+// Heads of rows whose scores, and numbers of values of how many, fit in the registers.
+enum { TALL_SCORES = LANES == 16 ? 12 : 6, TALL_VALUES = LANES == 16 ? 6 : 3, WIDE_VALUES = 4 };
+
+template <class KV>
+constexpr bool TILED = KV::FORMAT == TILES;
+
+// Whether products of two bfloat16 at a time are to be had: queries and weights are then rounded to bfloat16.
+#if defined(__AVX512BF16__)
+template <class KV>
+constexpr bool PAIRED = KV::FORMAT == BF16 || TILED<KV>;
+
+inline Ints pair_everywhere(const void* pair) { return (Ints)_mm512_set1_epi32(load<int>(pair)); }
+inline Floats add_pairs(Floats sum, Ints pairs, Ints pair) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)pair);
+}
+// The numbers of two rows side by side.
+inline Ints interleaved(const uint8_t* first, const uint8_t* second) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)first));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)second));
+    return (Ints)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+#else
+template <class KV>
+constexpr bool PAIRED = false;
+
+inline Ints pair_everywhere(const void*) { return Ints{}; }
+inline Floats add_pairs(Floats sum, Ints, Ints) { return sum; }
+inline Ints interleaved(const uint8_t*, const uint8_t*) { return Ints{}; }
+#endif
+
+// 2^x for x below 127, to some units in the last place, or ROUGH to 3e-6 of it; 0 or next to it below -126. NaN
+// stays NaN.
+template <bool ROUGH = false>
+inline Floats power_of_two(Floats x) {
+    constexpr float factors[] = {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f,
+                                 2.40226507e-1f, 6.93147182e-1f, 1.0f};
+    x = larger(all(-200.0f), x);  // of -infinity the rest would be none
+#if defined(__AVX512VNNI__)
+    if constexpr (ROUGH) {
+        constexpr float rough[] = {1.35341678e-2f, 5.20114601e-2f, 2.41442755e-1f, 6.93003833e-1f, 1.00000262f};
+        const Floats r = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_FLOOR);
+        Floats p = all(rough[0]);
+        UNROLL for (int i = 1; i < 5; i++) p = fused(p, r, all(rough[i]));
+        return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
+    }
+    const Floats n = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const Floats shifted = x + shift, n = shifted - shift;
+#endif
+    const Floats r = x - n;
+    Floats p = all(factors[0]);
+    UNROLL for (int i = 1; i < 7; i++) p = fused(p, r, all(factors[i]));
+#if defined(__AVX512VNNI__)
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return x < all(-126.0f) ? Floats{} : p * (Floats)(((Ints)shifted - (Ints)shift + 127) << 23);
+#endif
+}
+
+// The lines of a block to come, fetched a few at a time: many at once would keep this block's waiting.
+struct Lines {
+    const uint8_t* const* runs = nullptr;
+    int count = 0;  // of runs
+    int64_t first = 0, second = 0, length = 0;  // of each run so many bytes from first and from second on
+    const uint8_t *at = nullptr, *end = nullptr;
+    int taken = 0;  // halves of runs
+
+    void fetch(int lines) {
+        while (lines > 0) {
+            if (at >= end) {
+                if (taken >= 2 * count) return;
+                at = runs[taken / 2] + (taken % 2 ? second : first);
+                end = at + length;
+                taken++;
+            }
+            for (; lines > 0 && at < end; lines--, at += 64) __builtin_prefetch(at);
+        }
+    }
+};
+
+// A block of keys of one head and its values. keys[p] are LANES keys: number d of all of them, then d + 1; where
+// they are PAIRED, pairs of numbers. values[p], of PAIRED ones alone, are pairs of rows, LANES numbers a vector.
+struct Block {
+    int first, last;  // keys that somebody sees
+    const float* keys[PARTS];
+    const Ints* values[PARTS];
+    const uint8_t* const* rows;  // of what does not lie in tiles
+    float weights[TALL_SCORES][KEYS];
+    float key_scales[KEYS], value_scales[KEYS];  // of INT8 alone
+    alignas(64) float turned[PARTS][MAX_HEAD_DIM][LANES];
+    Ints side_by_side[PARTS][LANES / 2 * MAX_HEAD_DIM / LANES];
+};
+
+// One head of one row in one block: positions from first to last of it are seen.
+struct Item {
+    const void* query;  // PAIRED ones are bfloat16
+    Partial* partial;
+    int first, last;
+};
+
+// The keys that somebody sees; those of positions outside may be anything.
+template <class KV>
+inline void take_keys(Block& block, const Pool& pool, int64_t head) {
+    const int64_t dim = pool.head_dim;
+    if constexpr (TILED<KV>) {
+        for (int p = 0; p < PARTS; p++) {
+            block.keys[p] = (const float*)(block.rows[p] + head * dim * LANES * KV::BYTES);
+            block.values[p] = (const Ints*)(block.rows[p] + (pool.kv_heads + head) * dim * LANES * KV::BYTES);
+        }
+        return;
+    }
+    for (int p = 0; p < PARTS; p++) {
+        block.keys[p] = &block.turned[p][0][0];
+        block.values[p] = block.side_by_side[p];
+    }
+    const int64_t at = head * dim * KV::BYTES;
+    constexpr int SIZE = PAIRED<KV> ? 4 : KV::BYTES;
+    for (int key = block.first / LANES * LANES; key < (block.last + LANES - 1) / LANES * LANES; key += 8) {
+        float(*to)[LANES] = block.turned[key / LANES];
+        for (int64_t d = 0; d < (PAIRED<KV> ? dim / 2 : dim); d += 8) {
+            Eights square[8];
+            UNROLL for (int j = 0; j < 8; j++) {
+                const uint8_t* numbers = block.rows[key + j] + at + d * SIZE;
+                square[j] = PAIRED<KV> ? load<Eights>(numbers) : KV::eight(numbers);
+            }
+            transpose(square);
+            UNROLL for (int j = 0; j < 8; j++) memcpy(&to[d + j][key % LANES], &square[j], sizeof square[j]);
+        }
+    }
+    for (int j = block.first / 2 * 2; PAIRED<KV> && j < block.last; j += 2) {
+        for (int64_t d = 0; d < dim; d += LANES) {
+            const int64_t number = (pool.kv_heads + head) * dim * KV::BYTES + d * KV::BYTES;
+            block.side_by_side[j / LANES][(j % LANES / 2 * dim + d) / LANES] =
+                interleaved(block.rows[j] + number, block.rows[j + 1] + number);
+        }
+    }
+    if (KV::FORMAT != INT8) return;
+    for (int j = 0; j < KEYS; j++) {
+        const uint8_t* scales = block.rows[j] + 2 * pool.kv_heads * dim + 4 * head;
+        block.key_scales[j] = load<float>(scales);
+        block.value_scales[j] = load<float>(scales + 4 * pool.kv_heads);
+    }
+}
+
+// A score may be so far above the one that weights are relative to, to the base 2, before that is raised: it
+// spares most blocks the sum across a vector and the scaling (as FlashAttention-4 does, 2025).
+constexpr float BOUND = 8.0f;
+
+inline bool any_above(Floats scores, float bound) {
+#if defined(__AVX512VNNI__)
+    return _mm512_cmp_ps_mask((__m512)scores, _mm512_set1_ps(bound), _CMP_GT_OQ);
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)scores, _mm256_set1_ps(bound), _CMP_GT_OQ));
+#else
+    return largest_of(scores) > bound;
+#endif
+}
+
+// Weights of COUNT items, from scores to the base 2, which scale makes of products.
+template <class KV, int COUNT>
+inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& next) {
+    // Vectors of keys that somebody sees, two at a time; add_values may take the weights of any of them.
+    // Of a block to come as much is fetched as a few heads of rows take to go through this one.
+    constexpr int EVERY = 8, LINES = 2 * KEYS * KV::BYTES / 64 * EVERY * 2 / PARTS * (PAIRED<KV> ? 2 : 1);
+    const int begin = block.first / (2 * LANES) * 2, end = (block.last + LANES - 1) / LANES;
+    Floats scores[COUNT][PARTS];
+    for (int part = begin; part < end; part += 2) {
+        Floats dots[COUNT][2] = {};
+        const float* keys[2];
+        UNROLL for (int p = 0; p < 2; p++) keys[p] = block.keys[part + p < end ? part + p : part];
+        for (int64_t d = 0; d < (PAIRED<KV> ? dim / 2 : dim); d++) {
+            Floats vectors[2];
+            UNROLL for (int p = 0; p < 2; p++) vectors[p] = load<Floats>(keys[p] + d * LANES);
+            UNROLL for (int i = 0; i < COUNT; i++) {
+                if constexpr (PAIRED<KV>) {
+                    const Ints pair = pair_everywhere((const uint16_t*)items[i].query + 2 * d);
+                    UNROLL for (int p = 0; p < 2; p++) dots[i][p] = add_pairs(dots[i][p], (Ints)vectors[p], pair);
+                } else {
+                    const Floats number = all(((const float*)items[i].query)[d]);
+                    UNROLL for (int p = 0; p < 2; p++) dots[i][p] = fused(number, vectors[p], dots[i][p]);
+                }
+            }
+            if (COUNT <= 3 && d % EVERY == EVERY - 1) next.fetch(LINES);
+        }
+        UNROLL for (int i = 0; i < COUNT; i++)
+            UNROLL for (int p = 0; p < 2; p++) scores[i][part + p] = dots[i][p] * scale;
+    }
+    for (int i = 0; i < COUNT; i++) {
+        Partial& partial = *items[i].partial;
+        Floats top = all(-__builtin_inff());
+        for (int p = begin; p < end; p++) {
+            Floats& some = scores[i][p];
+            if (KV::FORMAT == INT8) some *= load<Floats>(block.key_scales + p * LANES);
+            if (items[i].first > p * LANES || items[i].last < (p + 1) * LANES) {
+                const Ints index = lane_numbers() + p * LANES;
+                const Ints seen = (index >= items[i].first) & (index < items[i].last);
+                some = seen ? some : all(-__builtin_inff());
+            }
+            top = larger(some, top);
+        }
+        Floats sum = load<Floats>(partial.totals);
+        if (any_above(top, partial.largest + BOUND)) {
+            const float largest = largest_of(top);
+            const Floats old = power_of_two(all(partial.largest - largest));
+            partial.largest = largest;
+            sum *= old;
+            for (int64_t d = 0; d < dim; d += LANES) store(partial.values + d, load<Floats>(partial.values + d) * old);
+        }
+        for (int p = begin; p < end; p++) {
+            Floats weight = power_of_two<PAIRED<KV>>(scores[i][p] - all(partial.largest));
+            sum += weight;
+            if (KV::FORMAT == INT8) weight *= load<Floats>(block.value_scales + p * LANES);
+            if (PAIRED<KV>) store_factors((uint16_t*)block.weights[i] + p * LANES, weight);
+            else store(block.weights[i] + p * LANES, weight);
+        }
+        store(partial.totals, sum);
+    }
+}
+
+// Weights of items that follow each other, those from the first one on.
+template <class KV, int COUNT, int WIDTH>
+inline void add_values(Item* items, const float (*weights)[KEYS], const Block& block, int64_t at, int64_t dim,
+                       int64_t d) {
+    Floats sums[COUNT][WIDTH];
+    int first = KEYS, last = 0;
+    UNROLL for (int i = 0; i < COUNT; i++) {
+        UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = load<Floats>(items[i].partial->values + d + v * LANES);
+        first = items[i].first < first ? items[i].first : first;
+        last = items[i].last > last ? items[i].last : last;
+    }
+    if constexpr (PAIRED<KV>) {
+        for (int j = first / 2 * 2; j < last;) {
+            const int stop = last < (j / LANES + 1) * LANES ? last : (j / LANES + 1) * LANES;
+            const Ints* pairs = block.values[j / LANES] + (j % LANES / 2 * dim + d) / LANES;
+            for (; j < stop; j += 2, pairs += dim / LANES) {
+                Ints values[WIDTH];
+                UNROLL for (int v = 0; v < WIDTH; v++) values[v] = load<Ints>(pairs + v);
+                UNROLL for (int i = 0; i < COUNT; i++) {
+                    const Ints pair = pair_everywhere((const uint16_t*)weights[i] + j);
+                    UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = add_pairs(sums[i][v], values[v], pair);
+                }
+            }
+        }
+    }
+    for (int j = first; !PAIRED<KV> && j < last; j++) {
+        Floats values[WIDTH];
+        UNROLL for (int v = 0; v < WIDTH; v++)
+            values[v] = KV::numbers(block.rows[j] + at + (d + v * LANES) * KV::BYTES);
+        UNROLL for (int i = 0; i < COUNT; i++) {
+            const Floats weight = all(weights[i][j]);
+            UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = fused(weight, values[v], sums[i][v]);
+        }
+    }
+    UNROLL for (int i = 0; i < COUNT; i++)
+        UNROLL for (int v = 0; v < WIDTH; v++) store(items[i].partial->values + d + v * LANES, sums[i][v]);
+}
+
+template <class KV, int COUNT>
+inline void add_all_values(Item* items, const float (*weights)[KEYS], const Block& block, int64_t at, int64_t dim) {
+    int64_t d = 0;
+    for (; d + WIDE_VALUES * LANES <= dim; d += WIDE_VALUES * LANES)
+        add_values<KV, COUNT, WIDE_VALUES>(items, weights, block, at, dim, d);
+    for (; d < dim; d += LANES) add_values<KV, COUNT, 1>(items, weights, block, at, dim, d);
+}
+
+// The heads of rows in items, all of one KV head, of which the block has the keys.
+template <class KV>
+void attend_block(const Attention& job, Block& block, int64_t head, Item* items, int count, Lines& next) {
+    const int64_t dim = job.pool.head_dim, at = (job.pool.kv_heads + head) * dim * KV::BYTES;
+    const float scale = job.scale * 1.44269504f;
+    int i = 0;
+    for (; i + TALL_SCORES <= count; i += TALL_SCORES) {
+        score<KV, TALL_SCORES>(items + i, block, dim, scale, next);
+        UNROLL for (int j = 0; j < TALL_SCORES; j += TALL_VALUES)
+            add_all_values<KV, TALL_VALUES>(items + i + j, block.weights + j, block, at, dim);
+    }
+    for (; i + 3 <= count; i += 3) {
+        score<KV, 3>(items + i, block, dim, scale, next);
+        add_all_values<KV, 3>(items + i, block.weights, block, at, dim);
+    }
+    for (; i < count; i++) {
+        score<KV, 1>(items + i, block, dim, scale, next);
+        add_all_values<KV, 1>(items + i, block.weights, block, at, dim);
+    }
+}
+
+}  // namespace
