@@ -124,16 +124,16 @@ class Lever:
         return {"seconds": self._load_seconds}
 
     def burst(
-        self, turn: int, requests: int, prompt: int, new: int, shared: int = 0, spread: bool = False
+        self, turn: int, requests: int, prompt: int, new: int, spread: bool = False, pause: float = 0.0
     ) -> Figures:
-        """Requests at once; ``shared`` tokens are the same in all. ``spread``: every third answer is long."""
+        """Requests at once, or ``pause`` seconds apart. ``spread``: every other answer is 8 times as long."""
         self._target.clear()
-        common = ids_of(f"{turn} common", shared)
-        jobs = [Job([*common, *ids_of(f"{turn} {n}", prompt - shared)]) for n in range(requests)]
-        longer = [new * 6 if spread and n % 3 == 0 else new for n in range(requests)]
+        jobs = [Job(ids_of(f"{turn} {n}", prompt)) for n in range(requests)]
+        longer = [new * 8 if spread and n % 2 == 0 else new for n in range(requests)]
         start = time.perf_counter()
         for job, count in zip(jobs, longer, strict=True):
             self._target.submit(job, greedy(count))
+            time.sleep(pause)
         return self._figures(jobs, start)
 
     def returning(
