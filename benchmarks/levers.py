@@ -132,7 +132,7 @@ def head(model: Path, rounds: int, others: Others) -> list[str]:
         "",
         "Written by `benchmarks/levers.py` from a run; not to be edited by hand. A ratio above 1 means on is",
         "better; in brackets the least and the greatest of the rounds. A lever *pays* where the median is",
-        "5 % or more better and no round was worse; where it is as much the other way it *does not pay here*.",
+        "5 % or more better and no round was worse, and *does not pay here* where it is as much worse.",
         "",
         f"- command: `python benchmarks/levers.py {shlex.join(words)}`".rstrip(),
         f"- commit: {commit or 'unknown'}, {datetime.now(UTC):%Y-%m-%d}",
