@@ -71,6 +71,7 @@ class OneEngine:
     def __init__(self, options: dict[str, Any]) -> None:
         self.engine = Engine(options["model"], **options["settings"])
         self.about: dict[str, Any] = self.engine.description
+        self.vocab_size = self.engine._thread.core.info.vocab_size
         self._made = 0
 
     def submit(self, job: Job, params: SamplingParams) -> None:
@@ -94,6 +95,7 @@ class Pool:
         while self.pool.state != "ready":
             time.sleep(0.05)
         self.about: dict[str, Any] = self.pool.info.description
+        self.vocab_size = self.pool.info.vocab_size
         self._made = 0
 
     def submit(self, job: Job, params: SamplingParams) -> None:
@@ -118,6 +120,7 @@ class Lever:
         self._target = (Pool if options.get("pool") else OneEngine)(options)
         self._load_seconds = time.perf_counter() - begun
         self.about = self._target.about
+        self._plain_ids = range(300, 3000) if self._target.vocab_size >= 3000 else range(3, 250)
 
     def load(self, turn: int) -> Figures:
         """How long the start took; the same each time."""
@@ -128,7 +131,7 @@ class Lever:
     ) -> Figures:
         """Requests at once, or ``pause`` seconds apart. ``spread``: every other answer is 8 times as long."""
         self._target.clear()
-        jobs = [Job(ids_of(f"{turn} {n}", prompt)) for n in range(requests)]
+        jobs = [Job(self._ids(f"{turn} {n}", prompt)) for n in range(requests)]
         longer = [new * 8 if spread and n % 2 == 0 else new for n in range(requests)]
         start = time.perf_counter()
         for job, count in zip(jobs, longer, strict=True):
@@ -141,8 +144,10 @@ class Lever:
     ) -> Figures:
         """One request after another, each a prefix (its number is in ``order``) and a question of its own."""
         self._target.clear()
-        common = [ids_of(f"{turn} prefix {n}", length) for n in range(prefixes)]
-        jobs = [Job([*common[n], *ids_of(f"{turn} question {at}", question)]) for at, n in enumerate(order)]
+        common = [self._ids(f"{turn} prefix {n}", length) for n in range(prefixes)]
+        jobs = [
+            Job([*common[n], *self._ids(f"{turn} question {at}", question)]) for at, n in enumerate(order)
+        ]
         start = time.perf_counter()
         for job in jobs:
             self._target.submit(job, greedy(new))
@@ -152,7 +157,7 @@ class Lever:
     def long_beside(self, turn: int, streams: int, prompt: int, new: int, long: int) -> Figures:
         """A prompt of ``long`` tokens comes in while ``streams`` answers are being made."""
         self._target.clear()
-        jobs = [Job(ids_of(f"{turn} {n}", prompt)) for n in range(streams)]
+        jobs = [Job(self._ids(f"{turn} {n}", prompt)) for n in range(streams)]
         for job in jobs:
             job.reached[10] = threading.Event()
         start = time.perf_counter()
@@ -160,7 +165,7 @@ class Lever:
             self._target.submit(job, greedy(new))
         for job in jobs:
             job.reached[10].wait(LIMIT_SECONDS)
-        late = Job(ids_of(f"{turn} long", long))
+        late = Job(self._ids(f"{turn} long", long))
         self._target.submit(late, greedy(4))
         figures = self._figures([*jobs, late], start)
         if late.tokens[0] > min(job.tokens[-1] for job in jobs):
@@ -185,13 +190,16 @@ class Lever:
     def urgent(self, turn: int, waiting: int, prompt: int, new: int, priority: int) -> Figures:
         """A request of some priority behind many that wait."""
         self._target.clear()
-        jobs = [Job(ids_of(f"{turn} {n}", prompt)) for n in range(waiting)]
+        jobs = [Job(self._ids(f"{turn} {n}", prompt)) for n in range(waiting)]
         start = time.perf_counter()
         for job in jobs:
             self._target.submit(job, greedy(new))
-        late = Job(ids_of(f"{turn} late", prompt))
+        late = Job(self._ids(f"{turn} late", prompt))
         self._target.submit(late, greedy(new, priority=priority))
         return self._figures([*jobs, late], start) | {"late_first": late.first}
+
+    def _ids(self, name: str, count: int) -> list[int]:
+        return random.Random(name).choices(self._plain_ids, k=count)
 
     def _figures(self, jobs: Sequence[Job], start: float) -> Figures:
         for job in jobs:
@@ -210,10 +218,6 @@ class Lever:
 
 def greedy(new: int, **more: Any) -> SamplingParams:
     return SamplingParams(max_new_tokens=new, temperature=0, ignore_eos=True, **more)
-
-
-def ids_of(name: str, count: int) -> list[int]:
-    return random.Random(name).choices(range(300, 3000), k=count)
 
 
 def workload(name: str) -> Callable[..., Figures]:
