@@ -28,6 +28,7 @@ from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
 from mini_sglang.backend.models.quantization import block_formats
+from mini_sglang.backend.pieces import SHORT, cut, join
 from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import SequenceResult, SequenceStep
 from mini_sglang.config import Settings
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 # Rows of prompt logprobs at a time: a row of float32 logits is up to a megabyte.
 _LOGPROB_ROWS = 128
 # Of a recorded step: its buffers take tens of KB a row.
-_PROGRAM_ROWS = 1024
+_PROGRAM_ROWS = 512
 _DEQUANTIZE = MappingProxyType({"auto": None, "0": False, "1": True})
 
 
@@ -102,8 +103,19 @@ class ModelBackend:
         """
         if not steps:
             return []
-        batch = Batch.build(steps, self._limits, self.kv.data.device)
-        if self.program is not None and self.program.takes(batch):
+        program, device = self.program, self.kv.data.device
+        if program is None or sum([len(step.token_ids) for step in steps]) <= program.max_rows:
+            return self._run(steps, Batch.build(steps, self._limits, device))
+        # Bit for bit the same, as in chunks.
+        pieces = cut(steps, program.max_rows)
+        parts = [[part for _, part in piece] for piece in pieces]
+        batches = [Batch.build(part, self._limits, device) for part in parts]
+        return join(
+            len(steps), pieces, [self._run(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        )
+
+    def _run(self, steps: Sequence[SequenceStep], batch: Batch) -> list[SequenceResult]:
+        if self.program is not None:
             # Without torch's inference mode: to enter it takes a tenth of the time outside the kernels.
             return self._results(steps, batch, self.program.forward(batch))
         with torch.inference_mode():
@@ -223,7 +235,7 @@ def load_backend(
         and isinstance(attention, NativeAttention)
         and isinstance(decoder.operations, NativeOperations)
     ):
-        rows = max(settings.max_batch_size, min(settings.max_prefill_tokens, _PROGRAM_ROWS))
+        rows = max(settings.max_batch_size, min(settings.max_prefill_tokens, _PROGRAM_ROWS), SHORT)
         program = StepProgram.build(kernels, decoder, kv, rows)
     backend = ModelBackend(
         decoder,
