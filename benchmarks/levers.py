@@ -126,7 +126,7 @@ def head(model: Path, rounds: int, others: Others) -> list[str]:
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     about = " ".join(f"{name}={value}" for name, value in machine().items())
-    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     return [
         "# Every lever, off and on",
         "",
