@@ -90,6 +90,11 @@ ROWS = (
     Row(1, {"kv_dtype": "fp32"}, {"kv_dtype": "auto"}, "8 answers after 1,000 tokens each", "burst", LONG),
     Row(1, {"kv_dtype": "auto"}, {"kv_dtype": "int8"}, "8 answers after 1,000 tokens each", "burst", LONG),
     Row(1, {"num_threads": 1}, {"num_threads": 2}, "8 answers at once", "burst", EIGHT),
+    Row(1, {"attn_impl": "eager"}, {"attn_impl": "sdpa"},
+        "8 answers after 1,000 tokens each, on PyTorch's operators", "burst", LONG,
+        base={"kernels": "reference"}, plain=True),
+    Row(1, {"compile_model": "0"}, {"compile_model": "1"}, "one answer, on PyTorch's operators", "burst", ONE,
+        base={"kernels": "reference"}, plain=True),
     Row(2, {"prefix_cache": False}, {"prefix_cache": True}, "one prefix of 600 tokens, 8 times", "returning",
         {"prefixes": 1, "length": 600, "question": 16, "new": 4, "order": [0] * 8}, ("first",)),
     Row(2, {"prefix_cache_size": 4}, {"prefix_cache_size": 0}, "8 prefixes of 320 tokens, twice in turn",
@@ -144,6 +149,8 @@ ROWS = (
         "burst", {"requests": 16, "prompt": 64, "new": 32}, pool=True),
     Row(3, {"engine_isolation": "thread"}, {"engine_isolation": "process"}, "8 answers at once", "burst",
         EIGHT, ("tokens_per_s", "first"), pool=True),
+    Row(4, {"engine_fast_decode": False}, {"engine_fast_decode": True}, "one answer, plain weights", "burst",
+        ONE, ("tokens_per_s", "first"), plain=True),
 )  # fmt: skip
 
 _WHICH_MODEL = "says which model, not how fast"
@@ -156,6 +163,8 @@ NOT_LEVERS: Mapping[str, str] = {
     "device": "there is one device here",
     "trust_remote_code": "permits code, changes no step",
     "context_length": "a limit of what may be asked",
+    "compile_mode": "how COMPILE_MODEL goes about it; the row on that runs the default",
+    "force_legacy_cache": "only for models with one cache per request, which these rows do not run",
     "cache_dir": "says where files are",
     "download_timeout": "no download is part of a step",
     "priority_aging_seconds": "decides who is first; the row on priority shows what being first is worth",

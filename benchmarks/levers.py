@@ -102,6 +102,10 @@ def why(error: PeerError) -> str:
     return re.sub(r"/\S*/", "…/", said).replace("|", "/")
 
 
+def amount(value: float, unit: str) -> str:
+    return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.4g} {unit}"
+
+
 def lines_of(row: Row, off: Rounds, on: Rounds) -> list[str]:
     """The row's lines of the table, one for each figure."""
     lines = []
@@ -113,7 +117,7 @@ def lines_of(row: Row, off: Rounds, on: Rounds) -> list[str]:
             f"{shown(row.off)} → {shown(row.on)}",
             row.says,
             figure.title,
-            *(f"{statistics.median(values) * figure.scale:,.4g} {figure.unit}" for values in (before, after)),
+            *(amount(statistics.median(values) * figure.scale, figure.unit) for values in (before, after)),
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
             verdict(ratios),
         ]

@@ -27,13 +27,16 @@ class Nothing:
     """A backend of endless pages that always says the same token."""
 
     vocab_size, context_length, page_size, num_pages = 1000, 8192, 16, 64 * 1024
+    shares_prefixes = chunks_prompts = True
 
     def run(self, steps: Sequence[SequenceStep]) -> list[SequenceResult]:
         return [SequenceResult(7 if step.sample else None) for step in steps]
 
 
 def core_with(running: int, waiting: int, priorities: int, prompt: int) -> EngineCore:
-    settings = Settings.resolve({"max_batch_size": running, "max_prefill_tokens": 1 << 20}, {})
+    settings = Settings.resolve(
+        {"max_batch_size": running, "max_prefill_tokens": 1 << 20, "chunked_prefill": False}, {}
+    )
     core = EngineCore(Nothing(), settings, frozenset({0}))
     chance = random.Random(1)
 

@@ -113,11 +113,37 @@ class Settings:
         "head Q8_0); MODEL_DTYPE stays what it computes in; a GGUF's own blocks are used as they are",
         choices=("none", "int8", "int4"),
     )
+    attn_impl: str = setting(
+        "Model and device",
+        ("ATTN_IMPL", "ATTN_IMPLEMENTATION"),
+        "auto",
+        "attention: paged is this stack's own, sdpa torch's fused one and eager an explicit softmax over its "
+        "pages; for a model with one cache per request, the way transformers does it; auto takes the "
+        "fastest that the model allows",
+        choices=("auto", "paged", "sdpa", "eager", "flash_attention_2"),
+    )
+    compile_model: str = setting(
+        "Model and device",
+        "COMPILE_MODEL",
+        "auto",
+        "torch.compile around a model that runs on PyTorch's operators: KERNELS=reference, or transformers' "
+        "own code; 1 is refused where the compiled CPU kernels run it; takes a minute at the start",
+        choices=("auto", "0", "1"),
+        spellings=dict.fromkeys(TRUE, "1") | dict.fromkeys(FALSE, "0"),
+        shown="on for CUDA",
+    )
+    compile_mode: str = setting(
+        "Model and device",
+        "COMPILE_MODE",
+        "default",
+        "how torch.compile goes about it",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
     trust_remote_code: bool = setting(
         "Model and device",
         "TRUST_REMOTE_CODE",
         False,
-        "allow a repository's own Python code to make its tokenizer (needs transformers)",
+        "allow a repository's own Python code to make its tokenizer and model (needs transformers)",
     )
     context_length: int = setting(
         "Model and device",
@@ -336,6 +362,21 @@ class Settings:
         "seconds a request may wait in the server for an engine",
         low=0.001,
         high=86400,
+    )
+    # Decode speed
+    force_legacy_cache: bool = setting(
+        "Decode speed",
+        "FORCE_LEGACY_CACHE",
+        False,
+        "for a model with one cache per request: ask for caches of a fixed shape, a whole context each, so "
+        "that COMPILE_MODEL can capture its decode; a cache that grows turns that off",
+    )
+    engine_fast_decode: bool = setting(
+        "Decode speed",
+        "ENGINE_FAST_DECODE",
+        False,
+        "answer through transformers' own generate, one request after another in a step, not by this "
+        "stack's loop; for any model in a folder, not for a GGUF file",
     )
     # Server
     host: str = setting(

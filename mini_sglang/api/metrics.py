@@ -35,6 +35,7 @@ _GAUGES = {
     "running": "requests in the batch",
     "waiting": "requests waiting inside the engine",
     "prefixes": "prefixes in the cache",
+    "prefix_reuse": "whether prompts can start from what others have computed",
     "kv_tokens_total": "tokens the KV pool holds",
     "kv_tokens_free": "tokens of the KV pool that are free",
     "kv_tokens_cached": "tokens of the KV pool kept for later prompts",
@@ -130,10 +131,15 @@ def as_json(metrics: Metrics, pool: PoolStats, extra: Mapping[str, Any]) -> dict
     }
 
 
-def as_prometheus(metrics: Metrics, pool: PoolStats, model: str) -> str:
-    """Prometheus' text format, version 0.0.4."""
+def as_prometheus(metrics: Metrics, pool: PoolStats, model: str, implementation: str = "") -> str:
+    """Prometheus' text format, version 0.0.4.
+
+    Args:
+        implementation: how the model is run, as ``ModelBackend.describe`` says.
+    """
     out = _Text()
-    out.family("info", "gauge", "what is served", [({"model": model, "scheduler_mode": pool.mode}, 1)])
+    labels = {"model": model, "implementation": implementation, "scheduler_mode": pool.mode}
+    out.family("info", "gauge", "what is served", [(labels, 1)])
     out.family("pool_inflight", "gauge", "requests that are with an engine", [({}, pool.inflight)])
     out.family("pool_queued", "gauge", "requests waiting for an engine", [({}, pool.queued)])
     out.family(

@@ -122,6 +122,14 @@ class Backend(Protocol):
     def context_length(self) -> int:
         """Longest sequence, prompt and answer together, in tokens."""
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a sequence may start from pages that another one has written."""
+
+    @property
+    def chunks_prompts(self) -> bool:
+        """Whether a prompt may be run in several steps."""
+
     def run(self, steps: Sequence[SequenceStep]) -> list[SequenceResult]:
         """Write the KV of every step's tokens into its pages and choose the tokens asked for.
 
@@ -129,3 +137,14 @@ class Backend(Protocol):
         reading. Raises whatever the device raises (out of memory): nothing about the KV of these
         steps' new positions may then be assumed, older positions are intact.
         """
+
+
+class LoadedBackend(Backend, Protocol):
+    """A backend that knows what it has loaded."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+
+    def describe(self) -> dict[str, str | int]:
+        """What is loaded, for logs and ``stats``; sizes in bytes."""

@@ -87,9 +87,10 @@ class EngineCore:
             max_sequence_tokens=min(backend.context_length, backend.num_pages * backend.page_size),
             page_size=backend.page_size,
             kv_tokens=backend.num_pages * backend.page_size,
+            shares_prefixes=backend.shares_prefixes,
         )
         limits = CacheLimits(
-            enabled=settings.prefix_cache,
+            enabled=settings.prefix_cache and backend.shares_prefixes,
             max_leaves=settings.prefix_cache_size,
             max_prompt_tokens=settings.prefix_cache_max_tokens,
             token_budget=settings.prefix_cache_token_budget,
@@ -101,7 +102,9 @@ class EngineCore:
             SchedulerLimits(
                 max_batch_size=settings.max_batch_size,
                 max_prefill_tokens=settings.max_prefill_tokens,
-                chunk_tokens=settings.prefill_chunk_size if settings.chunked_prefill else None,
+                chunk_tokens=settings.prefill_chunk_size
+                if settings.chunked_prefill and backend.chunks_prompts
+                else None,
                 aging_seconds=settings.priority_aging_seconds,
             ),
         )
@@ -237,6 +240,7 @@ class EngineCore:
             "prefix_hit_tokens": counters.prefix_hit_tokens,
             "prefix_evicted_tokens": cache.evicted_tokens,
             "prefixes": cache.num_prefixes,
+            "prefix_reuse": int(cache.limits.enabled),
             "retractions": self.scheduler.num_retractions,
             "capped_by_load": counters.capped_by_load,
             "capped_by_context": counters.capped_by_context,

@@ -158,9 +158,9 @@ class Scheduler:
                 continue
             self._cache.attach(request)
             remaining = request.num_remaining
-            # The whole prompt must fit beside one more page for each running request, or the next
-            # decodes would retract it at once.
-            headroom = len(self.running)
+            # The whole prompt must fit beside one more page for each running request that may take one, or
+            # the next decodes would retract it at once.
+            headroom = sum(map(self._grows, self.running))
             missing = self._cache.pages_for(len(request.tokens)) - len(request.pages)
             num_tokens = min(remaining, budget) if chunked else remaining
             too_long = not chunked and remaining > budget and bool(prefilling)
@@ -182,6 +182,10 @@ class Scheduler:
             request.num_cached = request.num_computed
             self._cache.count_hit(request)
         insort(self.running, request, key=_order_of)
+
+    def _grows(self, request: Request) -> bool:
+        """Whether a running request may come to need more pages than it has."""
+        return self._cache.pages_for(request.num_prompt + request.max_new_tokens) > len(request.pages)
 
     def _should_wait_for(self, request: Request, prefilling: list[Request]) -> bool:
         """Whether a prefill under way will soon leave a much longer prefix than is cached now."""

@@ -60,6 +60,8 @@ def test_metrics_count_what_happened(client: Client) -> None:
 def test_the_same_as_json(client: Client) -> None:
     told = client.get("/metrics", headers={"accept": "application/json"}).json()
     assert told["scheduler_mode"] == "rr" and told["engines"][0]["state"] == "ready"
+    assert told["implementation"] == "native"
+    assert 'implementation="native"' in client.get("/metrics").text
     assert told["prompt_tokens"] == numbers(client)["mini_sglang_prompt_tokens_total"]
     assert client.get("/metrics?format=json").json()["engines"][0]["inflight"] == 0
     assert client.get("/metrics?format=xml").status_code == 400

@@ -86,6 +86,8 @@ class FakeBackend:
     tokens_sampled: int = 0
     rows: list[tuple[int, int]] = field(default_factory=list)
     """(start, tokens) of each row of the latest call."""
+    shares_prefixes: bool = True
+    chunks_prompts: bool = True
 
     def __post_init__(self) -> None:
         self.slots: list[tuple[int, int, int]] = [(POISON, -1, -1)] * (self.num_pages * self.page_size)
