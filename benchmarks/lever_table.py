@@ -70,6 +70,7 @@ EIGHT = {"requests": 8, "prompt": 64, "new": 48}
 LONG = {"requests": 8, "prompt": 1000, "new": 32}
 TWO_ENGINES = {"num_engines": 2, "num_threads": 1}
 TWICE = {"prefixes": 8, "length": 320, "question": 16, "new": 4, "order": [*range(8)] * 2}
+SAME = {"prefixes": 1, "length": 600, "question": 0, "new": 4, "order": [0] * 8}
 HOT = {
     "prefixes": 16, "length": 320, "question": 16, "new": 4,
     "order": [0, 0, 0, *(n for start in range(1, 16, 5) for n in (*range(start, start + 5), 0))],
@@ -113,6 +114,13 @@ ROWS = (
         LONG),
     Row(2, {"kv_token_budget": 1024}, {"kv_token_budget": 16384}, "8 answers after 300 tokens each", "burst",
         {"requests": 8, "prompt": 300, "new": 48}),
+    Row(2, {"prefill_cache_size": 0}, {"prefill_cache_size": 8}, "one prompt of 600 tokens, 8 times",
+        "returning", SAME, ("first",)),
+    Row(2, {"prefill_cache_token_budget": 512}, {"prefill_cache_token_budget": 65536},
+        "one prompt of 600 tokens, 8 times", "returning", SAME, ("first",)),
+    Row(2, {"page_token_budget": 0}, {"page_token_budget": 16384},
+        "8 prefixes of 320 tokens, twice in turn, a pool of 1,408", "returning", TWICE, ("first_mean",),
+        base={"kv_token_budget": 4 * 352}),
     Row(3, {"chunked_prefill": False}, {"chunked_prefill": True},
         "a prompt of 6,000 tokens beside 4 running answers", "long_beside",
         {"streams": 4, "prompt": 200, "new": 120, "long": 6000},
@@ -165,6 +173,9 @@ NOT_LEVERS: Mapping[str, str] = {
     "context_length": "a limit of what may be asked",
     "compile_mode": "how COMPILE_MODEL goes about it; the row on that runs the default",
     "force_legacy_cache": "only for models with one cache per request, which these rows do not run",
+    "warm_prefixes": "computes at the start what the row on PREFIX_CACHE shows cold and warm",
+    "async_prefill_queue": "decides when WARM_PREFIXES are computed, not whether",
+    "prefix_cache_file": "keeps over a restart what the row on PREFIX_CACHE shows cold and warm",
     "cache_dir": "says where files are",
     "download_timeout": "no download is part of a step",
     "priority_aging_seconds": "decides who is first; the row on priority shows what being first is worth",

@@ -156,11 +156,14 @@ class Scheduler:
             if self._should_wait_for(request, prefilling):
                 at += 1
                 continue
+            # One more page for each running request that may take one, or the next decodes would retract the
+            # newcomer at once.
+            headroom = sum(map(self._grows, self.running))
+            if self._cache.fetch(request, headroom, busy=bool(self.running)):
+                at += 1
+                continue
             self._cache.attach(request)
             remaining = request.num_remaining
-            # The whole prompt must fit beside one more page for each running request that may take one, or
-            # the next decodes would retract it at once.
-            headroom = sum(map(self._grows, self.running))
             missing = self._cache.pages_for(len(request.tokens)) - len(request.pages)
             num_tokens = min(remaining, budget) if chunked else remaining
             too_long = not chunked and remaining > budget and bool(prefilling)

@@ -87,14 +87,19 @@ def load_transformers_backend(
             if settings.force_legacy_cache:
                 allowed = "0 for this model: it runs over this stack's pages, whose shape is fixed"
                 raise InvalidValueError("FORCE_LEGACY_CACHE", True, allowed)
-            return _paged(model, checkpoint, settings, machine, dtype)
+            return _paged(path, model, checkpoint, settings, machine, dtype)
         except NotPagedError as error:
             reason = str(error)
     return request_backend(path, model, checkpoint, settings, machine, reason)
 
 
 def _paged(
-    model: Any, checkpoint: Checkpoint, settings: Settings, machine: Machine, dtype: torch.dtype
+    path: Path,
+    model: Any,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    machine: Machine,
+    dtype: torch.dtype,
 ) -> ModelBackend:
     config = read_transformers_config(model, checkpoint, settings)
     length = config.context_length
@@ -127,6 +132,7 @@ def _paged(
         quantization=settings.quantization,
         implementation="transformers paged",
         compiled=compiled,
+        path=path,
     )
     logger.info("Loaded %s", backend.describe())
     return backend
