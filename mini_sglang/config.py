@@ -302,7 +302,7 @@ class Settings:
     chunked_prefill: bool = setting(
         "Scheduling",
         "CHUNKED_PREFILL",
-        False,
+        True,
         "split long prompts, so that running answers go on between the chunks",
     )
     prefill_chunk_size: int = setting(
@@ -320,9 +320,42 @@ class Settings:
         "Scheduling",
         "MAX_PREFILL_TOKENS",
         4096,
-        "prompt tokens of several requests per step; one longer prompt runs alone",
+        "without CHUNKED_PREFILL: prompt tokens of several requests per step; one longer prompt runs alone",
         low=1,
         high=1 << 20,
+    )
+    adaptive_max_new_tokens: bool = setting(
+        "Scheduling",
+        "ADAPTIVE_MAX_NEW_TOKENS",
+        False,
+        "give a request fewer max_new_tokens while many are in flight; the answer says so",
+    )
+    adaptive_max_inflight_threshold: int = setting(
+        "Scheduling",
+        "ADAPTIVE_MAX_INFLIGHT_THRESHOLD",
+        0,
+        "with ADAPTIVE_MAX_NEW_TOKENS: requests in flight, waiting ones too, past which a new one gets "
+        "fewer; 0 is the number of engines",
+        low=0,
+        high=1 << 20,
+        shown="number of engines",
+    )
+    adaptive_max_new_tokens_factor: float = setting(
+        "Scheduling",
+        "ADAPTIVE_MAX_NEW_TOKENS_FACTOR",
+        0.8,
+        "with ADAPTIVE_MAX_NEW_TOKENS: the part it gets of what it asked for",
+        low=0.01,
+        high=1,
+    )
+    priority_aging_seconds: float = setting(
+        "Scheduling",
+        "PRIORITY_AGING_SECONDS",
+        5.0,
+        "seconds of waiting that count as one step of a request's priority; 0 is strict priority, under "
+        "which a low one may wait for ever",
+        low=0,
+        high=86400,
     )
     aggressive_max_new_tokens: bool = setting(
         "Scheduling",

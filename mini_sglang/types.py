@@ -21,6 +21,7 @@ MAX_SCHEMA_CHARS = 1 << 18
 MAX_SCHEMA_DEPTH = 64
 MAX_REGEX_CHARS = 8192
 MAX_EBNF_CHARS = 1 << 16
+MAX_PRIORITY = 100
 
 
 class FinishReason(StrEnum):
@@ -78,6 +79,7 @@ class SamplingParams:
     regex: str | None = _param(None, "answer with a text that this whole regular expression matches", "REGEX")
     ebnf: str | None = _param(None, "answer with a text of this grammar, in Lark or GBNF notation", "GRAMMAR")
     json_object: bool = _param(False, "answer with a JSON object")
+    priority: int = _param(0, "who goes first where not all can: the higher; it never changes the answer")
 
     def __post_init__(self) -> None:
         _check_int("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS_LIMIT)
@@ -98,6 +100,7 @@ class SamplingParams:
         for name in ("ignore_eos", "logprobs", "prompt_logprobs", "json_object"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidValueError(name, getattr(self, name), "true or false")
+        _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         _check_int("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
         if self.top_logprobs and not (self.logprobs or self.prompt_logprobs):
             raise InvalidValueError("top_logprobs", self.top_logprobs, "0 unless logprobs is on")
@@ -317,11 +320,16 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request; ``cached_tokens`` is the part of the prompt that was not computed."""
+    """Token counts of one request; ``cached_tokens`` is the part of the prompt that was not computed.
+
+    ``capped_by`` says what made ``max_new_tokens`` less than was asked for: "load" (many requests in
+    flight, ADAPTIVE_MAX_NEW_TOKENS), "context" (what the window leaves), or None.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    capped_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

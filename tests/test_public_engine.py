@@ -290,3 +290,25 @@ def test_the_log_follows_one_request(engine: Engine, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING, logger="mini_sglang"):
         engine.generate("log me", greedy(3))
     assert not caplog.records
+
+
+def test_a_cut_by_load_or_context_is_told(folder: Path) -> None:
+    with Engine(str(folder), dtype="fp32", kv_token_budget=4096, adaptive_max_new_tokens=True) as engine:
+        one, two, three = engine.generate(["a", "b", "c"], greedy(10))
+        assert [len(output.token_ids) for output in (one, two, three)] == [10, 8, 8]
+        assert [output.usage.capped_by for output in (one, two, three)] == [None, "load", "load"]
+        with engine.stream("d", greedy(10)) as stream:
+            *_, last = stream
+        assert last.usage is not None and last.usage.capped_by is None
+        room = engine.stats()["kv_tokens_total"]
+        assert engine.generate("e", SamplingParams(max_new_tokens=2 * room)).usage.capped_by == "context"
+        stats = engine.stats()
+        assert (stats["capped_by_load"], stats["capped_by_context"]) == (2, 1)
+
+
+def test_a_priority_changes_no_answer(engine: Engine) -> None:
+    prompts = [f"prompt {number}" for number in range(6)]
+    params = [greedy(12, temperature=1.0, seed=n, priority=p) for n, p in enumerate([0, 9, -9, 100, -100, 3])]
+    alone = [engine.generate(prompt, greedy(12, temperature=1.0, seed=n)) for n, prompt in enumerate(prompts)]
+    together = engine.generate(prompts, params)
+    assert [output.token_ids for output in together] == [output.token_ids for output in alone]

@@ -59,6 +59,7 @@ def workload(seed: int, count: int = 40) -> list[tuple[list[int], SamplingParams
                     presence_penalty=draw.choice([0.0, 0.5]),
                     seed=draw.randrange(1 << 40),
                     ignore_eos=draw.random() < 0.5,
+                    priority=draw.choice([0, 0, -50, 50]),
                 ),
             )
         )

@@ -39,6 +39,8 @@ _TOTALS = {
     "host_dropped_tokens": "tokens that the host tier had no room for",
     "lora_requests": "requests that ran with an adapter",
     "retractions": "requests set back because the KV pool was full",
+    "capped_by_load": "requests given fewer max_new_tokens because many were in flight",
+    "capped_by_context": "requests given fewer max_new_tokens because the context window ends",
 }
 _GAUGES = {
     "running": "requests in the batch",
@@ -121,6 +123,7 @@ def as_json(metrics: Metrics, pool: PoolStats, extra: Mapping[str, Any]) -> dict
         "state": pool.state,
         "inflight": pool.inflight,
         "queued": pool.queued,
+        "longest_wait_seconds": pool.longest_wait,
         "reserved": pool.reserved,
         "refused": pool.refused,
         "queue_timeouts": pool.timed_out,
@@ -162,6 +165,12 @@ def as_prometheus(metrics: Metrics, pool: PoolStats, model: str, implementation:
     out.family("info", "gauge", "what is served", [(labels, 1)])
     out.family("pool_inflight", "gauge", "requests that are with an engine", [({}, pool.inflight)])
     out.family("pool_queued", "gauge", "requests waiting for an engine", [({}, pool.queued)])
+    out.family(
+        "pool_longest_wait_seconds",
+        "gauge",
+        "how long the request that waits longest for an engine has waited",
+        [({}, pool.longest_wait)],
+    )
     out.family("pool_refused_total", "counter", "requests refused for want of room", [({}, pool.refused)])
     out.family(
         "pool_timed_out_total",

@@ -280,6 +280,7 @@ def _end(finish: str, usage: Usage, stream: ServedStream, shape: _Shape) -> dict
         "completion_tokens": usage.completion_tokens,
         "cached_tokens": usage.cached_tokens,
         "max_new_tokens": stream.max_new_tokens,
+        "max_new_tokens_capped": usage.capped_by,
         "seconds": round(time.perf_counter() - stream.started, 6),
         "request_id": shape.request_id,
     }

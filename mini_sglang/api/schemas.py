@@ -28,6 +28,7 @@ from mini_sglang.api.kinds import (
 from mini_sglang.errors import InvalidValueError
 from mini_sglang.types import (
     MAX_NEW_TOKENS_LIMIT,
+    MAX_PRIORITY,
     MAX_STOP_TOKEN_IDS,
     MAX_TOP_LOGPROBS,
     SamplingParams,
@@ -168,6 +169,7 @@ def _sampling_kinds() -> dict[str, Kind]:
         "regex": Text(),
         "ebnf": Text(),
         "json_object": Boolean(),
+        "priority": Integer(-MAX_PRIORITY, MAX_PRIORITY),
     }
 
 

@@ -31,7 +31,8 @@ class ServedStream:
 
     Attributes:
         request_id: the engines' id of it, unique.
-        max_new_tokens: what the context left of the number asked for.
+        max_new_tokens: what context and load left of the number asked for.
+        capped_by: which of them made it less (``Usage.capped_by``).
         prompt_tokens: length of the prompt.
         matched_stop, prompt_logprobs: as in ``Output``; known at the end, and with the first delta.
     """
@@ -40,6 +41,7 @@ class ServedStream:
         self._service = service
         self.request_id = work.request_id
         self.max_new_tokens = work.max_new_tokens
+        self.capped_by = work.capped_by
         self.prompt_tokens = len(work.prompt_ids)
         self._lora = Adapter.name_in(work.lora)
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -195,7 +197,7 @@ class ServedStream:
         self._fresh = True
         self.matched_stop = self._text.matched_stop
         cached = event.cached_tokens if event is not None else 0
-        self._usage = Usage(self.prompt_tokens, self._num_tokens, cached)
+        self._usage = Usage(self.prompt_tokens, self._num_tokens, cached, self.capped_by)
         if self._timer is not None:
             self._timer.cancel()
         self._report()

@@ -167,10 +167,19 @@ class Service:
             work_id = f"{request_id}.{next(self._ids)}"
             info = self.info
 
+            inflight = self.pool.in_flight
+
             def prepare() -> Work:
                 ids = self._ids_of(prompt, template or {})
                 return make_work(
-                    info, self.settings, work_id, ids, params, namespace=namespace, adapter=adapter
+                    info,
+                    self.settings,
+                    work_id,
+                    ids,
+                    params,
+                    namespace=namespace,
+                    adapter=adapter,
+                    inflight=inflight,
                 )
 
             work = await self._run(prepare, small=_is_short_ids(prompt))

@@ -43,7 +43,8 @@ class _Answer:
         adapter: Adapter | None = None,
     ) -> None:
         # Raises on a prompt that cannot run, before there is anything to close.
-        request = thread.core.make_request(request_id, prompt_ids, params, adapter=adapter)
+        inflight = thread.in_flight + 1
+        request = thread.core.make_request(request_id, prompt_ids, params, adapter=adapter, inflight=inflight)
         self._thread = thread
         self._tokenizer = tokenizer
         self._params = params
@@ -55,6 +56,7 @@ class _Answer:
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._usage = Usage(0, 0, 0)
+        self._capped_by = request.capped_by
         self._finish: FinishReason | None = None
         self._logs = logger.isEnabledFor(logging.INFO)
         # Who wants the whole need not be told of each token, where no text can end it and no log is kept.
@@ -94,7 +96,8 @@ class _Answer:
             self._finish = event.finish
         self._texts.append(text)
         if self._finish is not None:
-            self._usage = Usage(event.prompt_tokens, len(self._token_ids), event.cached_tokens)
+            made = len(self._token_ids)
+            self._usage = Usage(event.prompt_tokens, made, event.cached_tokens, self._capped_by)
         if self._logs:
             self._log(event, text)
         return text

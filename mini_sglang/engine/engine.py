@@ -21,7 +21,7 @@ from mini_sglang.engine.cache_limits import CacheLimits, check_limits
 from mini_sglang.engine.grammars import GrammarRoom
 from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.engine.kv_cache import KVCacheManager
-from mini_sglang.engine.limits import make_prefix_work, make_work
+from mini_sglang.engine.limits import BY_CONTEXT, BY_LOAD, make_prefix_work, make_work
 from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from mini_sglang.engine.warming import WarmQueue
@@ -48,6 +48,8 @@ class EngineCounters:
     prefix_hits: int = 0
     prefix_misses: int = 0
     prefix_hit_tokens: int = 0
+    capped_by_load: int = 0
+    capped_by_context: int = 0
     prefix_miss_tokens: int = 0
     prefill_cache_hits: int = 0
     prefill_cache_misses: int = 0
@@ -121,10 +123,12 @@ class EngineCore:
                 chunk_tokens=settings.prefill_chunk_size
                 if settings.chunked_prefill and backend.chunks_prompts
                 else None,
+                aging_seconds=settings.priority_aging_seconds,
             ),
         )
         self.counters = EngineCounters()
         self._requests: dict[str, Request] = {}
+        self._arrivals: dict[int, float] = {}
         self._warm: Request | None = None  # the one of the queue's that runs
         chunk = min(settings.prefill_chunk_size, settings.max_prefill_tokens)
         self.warming = WarmQueue(chunk, self.make_prefix_request)
@@ -147,8 +151,12 @@ class EngineCore:
         prefill_only: bool = False,
         namespace: str = "",
         adapter: Adapter | None = None,
+        inflight: int = 0,
     ) -> Request:
         """Check a prompt against this model, compile its grammar, and wrap it up for ``add``.
+
+        Args:
+            inflight: requests there are with this one (``limits.make_work``).
 
         Takes as long as the compile does. Raises as ``limits.make_work``, and for a grammar:
 
@@ -165,6 +173,7 @@ class EngineCore:
             prefill_only=prefill_only,
             namespace=namespace,
             adapter=adapter,
+            inflight=inflight,
         )
         request = self.request_of(work)
         request.grammar = self._grammars.make(params)
@@ -182,7 +191,11 @@ class EngineCore:
         return self.request_of(work)
 
     def request_of(self, work: Work) -> Request:
-        """Wrap up checked work for ``add``."""
+        """Wrap up checked work for ``add``; it counts as having arrived ``work.waited`` seconds ago."""
+        # Those of one priority stay in the order they come in, whatever the way here took each.
+        priority = work.params.priority
+        arrival = max(time.monotonic() - work.waited, self._arrivals.get(priority, 0.0))
+        self._arrivals[priority] = arrival
         return Request(
             request_id=work.request_id,
             tokens=list(work.prompt_ids),
@@ -193,8 +206,9 @@ class EngineCore:
             eos_ids=self._eos_ids,
             prefill_only=work.prefill_only,
             namespace=work.namespace,
-            arrival=time.monotonic(),
             lora=work.lora,
+            arrival=arrival,
+            capped_by=work.capped_by,
         )
 
     def insert_prefix(self, prompt_ids: Sequence[int]) -> int:
@@ -222,6 +236,8 @@ class EngineCore:
             self.scheduler.add(request)
         self.counters.requests += 1
         self.counters.lora_requests += request.adapter > 0
+        self.counters.capped_by_load += request.capped_by == BY_LOAD
+        self.counters.capped_by_context += request.capped_by == BY_CONTEXT
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> TokenEvent | None:
         """End a request now; its computed KV stays cached.
@@ -293,6 +309,8 @@ class EngineCore:
             "retractions": self.scheduler.num_retractions,
             "lora_requests": counters.lora_requests,
             "loras": len(self.adapters),
+            "capped_by_load": counters.capped_by_load,
+            "capped_by_context": counters.capped_by_context,
             "kv_tokens_total": cache.num_pages * page_size,
             "kv_tokens_free": cache.num_free * page_size,
             "kv_tokens_cached": cache.num_cached * page_size,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from mini_sglang.engine.handle import EngineHandle, Sink, Work
+from mini_sglang.engine.order import Order
 from mini_sglang.engine.slots import EngineSlot, EngineStats
 from mini_sglang.types import FinishReason, TokenEvent
 
@@ -16,7 +17,8 @@ class PoolStats:
     """Counts of requests, and of the restarts of all engines.
 
     ``reserved`` places have no request yet, ``queued`` requests wait in the pool for an engine, ``inflight``
-    ones are with one; the rest are totals. ``state`` and ``mode`` are as ``EnginePool.state`` and
+    ones are with one; ``longest_wait`` is how many seconds the queue's longest waiting one is in the pool.
+    The rest are totals. ``state`` and ``mode`` are as ``EnginePool.state`` and
     SCHEDULER_MODE.
     """
 
@@ -26,6 +28,7 @@ class PoolStats:
     reserved: int
     queued: int
     inflight: int
+    longest_wait: float
     accepted: int
     ended: int
     refused: int
@@ -56,11 +59,16 @@ class Ticket:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A request between ``submit`` and its terminal event. ``slot`` is None while it is queued."""
+    """A request between ``submit`` and its terminal event. ``slot`` is None while it is queued.
+
+    It ``arrived`` once; ``queued_at`` is when it joined the queue last, to which its ``order`` brought it.
+    """
 
     work: Work
     sink: Sink
+    arrived: float
     queued_at: float
+    order: Order
     slot: EngineSlot | None = None
     handle: EngineHandle | None = None
     attempt: int = 0

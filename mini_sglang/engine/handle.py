@@ -37,6 +37,8 @@ class Work:
         namespace: prefixes are shared only within one.
         seed: the caller's, or drawn where there is none.
         lora: ``Adapter.key`` of the adapter it runs with; empty is none. It is in ``namespace`` too.
+        capped_by: why ``max_new_tokens`` is less than was asked for: "load", "context" or None.
+        waited: seconds it waited before it was sent.
     """
 
     request_id: str
@@ -47,6 +49,8 @@ class Work:
     namespace: str = ""
     seed: int = 0
     lora: str = ""
+    capped_by: str | None = None
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

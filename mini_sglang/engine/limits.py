@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import secrets
 from collections.abc import Sequence
 
@@ -9,6 +11,11 @@ from mini_sglang.config import Settings
 from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.errors import ContextLengthError, InvalidValueError
 from mini_sglang.types import Adapter, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+# Values of ``Work.capped_by``.
+BY_LOAD, BY_CONTEXT = "load", "context"
 
 
 def make_work(
@@ -21,8 +28,12 @@ def make_work(
     prefill_only: bool = False,
     namespace: str = "",
     adapter: Adapter | None = None,
+    inflight: int = 0,
 ) -> Work:
     """Check a prompt against the model, cap its ``max_new_tokens`` and draw its seed.
+
+    Args:
+        inflight: requests in flight with this one, waiting ones too, for ADAPTIVE_MAX_NEW_TOKENS.
 
     Raises:
         InvalidValueError: an empty prompt, or an id outside the vocabulary.
@@ -34,15 +45,25 @@ def make_work(
         raise InvalidValueError("prompt", prompt_ids, "at least one token long")
     _check_ids("stop_token_ids", params.stop_token_ids, info.vocab_size)
     _check_ids("logit_bias", list(params.logit_bias), info.vocab_size)
+    room = _cap_new_tokens(info, settings, len(prompt_ids), params, prefill_only)
+    given = room if prefill_only else min(room, _under_load(settings, params.max_new_tokens, inflight))
+    capped_by = None
+    if not prefill_only and given < params.max_new_tokens:
+        capped_by = BY_LOAD if given < room else BY_CONTEXT
+        logger.info(
+            "cap request=%s asked=%d max_new_tokens=%d by=%s inflight=%d",
+            request_id, params.max_new_tokens, given, capped_by, inflight,
+        )  # fmt: skip
     return Work(
         request_id=request_id,
         prompt_ids=tuple(prompt_ids),
         params=params,
-        max_new_tokens=_cap_new_tokens(info, settings, len(prompt_ids), params, prefill_only),
+        max_new_tokens=given,
         prefill_only=prefill_only,
         namespace=namespace if adapter is None else adapter.namespace(namespace),
         lora="" if adapter is None else adapter.key,
         seed=secrets.randbits(63) if params.seed is None else params.seed,
+        capped_by=capped_by,
     )
 
 
@@ -97,6 +118,15 @@ def _cap_new_tokens(
         allowed = f"at most {room}, what a context of {limit} tokens leaves after {num_prompt} of prompt"
         raise ContextLengthError("max_new_tokens", params.max_new_tokens, allowed)
     return max(1, min(params.max_new_tokens, room - settings.max_context_margin))
+
+
+def _under_load(settings: Settings, asked: int, inflight: int) -> int:
+    """What ADAPTIVE_MAX_NEW_TOKENS leaves of the tokens asked for."""
+    threshold = settings.adaptive_max_inflight_threshold or max(1, settings.num_engines)
+    if not settings.adaptive_max_new_tokens or inflight <= threshold:
+        return asked
+    # A product like 100 * 0.29 is a hair below the whole number that is meant.
+    return max(1, math.floor(asked * settings.adaptive_max_new_tokens_factor + 1e-6))
 
 
 def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,6 +22,7 @@ from mini_sglang.engine.handle import (
     Work,
     call_sink,
 )
+from mini_sglang.engine.order import Line, order_of
 from mini_sglang.engine.pool_adapters import PoolAdapters
 from mini_sglang.engine.routing import CacheAware, Candidate, Router, make_router
 from mini_sglang.engine.slots import EngineSlots
@@ -39,9 +40,10 @@ class EnginePool:
     """Routes requests to engines, holds back what they cannot take, restarts those that die.
 
     At most MAX_INFLIGHT_PER_ENGINE requests are with an engine, by default a quarter more than it can
-    batch, so that it never waits for the next; up to MAX_QUEUE more wait here, in order of arrival. Each
-    request that ``submit`` took gets exactly one event with ``finish``. When an engine dies, requests of
-    which it had run nothing go to another, once; the others end with an error, since one may be why.
+    batch, so that it never waits for the next; up to MAX_QUEUE more wait here, in order of priority, aged,
+    and arrival (``order.order_of``). Each request that ``submit`` took gets exactly one event with
+    ``finish``. When an engine dies, requests of which it had run nothing go to another, once; the others
+    end with an error, since one may be why.
 
     Every method may be called from any thread, and from a sink.
 
@@ -75,7 +77,8 @@ class EnginePool:
         self.adapters = PoolAdapters(self._lock, self._slots, settings.max_loras)
         self._changed = threading.Condition(self._lock)
         self._flights: dict[str, Flight] = {}
-        self._queue: deque[Flight] = deque()
+        self._queue: Line[Flight] = Line()
+        self._serials = itertools.count()
         self._info: EngineInfo | None = None
         self._draining = False
         self._closed = False
@@ -111,6 +114,11 @@ class EnginePool:
             return "ready" if usable == len(self._slots) else "degraded"
         return "starting" if self._info is None else "down"
 
+    @property
+    def in_flight(self) -> int:
+        """Requests that have a place: reserved, waiting, or with an engine."""
+        return len(self._flights) + self._admission.reserved
+
     def stats(self) -> PoolStats:
         with self._lock:
             now = self._clock()
@@ -122,6 +130,7 @@ class EnginePool:
                 reserved=self._admission.reserved,
                 queued=len(self._queue),
                 inflight=len(self._flights) - len(self._queue),
+                longest_wait=max((now - flight.arrived for flight in self._queue), default=0.0),
                 restarts=sum(engine.restarts for engine in engines),
                 **self._totals,
             )
@@ -183,9 +192,11 @@ class EnginePool:
             ticket.remaining -= 1
             self._admission.reserved -= 1
             self._totals["accepted"] += 1
-            flight = Flight(work, sink, self._clock())
+            now, aging = self._clock(), self._settings.priority_aging_seconds
+            order = order_of(now, work.params.priority, aging, next(self._serials))
+            flight = Flight(work, sink, now, now, order)
             self._flights[work.request_id] = flight
-            self._queue.append(flight)
+            self._queue.add(flight)
         self._pump()
         if flight.slot is None:
             self._wake.set()  # for its time in the queue
@@ -276,7 +287,7 @@ class EnginePool:
         ]
         if not candidates:
             return None
-        flight = self._queue.popleft()
+        flight = self._queue.pop()
         slot = self._slots[self._router.choose(flight.work, candidates)]
         slot.inflight += 1
         self._router.sent(slot.index, flight.work)
@@ -293,9 +304,10 @@ class EnginePool:
                 if flight is None:
                     return
                 handle, attempt = flight.handle, flight.attempt
+                work = replace(flight.work, waited=flight.sent_at - flight.arrived)
                 assert handle is not None
             try:
-                handle.submit(flight.work, self._sink_of(flight, attempt))
+                handle.submit(work, self._sink_of(flight, attempt))
             except EngineError:
                 # It never got there, so this is no resubmission: only the engine is out of the question.
                 with self._lock:
@@ -318,14 +330,14 @@ class EnginePool:
                 handle.abort(flight.work.request_id, reason)
 
     def _requeue(self, flight: Flight) -> bool:
-        """Put it back at the head of the queue; False where it is to end instead."""
+        """Put it back in its place in the queue; False where it is to end instead."""
         with self._lock:
             if flight.ended or flight.abort is not None or self._closed:
                 return False
             self._leave_slot(flight)
             flight.attempt += 1  # nothing more is heard of the old one
             flight.queued_at = self._clock()
-            self._queue.appendleft(flight)
+            self._queue.add(flight)
             return True
 
     def _sink_of(self, flight: Flight, attempt: int) -> Sink:

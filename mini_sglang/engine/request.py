@@ -7,6 +7,7 @@ from dataclasses import InitVar, dataclass, field
 from enum import Enum
 
 from mini_sglang.backend.step import SampleSpec, TokenGrammar
+from mini_sglang.engine.order import Order
 from mini_sglang.engine.radix import RadixNode
 from mini_sglang.types import FinishReason, SamplingParams, TokenLogprob
 
@@ -37,6 +38,9 @@ class Request:
         num_cached: prompt tokens taken from the prefix cache when it was first admitted.
         started: whether a step of it has run.
         node: the radix node locked for the tree's pages.
+        arrival: ``time.monotonic`` seconds, from when on it ages.
+        capped_by: why ``max_new_tokens`` is less than was asked for, "load" or "context"; else None.
+        order: its place in the scheduler, set when it is added there.
         from_logits: kept logits that its first token is chosen from, in the step it is admitted to.
         tail_page: with ``from_logits``, the page to be copied into its own first one.
         keep_logits: where the logits of its prompt's last token are kept in the step that computes it.
@@ -58,7 +62,9 @@ class Request:
     grammar: TokenGrammar | None = None
     lora: str = ""
     adapter: int = 0
+    capped_by: str | None = None
 
+    order: Order = (0.0, 0.0, 0)
     phase: Phase = Phase.WAITING
     pages: array[int] = field(default_factory=lambda: array("i"))
     num_tree_pages: int = 0

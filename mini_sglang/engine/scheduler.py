@@ -6,24 +6,32 @@ pieces beside decodes is Sarathi-Serve's chunked prefill (Agrawal et al., 2024).
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+import itertools
+from bisect import insort
 from dataclasses import dataclass
+from operator import attrgetter
 
 from mini_sglang.engine.kv_cache import KVCacheManager
+from mini_sglang.engine.order import Line, order_of
 from mini_sglang.engine.request import Phase, Request
 
 # Waiting one step for another request's prefill is worth it from this many shared tokens on.
 _WORTH_WAITING_TOKENS = 32
 
+_order_of = attrgetter("order")
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """``chunk_tokens`` None computes prompts whole; ``max_prefill_tokens`` then bounds several together."""
+    """``chunk_tokens`` None computes prompts whole; ``max_prefill_tokens`` then bounds several together.
+
+    ``aging_seconds`` of waiting are worth a step of priority (``order.order_of``).
+    """
 
     max_batch_size: int
     max_prefill_tokens: int
     chunk_tokens: int | None
+    aging_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -40,23 +48,28 @@ class Scheduled:
 
 
 class Scheduler:
-    """Holds the waiting queue and the running set, both in order of arrival.
+    """Holds the waiting line and the running set, both in one order: priority, aged, then arrival.
 
-    One step mixes a decode of every running request with prefill chunks. When pages run out, the
-    request that arrived last is retracted: it goes back to the head of the queue with the tokens it has,
-    its KV left in the prefix cache while room allows, and computes on from there later. The oldest
-    request is never retracted for another's sake, so every request ends.
+    One step mixes a decode of every running request with prefill chunks. Rows, token budget and pages go
+    to who comes first in the order. When pages run out, the running request that comes last is retracted:
+    it goes back to its place in the line with the tokens it has, its KV left in the prefix cache while
+    room allows, and computes on from there later. So a running request is never retracted for one behind
+    it; the first of all runs on to its end once it runs, and as ageing leaves only so many that can still
+    come before a request, every request ends. One that runs is not set back for one that only waits.
     """
 
     def __init__(self, cache: KVCacheManager, limits: SchedulerLimits) -> None:
         self._cache = cache
         self._limits = limits
-        self.waiting: deque[Request] = deque()
+        self._serials = itertools.count()
+        self.waiting: Line[Request] = Line()
         self.running: list[Request] = []
         self.num_retractions = 0
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        priority, aging = request.params.priority, self._limits.aging_seconds
+        request.order = order_of(request.arrival, priority, aging, next(self._serials))
+        self.waiting.add(request)
 
     def remove(self, request: Request, *, keep_kv: bool) -> None:
         """Take a request out for good, wherever it is, and give its pages back."""
@@ -70,27 +83,40 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """Choose the next step and give it its pages. Empty when there is nothing to run."""
         plan: list[Scheduled] = []
-        budget = self._limits.chunk_tokens or self._limits.max_prefill_tokens
+        prefills: list[Request] = []
         retractions = self.num_retractions
         for request in list(self.running):
             if request.phase is not Phase.RUNNING:
-                continue  # retracted for an older one in this very loop
-            num_tokens = request.num_remaining
-            if num_tokens > 1:
-                num_tokens = min(num_tokens, budget)
-                budget -= num_tokens
-                if num_tokens == 0:
-                    continue
-            if self._make_room(request, request.num_computed + num_tokens):
-                plan.append(Scheduled(request, num_tokens))
+                continue  # retracted for an earlier one in this very loop
+            if request.num_remaining > 1:
+                prefills.append(request)
+            elif self._make_room(request, request.num_computed + 1):
+                plan.append(Scheduled(request, 1))
+        self._plan_prefills(plan, prefills)
         if self.num_retractions > retractions:  # perhaps of a later request, which was planned already
             plan = [item for item in plan if item.request.phase is Phase.RUNNING]
-        if self.waiting:
-            plan.extend(self._admit(budget, [item.request for item in plan if item.num_tokens > 1]))
         return plan
 
+    def _plan_prefills(self, plan: list[Scheduled], prefills: list[Request]) -> None:
+        """Share out the token budget, in order, to prompts that are half done and to those that wait."""
+        budget = self._limits.chunk_tokens or self._limits.max_prefill_tokens
+        prefilling: list[Request] = []
+        for request in prefills:
+            if self.waiting and self.waiting[0].order < request.order:
+                budget = self._admit(plan, budget, prefilling, request)
+            if budget == 0 or request.phase is not Phase.RUNNING:
+                continue
+            num_tokens = min(request.num_remaining, budget)
+            if self._make_room(request, request.num_computed + num_tokens):
+                budget -= num_tokens
+                plan.append(Scheduled(request, num_tokens))
+                if num_tokens > 1:
+                    prefilling.append(request)
+        if self.waiting:
+            self._admit(plan, budget, prefilling, None)
+
     def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Get pages for ``num_tokens``, retracting the latest arrivals; False if it had to go itself."""
+        """Get pages for ``num_tokens``, retracting the last of the order; False if it had to go itself."""
         while not self._cache.extend(request, num_tokens):
             victim = self.running[-1]
             self._retract(victim)
@@ -104,51 +130,61 @@ class Scheduler:
         if not request.prompt_logprobs_done:
             request.prompt_logprobs.clear()
         request.phase = Phase.WAITING
-        self.waiting.appendleft(request)
+        self.waiting.add(request)
         self.num_retractions += 1
 
-    def _admit(self, budget: int, prefilling: list[Request]) -> Iterator[Scheduled]:
-        """Start waiting requests, in order, while rows, token budget and pages last."""
-        budget_left = budget
-        for request in list(self.waiting):
-            if len(self.running) >= self._limits.max_batch_size or budget_left <= 0:
-                return
+    def _admit(
+        self, plan: list[Scheduled], budget: int, prefilling: list[Request], before: Request | None
+    ) -> int:
+        """Start waiting requests, in order, while rows, token budget and pages last.
+
+        Args:
+            prefilling: those whose prompts are computed in this step; the new ones are added.
+            before: a request that is served before those behind it in the order.
+
+        Returns:
+            What is left of the budget.
+        """
+        at = 0
+        chunked = self._limits.chunk_tokens is not None
+        while at < len(self.waiting):
+            request = self.waiting[at]
+            if len(self.running) >= self._limits.max_batch_size or budget <= 0:
+                break
+            if before is not None and request.order > before.order:
+                break
             if self._should_wait_for(request, prefilling):
+                at += 1
                 continue
             # One more page for each running request that may take one, or the next decodes would retract the
             # newcomer at once.
             headroom = sum(map(self._grows, self.running))
             if self._cache.fetch(request, headroom, busy=bool(self.running)):
+                at += 1
                 continue
             self._cache.attach(request)
             remaining = request.num_remaining
-            chunked = self._limits.chunk_tokens is not None
-            if not chunked and remaining > budget_left and prefilling:
-                self._cache.release(request, keep=False)
-                return
             missing = self._cache.pages_for(len(request.tokens)) - len(request.pages)
-            num_tokens = min(remaining, budget_left) if chunked else remaining
-            fits = not self.running or missing + headroom <= self._cache.num_available
+            num_tokens = min(remaining, budget) if chunked else remaining
+            too_long = not chunked and remaining > budget and bool(prefilling)
+            fits = not too_long and (not self.running or missing + headroom <= self._cache.num_available)
             if not fits or not self._cache.extend(request, request.num_computed + num_tokens):
                 self._cache.release(request, keep=False)
-                return
-            self.waiting.remove(request)
+                break
+            self.waiting.pop(at)
             self._start(request)
-            budget_left -= num_tokens
+            budget = max(0, budget - num_tokens)
             if request.num_remaining > 1:
                 prefilling.append(request)
-            yield Scheduled(request, num_tokens)
+            plan.append(Scheduled(request, num_tokens))
+        return budget
 
     def _start(self, request: Request) -> None:
         request.phase = Phase.RUNNING
         if request.num_cached is None:
             request.num_cached = request.num_computed
             self._cache.count_hit(request)
-        # Retracted requests come back among younger ones; the running set stays in order of arrival.
-        at = len(self.running)
-        while at and self.running[at - 1].arrival > request.arrival:
-            at -= 1
-        self.running.insert(at, request)
+        insort(self.running, request, key=_order_of)
 
     def _grows(self, request: Request) -> bool:
         """Whether a running request may come to need more pages than it has."""

@@ -52,6 +52,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
         self._started: set[str] = set()  # of those in _sinks, what a step has been tried of
+        self._arriving = 0  # submitted and not in _sinks yet
         self._lock = threading.Lock()
         self._state = "starting"
         self._closed: str | None = "the engine is still starting"
@@ -85,6 +86,11 @@ class EngineThread:
         """Counters and gauges, perhaps in the middle of a step; ``call`` gives them between two."""
         return self.core.stats() if hasattr(self, "core") else {}
 
+    @property
+    def in_flight(self) -> int:
+        """Requests that were submitted and have not ended."""
+        return self._arriving + len(self._sinks)
+
     def submit(self, work: Work | Request, sink: Sink) -> None:
         """Queue work, or a request made by ``core.make_request``.
 
@@ -104,8 +110,10 @@ class EngineThread:
                 call_sink(sink, event)
             else:
                 self._sinks[work.request_id] = sink
+            with self._lock:
+                self._arriving -= 1
 
-        self._send(add)
+        self._send(add, arriving=1)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request; does nothing where it has ended, or the engine has."""
@@ -195,11 +203,12 @@ class EngineThread:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _send(self, command: Callable[[], None]) -> None:
+    def _send(self, command: Callable[[], None], arriving: int = 0) -> None:
         with self._lock:
             if self._closed is not None:
                 raise EngineError(self._closed)
             self._commands.put(command)
+            self._arriving += arriving
 
     def _open(self, core: EngineCore) -> None:
         core.on_start = self._started.update

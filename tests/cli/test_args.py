@@ -32,6 +32,7 @@ GIVEN = {
     "logprobs": (None, True),
     "top_logprobs": ("2", 2),
     "prompt_logprobs": (None, True),
+    "priority": ("-3", -3),
 }
 # An answer has one form at most.
 FORMS = {
@@ -69,7 +70,8 @@ def test_repeatable_parameters_collect(cli):
 @pytest.mark.parametrize("spec", setting_fields(), ids=lambda spec: spec.name)
 def test_every_setting_arrives(spec, cli):
     kind = value_type(spec)
-    other = {bool: str(int(not spec.default)), int: "3", float: "2.5"}.get(kind, "elsewhere")
+    fraction = "0.5" if spec.metadata["high"] == 1 else "2.5"
+    other = {bool: str(int(not spec.default)), int: "3", float: fraction}.get(kind, "elsewhere")
     if spec.metadata["choices"]:
         other = next(choice for choice in spec.metadata["choices"] if choice != spec.default)
     ran = cli("generate", flag(spec.name), other, "hello")
@@ -86,8 +88,8 @@ def test_flag_wins_over_environment(cli, monkeypatch):
 
 
 def test_bare_bool_setting_is_on_and_short_model(cli):
-    ran = cli("generate", "hello", "--chunked-prefill", "-m", "folder")
-    assert (ran.engine.settings.chunked_prefill, ran.engine.settings.model) == (True, "folder")
+    ran = cli("generate", "hello", "--adaptive-max-new-tokens", "-m", "folder")
+    assert (ran.engine.settings.adaptive_max_new_tokens, ran.engine.settings.model) == (True, "folder")
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])

@@ -90,3 +90,59 @@ def test_work_that_fills_the_cache_needs_a_cache_that_takes_it() -> None:
         make_prefix_work(SMALL, settings(prefix_cache_max_tokens=8), "r", [2] * 9)
     with pytest.raises(ContextLengthError, match="at most the context, 50 tokens"):
         make_prefix_work(SMALL, settings(), "r", [2] * 51)
+
+
+@pytest.mark.parametrize(
+    "asked, inflight, given, by",
+    [
+        (20, 0, 20, None),
+        (20, 2, 20, None),  # as many as there are engines
+        (20, 3, 10, "load"),
+        (20, 300, 10, "load"),  # once, however many there are
+        (1, 3, 1, None),
+        (9, 3, 4, "load"),  # rounded down
+        (100, 2, 36, "context"),
+        (100, 3, 36, "context"),  # half of 100 is more than the context leaves
+        (60, 3, 30, "load"),
+    ],
+)
+def test_many_in_flight_leave_a_request_a_part_of_what_it_asked_for(
+    asked: int, inflight: int, given: int, by: str | None
+) -> None:
+    adaptive = {
+        "adaptive_max_new_tokens": True, "adaptive_max_new_tokens_factor": 0.5, "num_engines": 2,
+    }  # fmt: skip
+    params = SamplingParams(max_new_tokens=asked)
+
+    def ask(**changes: object) -> tuple[int, str | None]:
+        work = make_work(SMALL, settings(**adaptive | changes), "r", [2] * 10, params, inflight=inflight)
+        return work.max_new_tokens, work.capped_by
+
+    assert ask() == (given, by)
+    off = (36, "context") if asked > 36 else (asked, None)
+    assert ask(adaptive_max_new_tokens=False) == off
+    assert ask(adaptive_max_inflight_threshold=300) == off
+    assert ask(adaptive_max_new_tokens_factor=1) == off
+
+
+@pytest.mark.parametrize("factor, given", [(0.29, 29), (0.8, 80), (0.01, 1), (0.999, 99)])
+def test_a_factor_is_taken_as_it_is_written(factor: float, given: int) -> None:
+    adaptive = settings(adaptive_max_new_tokens=True, adaptive_max_new_tokens_factor=factor)
+    room = replace(INFO, max_sequence_tokens=4096)
+    params = SamplingParams(max_new_tokens=100)
+    assert make_work(room, adaptive, "r", [2], params, inflight=2).max_new_tokens == given
+
+
+def test_what_does_not_fit_is_refused_under_load_too() -> None:
+    exact = settings(aggressive_max_new_tokens=False, adaptive_max_new_tokens=True)
+    with pytest.raises(ContextLengthError, match="max_new_tokens is 41"):
+        make_work(SMALL, exact, "r", [2] * 10, SamplingParams(max_new_tokens=41), inflight=9)
+
+
+def test_caps_are_counted() -> None:
+    core = make_core(FakeBackend(12, 4, context_length=48), adaptive_max_new_tokens=True)
+    for name, asked, inflight in [("a", 10, 1), ("b", 10, 2), ("c", 100, 1)]:
+        params = SamplingParams(max_new_tokens=asked)
+        core.add(core.make_request(name, [2, 3], params, inflight=inflight))
+    stats = core.stats()
+    assert (stats["capped_by_load"], stats["capped_by_context"]) == (1, 1)

@@ -22,6 +22,7 @@ from mini_sglang.types import FinishReason, SamplingParams
 from .fake_backend import Answer, Driver, FakeBackend, examples, make_core, reference, turns
 
 CONTEXT = 72
+CODES = 32 * 5 * 3 * 3 * 3 * 4 * 3 * 4 * 3 * 4
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,6 +72,7 @@ def sampling_params(code: int) -> SamplingParams:
         logprobs=digit(3) == 2,
         prompt_logprobs=prompt_logprobs,
         top_logprobs=2 if prompt_logprobs else 0,
+        priority=(0, 0, 7, -100)[digit(4)],
     )
 
 
@@ -79,7 +81,7 @@ arrivals = st.tuples(
     st.integers(0, 44),  # how much of it
     st.sampled_from([None, -1, 0, 1]),  # end at a page border, or a token to either side
     st.lists(st.integers(2, 4), max_size=3),  # tokens after it
-    st.integers(0, 32 * 5 * 3 * 3 * 3 * 4 * 3 * 4 * 3 - 1),  # sampling parameters
+    st.integers(0, CODES - 1),  # sampling parameters
     st.sampled_from(["", "", "", "", "", "", "prefill only", "tenant"]),
 )
 
@@ -94,6 +96,7 @@ engine_settings = st.fixed_dictionaries(
         "prefill_chunk_size": st.sampled_from([1, 3, 8]),
         "max_batch_size": st.sampled_from([8, 8, 3, 1]),
         "max_prefill_tokens": st.sampled_from([4096, 64, 16, 4]),
+        "priority_aging_seconds": st.sampled_from([5.0, 1e-4, 0.0]),
         "prefill_cache_size": st.sampled_from([8, 8, 2, 0]),
         "page_token_budget": st.sampled_from([0, 0, 24, 200]),
     }
@@ -193,6 +196,9 @@ class EngineMachine(RuleBasedStateMachine):
         live = [r for name, r in self.requests.items() if self.answers[name].finish is None]
         # The oldest request computes a token or more at every step, so this many steps end them all.
         bound = sum(r.num_prompt + r.max_new_tokens + 1 for r in live) + len(live)
+        if len({r.params.priority for r in live}) > 1:
+            # One that waits may come before those that run, and set them back once it runs.
+            bound *= len(live) + 1
         for _ in range(bound):
             if not self.core.has_work:
                 break
@@ -310,7 +316,7 @@ def test_forty_requests_at_random(
         while len(wanted) < 40 and chance.random() < 0.3:
             prompt = [*chance.choice(stems)[: chance.randrange(60)], 2 + chance.randrange(3)]
             prompt = prompt[:room]
-            params = sampling_params(chance.randrange(32 * 5 * 3 * 3 * 3 * 4 * 3 * 4 * 3))
+            params = sampling_params(chance.randrange(CODES))
             name = driver.add(prompt, params)
             new = min(params.max_new_tokens, driver.core.max_sequence_tokens - len(prompt))
             wanted[name] = reference(prompt, params, max_new_tokens=new, seed=params.seed or 0)

@@ -147,6 +147,55 @@ def test_decodes_go_on_between_the_chunks_of_a_long_prompt() -> None:
         assert backend.rows == [(2 + turn, 1), (8 * turn, 8)]
 
 
+def test_a_long_prompt_is_cut_unless_the_setting_is_off() -> None:
+    """On by default: an answer gets a token at every step; off, it waits for the whole prompt."""
+    for given, steps in (({}, 20), ({"chunked_prefill": False}, 1)):
+        backend = FakeBackend(4096, 4, context_length=12_000)
+        core = make_core(backend, **given)
+        driver = Driver(core)
+        driver.add([2, 3], SamplingParams(max_new_tokens=40, ignore_eos=True))
+        driver.step()
+        driver.add([2 + i % 31 for i in range(10_000)], GREEDY)
+        rows = []
+        for _ in range(steps):
+            driver.step()
+            rows.append(backend.rows)
+        assert all(row[0] == (2 + turn, 1) and len(row) == 2 for turn, row in enumerate(rows))
+        assert sum(row[1][1] for row in rows) == 10_000
+        assert max(row[1][1] for row in rows) == (512 if len(rows) > 1 else 10_000)
+
+
+def test_two_long_prompts_take_their_chunks_in_turn_of_arrival_and_waste_no_budget() -> None:
+    """The first is done as soon as it can be, and the second no later than if they had shared each step."""
+    backend = FakeBackend(64, 4)
+    driver = Driver(make_core(backend, chunked_prefill=True, prefill_chunk_size=8))
+    driver.add([2, 3], SamplingParams(max_new_tokens=60, ignore_eos=True))
+    driver.step()
+    first, second = (driver.add([number] * 30, GREEDY) for number in (5, 6))
+    done = {}
+    for turn in range(1, 9):
+        driver.step()
+        assert driver.core.stats()["prefill_tokens"] == min(2 + 8 * turn, 62)
+        assert backend.rows[0] == (turn + 1, 1), "the answer that was being made went on"
+        for name in (first, second):
+            if driver.answers[name].token_ids:
+                done.setdefault(name, turn)
+    assert done == {first: 4, second: 8}
+
+
+def test_one_that_shares_a_long_prefix_waits_for_its_chunks() -> None:
+    backend = FakeBackend(256, 4, context_length=300)
+    driver = Driver(make_core(backend, chunked_prefill=True, prefill_chunk_size=40))
+    prompt = [2 + i % 11 for i in range(200)]
+    first, second = driver.add(prompt, GREEDY), driver.add([*prompt, 9], GREEDY)
+    other = driver.add([30] * 50, GREEDY)
+    driver.step(5)
+    assert backend.tokens_run == 200, "whoever has nothing to wait for takes no chunk from the first"
+    driver.drain()
+    answers = [driver.answers[name] for name in (first, second, other)]
+    assert [answer.cached_tokens for answer in answers] == [0, 200, 0]
+
+
 @pytest.mark.parametrize("page_size", [1, 4, 32])
 def test_equal_prompts_at_once_share_one_prefill(page_size: int) -> None:
     for size in (0, 8):
@@ -205,7 +254,7 @@ def test_namespaces_do_not_wait_for_each_other() -> None:
 
 def test_a_prompt_put_off_by_the_prefill_limit_lets_go_of_its_prefix() -> None:
     backend = FakeBackend(64, 4)
-    driver = Driver(make_core(backend, max_prefill_tokens=16))
+    driver = Driver(make_core(backend, chunked_prefill=False, max_prefill_tokens=16))
     driver.run(PROMPT[:8], GREEDY)
     driver.add([30] * 12, GREEDY)
     driver.add(PROMPT[:20], GREEDY)
@@ -217,7 +266,7 @@ def test_a_prompt_put_off_by_the_prefill_limit_lets_go_of_its_prefix() -> None:
 
 def test_one_prompt_over_the_prefill_limit_runs_alone() -> None:
     backend = FakeBackend(64, 4)
-    driver = Driver(make_core(backend, max_prefill_tokens=16, prefix_cache=False))
+    driver = Driver(make_core(backend, chunked_prefill=False, max_prefill_tokens=16, prefix_cache=False))
     for start in range(3):
         driver.add(PROMPT[start : start + 8], GREEDY)
     driver.add(PROMPT, GREEDY)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mini_sglang.api.openai.answer import AnswerParser, Whole, call_json, new_id
 from mini_sglang.api.openai.calls import Piece
-from mini_sglang.api.openai.choices import Plan, Step, UsageSum, run, usage_json
+from mini_sglang.api.openai.choices import Plan, Step, UsageSum, capped_json, run, usage_json
 from mini_sglang.api.openai.door import DONE, Call, Events, error_frame, sse
 from mini_sglang.api.openai.forms import number_of
 from mini_sglang.api.openai.logprobs import chat_logprobs
@@ -95,11 +95,13 @@ class _Choice:
         self.reasoning = ""
         self.called = False
         self.finish: FinishReason | None = None
+        self.capped: dict[str, Any] = {}
 
     def take(self, step: Step) -> list[Piece]:
         """What a delta adds."""
         pieces = self.parser.push(step.delta.text)
         self.finish = step.delta.finish_reason
+        self.capped = capped_json(step.delta.usage)
         if self.finish is not None:
             pieces += self.parser.finish()
         self.logprobs.extend(step.logprobs)
@@ -161,6 +163,7 @@ class _Answer:
                         # With the first piece that they may have made.
                         "logprobs": None if "role" in delta else self._logprobs(choice),
                         "finish_reason": None if delta else choice.finish_reason(choice.called),
+                        **({} if delta else choice.capped),
                     }
                     frames.append(sse({**head, "choices": [shown], **tail}))
                 if frames:
@@ -214,6 +217,7 @@ class _Answer:
             "message": message,
             "logprobs": self._logprobs(choice),
             "finish_reason": choice.finish_reason(bool(whole.calls)),
+            **choice.capped,
         }
 
     def _logprobs(self, choice: _Choice) -> dict[str, Any] | None:

@@ -191,3 +191,8 @@ def usage_json(usage: Usage, reasoning_tokens: int | None = None) -> dict[str, A
     if reasoning_tokens is not None:
         result["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
     return result
+
+
+def capped_json(usage: Usage | None) -> dict[str, Any]:
+    """What an answer says besides where it was given fewer tokens than were asked for, at its end."""
+    return {} if usage is None or usage.capped_by is None else {"max_tokens_capped": usage.capped_by}

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from mini_sglang.api.openai.answer import new_id
-from mini_sglang.api.openai.choices import Plan, Step, UsageSum, run, usage_json
+from mini_sglang.api.openai.choices import Plan, Step, UsageSum, capped_json, run, usage_json
 from mini_sglang.api.openai.door import DONE, Call, Events, error_frame, sse
 from mini_sglang.api.openai.forms import number_of
 from mini_sglang.api.openai.logprobs import TextLogprobs
@@ -82,6 +82,7 @@ class _Choice:
         self.text = ""
         self.logprobs: list[TokenLogprob | int] = []
         self.finish: FinishReason | None = None
+        self.capped: dict[str, Any] = {}
 
 
 class _Answer:
@@ -151,6 +152,7 @@ class _Answer:
                 if shaper is not None:
                     choice.logprobs += [step.job.ids[0], *step.stream.prompt_logprobs]
         choice.finish = step.delta.finish_reason
+        choice.capped = capped_json(step.delta.usage)
         if not self._drops:
             text += step.delta.text
             choice.logprobs += step.logprobs
@@ -166,6 +168,7 @@ class _Answer:
             "text": text,
             "logprobs": logprobs,
             "finish_reason": str(choice.finish) if last else None,
+            **choice.capped,
         }
 
     def _usage_json(self) -> dict[str, Any]:

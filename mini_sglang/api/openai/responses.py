@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mini_sglang.api.errors import Problem, RequestError
 from mini_sglang.api.openai.answer import Whole, new_id
-from mini_sglang.api.openai.choices import Plan, Step, run
+from mini_sglang.api.openai.choices import Plan, Step, capped_json, run
 from mini_sglang.api.openai.door import Call, Events
 from mini_sglang.api.openai.logprobs import chat_logprobs
 from mini_sglang.api.openai.messages import read_messages
@@ -239,6 +239,7 @@ class _Answer:
             "incomplete_details": incomplete,
             "output": output,
             "usage": usage,
+            **capped_json(self._usage),
         }
 
 
