@@ -54,8 +54,10 @@ def test_a_model_of_transformers_compiled_over_our_pages_answers_alike(tmp_path:
     expected = greedy(load(folder), PROMPTS, 6)
     before = compiled_graphs()
     compiled = load(folder, compile_model=1)
-    assert compiled.describe()["compile"] == "default" and compiled_graphs() > before
+    graphs = compiled_graphs()
+    assert compiled.describe()["compile"] == "default" and graphs > before
     assert greedy(compiled, PROMPTS, 6) == expected
+    assert compiled_graphs() == graphs, "a batch of another size was compiled anew"
 
 
 def test_a_cache_of_fixed_shape_is_captured_and_one_that_grows_is_not(
