@@ -4,8 +4,9 @@
     python benchmarks/transformers_bench.py together [--families mamba2,qwen3_next,bloom] [--streams 8]
 
 Sides run the same prompt ids and token counts in one process and take turns within a round, the order turned
-round each time; the first round is a warm-up. Decode tokens per second, from the first token to the last, of
-all streams together: the median, and the least and greatest round.
+round each time, and the first round is a warm-up. Decode tokens per second of all streams, from the first
+token to the last: the median, and the least and greatest round. With --cpu a second is one of the process's
+CPU time over its threads, which other processes on the machine disturb less.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mini_sglang.backend.device import choose_threads
 from mini_sglang.backend.model_backend import load_backend
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
@@ -64,18 +66,21 @@ def engine(path: Path, **settings: object) -> tuple[EngineCore, Any]:
     return EngineCore(backend, resolved, frozenset()), backend
 
 
-def decode_rate(core: EngineCore, streams: int, tokens: int) -> float:
+Clock = Callable[[], float]
+
+
+def decode_rate(core: EngineCore, streams: int, tokens: int, clock: Clock) -> float:
     """Decode tokens per second of ``streams`` requests that start together."""
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
     for stream in range(streams):
         prompt = [(stream * 31 + i * i * 7 + i * 3) % 900 + 5 for i in range(PROMPT_TOKENS - stream)]
         core.add(core.make_request(str(stream), prompt, params))
     core.step()
-    start = time.perf_counter()
+    start = clock()
     count = 0
     while core.has_work:
         count += sum(len(event.token_ids) for event in core.step())
-    return count / (time.perf_counter() - start)
+    return count / (clock() - start)
 
 
 def alternate(rounds: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
@@ -105,7 +110,7 @@ def bench_generate(options: argparse.Namespace) -> list[dict[str, Any]]:
     from transformers import LogitsProcessorList
 
     path = Path(options.model)
-    common = {"dtype": options.dtype}
+    common = {"dtype": options.dtype, "num_threads": options.threads}
     sides = {
         "our loop, compiled kernels": engine(path, **common)[0],
         "our loop, torch operators": engine(path, kernels="reference", **common)[0],
@@ -118,8 +123,8 @@ def bench_generate(options: argparse.Namespace) -> list[dict[str, Any]]:
         ids = torch.tensor([[(i * i * 7 + i * 3) % 900 + 5 for i in range(PROMPT_TOKENS)]])
         times: list[float] = []
 
-        def clock(input_ids: Any, scores: Any) -> Any:
-            times.append(time.perf_counter())
+        def note(input_ids: Any, scores: Any) -> Any:
+            times.append(options.clock())
             return scores
 
         with torch.inference_mode():
@@ -127,12 +132,12 @@ def bench_generate(options: argparse.Namespace) -> list[dict[str, Any]]:
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_length=PROMPT_TOKENS + options.tokens,
-                logits_processor=LogitsProcessorList([clock]),
+                logits_processor=LogitsProcessorList([note]),
             )
         return (len(times) - 1) / (times[-1] - times[0])
 
     runs: dict[str, Callable[[], float]] = {
-        name: (lambda core=core: decode_rate(core, options.streams, options.tokens))
+        name: (lambda core=core: decode_rate(core, options.streams, options.tokens, options.clock))
         for name, core in sides.items()
     }
     if options.streams == 1:
@@ -154,7 +159,11 @@ def bench_together(options: argparse.Namespace) -> list[dict[str, Any]]:
         )
         with tempfile.TemporaryDirectory() as folder:
             AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-            common = {"dtype": options.dtype, "max_batch_size": options.streams}
+            common = {
+                "dtype": options.dtype,
+                "num_threads": options.threads,
+                "max_batch_size": options.streams,
+            }
             together, backend = engine(Path(folder), **common)
             single, other = engine(Path(folder), **common)
             other._abilities = replace(other._abilities, no_stacks="for comparison")
@@ -162,7 +171,7 @@ def bench_together(options: argparse.Namespace) -> list[dict[str, Any]]:
             if backend._abilities.token_bytes:
                 sides["FORCE_LEGACY_CACHE=1"] = engine(Path(folder), force_legacy_cache=True, **common)[0]
             runs: dict[str, Callable[[], float]] = {
-                name: (lambda core=core: decode_rate(core, options.streams, options.tokens))
+                name: (lambda core=core: decode_rate(core, options.streams, options.tokens, options.clock))
                 for name, core in sides.items()
             }
             size = backend.describe()["parameters"] / 1e6
@@ -182,8 +191,12 @@ def main() -> None:
     parser.add_argument("--streams", type=int)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true", help="count CPU time")
     parser.add_argument("--json", type=Path, help="write the rates there")
     options = parser.parse_args()
+    threads = choose_threads(options.threads)
+    options.clock = (lambda: time.process_time() / threads) if options.cpu else time.perf_counter
     options.streams = options.streams or (1 if options.what == "generate" else 8)
     results = (bench_generate if options.what == "generate" else bench_together)(options)
     if options.json:
