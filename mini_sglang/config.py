@@ -143,7 +143,7 @@ class Settings:
         "Model and device",
         "TRUST_REMOTE_CODE",
         False,
-        "allow a repository's own Python code to make its tokenizer (needs transformers)",
+        "allow a repository's own Python code to make its tokenizer and model (needs transformers)",
     )
     context_length: int = setting(
         "Model and device",
@@ -209,6 +209,49 @@ class Settings:
         "lru",
         "what is dropped first: least recently or least frequently used",
         choices=("lru", "lfu"),
+    )
+    prefill_cache_size: int = setting(
+        "Caches",
+        "PREFILL_CACHE_SIZE",
+        8,
+        "most prompts kept whole with their last logits: one seen before is not computed at all; 0 is none",
+        low=0,
+        high=65536,
+    )
+    prefill_cache_token_budget: int = setting(
+        "Caches",
+        "PREFILL_CACHE_TOKEN_BUDGET",
+        65536,
+        "most tokens of the prompts that PREFILL_CACHE_SIZE counts",
+        low=0,
+        high=1 << 31,
+    )
+    page_token_budget: int = setting(
+        "Caches",
+        "PAGE_TOKEN_BUDGET",
+        0,
+        "tokens of a second tier in host memory, for prefixes that the KV pool has no room for; 0 is none",
+        low=0,
+        high=1 << 31,
+    )
+    warm_prefixes: str | None = setting(
+        "Caches",
+        "WARM_PREFIXES",
+        None,
+        "texts to put in the prefix cache at the start, with || between",
+    )
+    async_prefill_queue: bool = setting(
+        "Caches",
+        "ASYNC_PREFILL_QUEUE",
+        False,
+        "compute WARM_PREFIXES while no request is there, instead of before the first one is taken",
+    )
+    prefix_cache_file: Path | None = setting(
+        "Caches",
+        "PREFIX_CACHE_FILE",
+        None,
+        "where the prefix cache is saved at the end and loaded at the next start; each engine but the first "
+        "adds its number to the name",
     )
     page_size_tokens: int = setting(
         "Caches",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +20,14 @@ from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.compiling import Compiler, choose_compiler
 from mini_sglang.backend.device import KV_DTYPES, choose_device, choose_dtype, choose_threads, free_memory
+from mini_sglang.backend.kept_logits import KeptLogits
 from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
 from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
+from mini_sglang.backend.kv.store import PoolStore
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
+from mini_sglang.backend.loading.fingerprint import weights_fingerprint
 from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.loading.progress import progress_bar
 from mini_sglang.backend.models.compiled import CompiledDecoder, prove
@@ -31,11 +35,12 @@ from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
 from mini_sglang.backend.models.quantization import block_formats
+from mini_sglang.backend.pieces import SHORT, cut, join
 from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import LoadedBackend, SequenceResult, SequenceStep
 from mini_sglang.backend.transformers_models.decoder import TransformersDecoder
 from mini_sglang.backend.transformers_models.kinds import choose_kind
-from mini_sglang.config import Settings
+from mini_sglang.config import VERSION, Settings
 from mini_sglang.errors import InvalidValueError
 from mini_sglang.types import TokenLogprob
 
@@ -44,7 +49,7 @@ logger = logging.getLogger(__name__)
 # Rows of prompt logprobs at a time: a row of float32 logits is up to a megabyte.
 _LOGPROB_ROWS = 128
 # Of a recorded step: its buffers take tens of KB a row.
-_PROGRAM_ROWS = 1024
+_PROGRAM_ROWS = 512
 _DEQUANTIZE = MappingProxyType({"auto": None, "0": False, "1": True})
 
 
@@ -71,6 +76,7 @@ class ModelBackend:
         quantization: str = "none",
         implementation: str = "native",
         compiled: str = "off",
+        path: Path | None = None,
     ) -> None:
         self.decoder = decoder
         self.kv = kv
@@ -83,6 +89,9 @@ class ModelBackend:
         self._implementation = implementation
         self._compiled = compiled
         self.program = program
+        self._path = path
+        self._kept = KeptLogits()
+        self.store = PoolStore(kv, self._identity)
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
     @property
@@ -114,8 +123,21 @@ class ModelBackend:
         """
         if not steps:
             return []
-        batch = Batch.build(steps, self._limits, self.kv.data.device)
-        if self.program is not None and self.program.takes(batch):
+        if any(step.from_logits is not None for step in steps):
+            return self._kept.run(steps, self.sampler, self.run)
+        program, device = self.program, self.kv.data.device
+        if program is None or sum([len(step.token_ids) for step in steps]) <= program.max_rows:
+            return self._run(steps, Batch.build(steps, self._limits, device))
+        # Bit for bit the same, as in chunks.
+        pieces = cut(steps, program.max_rows)
+        parts = [[part for _, part in piece] for piece in pieces]
+        batches = [Batch.build(part, self._limits, device) for part in parts]
+        return join(
+            len(steps), pieces, [self._run(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        )
+
+    def _run(self, steps: Sequence[SequenceStep], batch: Batch) -> list[SequenceResult]:
+        if self.program is not None:
             # Without torch's inference mode: to enter it takes a tenth of the time outside the kernels.
             return self._results(steps, batch, self.program.forward(batch))
         with torch.inference_mode():
@@ -128,7 +150,9 @@ class ModelBackend:
             places, rows = zip(*batch.samples, strict=True)
             # Without prompts, tokens are chosen after all the output rows, in their order.
             picked = hidden[torch.tensor(rows, device=hidden.device)] if batch.prompts else hidden
-            chosen = self.sampler.sample(self.decoder.logits(picked), batch.specs)
+            logits = self.decoder.logits(picked)
+            self._kept.keep(steps, places, logits)
+            chosen = self.sampler.sample(logits, batch.specs)
             sampled = dict(zip(places, chosen, strict=True))
         results = [sampled.get(place) or SequenceResult() for place in range(len(steps))]
         for place, first, stop in batch.prompts:
@@ -158,6 +182,22 @@ class ModelBackend:
             "kv_tokens": self.num_pages * self.page_size,
             "kv_bytes_per_token": self.kv.bytes_per_token,
             "weight_bytes": self.decoder.nbytes,
+        }
+
+    def _identity(self) -> dict[str, str]:
+        """See ``PageStore.identity``."""
+        kv, config = self.kv, self.decoder.config
+        layers, _, width = kv.data.shape
+        tiles = "in tiles" if kv.tiled else "in rows"
+        return {
+            "version": VERSION,
+            "model": config.family,
+            "config": hashlib.sha256(repr(config).encode()).hexdigest(),
+            "weights": "unknown" if self._path is None else weights_fingerprint(self._path),
+            "dtype": f"{_name(self._dtype)} {self._quantization}",
+            "kv_dtype": _name(kv.dtype),
+            "kernels": f"{self._kernels} {self._implementation} {self._compiled}",
+            "layout": f"{layers} layers, {kv.page_size} tokens a page, {width} numbers a token, {tiles}",
         }
 
     def _prompt_logprobs(self, hidden: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
@@ -245,7 +285,7 @@ def load_backend(
         and isinstance(attention, NativeAttention)
         and isinstance(decoder.operations, NativeOperations)
     ):
-        rows = max(settings.max_batch_size, min(settings.max_prefill_tokens, _PROGRAM_ROWS))
+        rows = max(settings.max_batch_size, min(settings.max_prefill_tokens, _PROGRAM_ROWS), SHORT)
         program = StepProgram.build(kernels, decoder, kv, rows)
     compiled = "off"
     if compiler is not None:
@@ -263,6 +303,7 @@ def load_backend(
         program,
         settings.quantization,
         compiled=compiled,
+        path=path,
     )
     logger.info("Loaded %s", backend.describe())
     return backend

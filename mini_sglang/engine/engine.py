@@ -6,21 +6,25 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mini_sglang.backend.step import (
     Backend,
     GrammarFactory,
     SequenceResult,
     SequenceStep,
+    page_store,
 )
 from mini_sglang.config import Settings
+from mini_sglang.engine.cache_limits import CacheLimits, check_limits
 from mini_sglang.engine.grammars import GrammarRoom
 from mini_sglang.engine.handle import EngineInfo, Work
-from mini_sglang.engine.kv_cache import CacheLimits, KVCacheManager
+from mini_sglang.engine.kv_cache import KVCacheManager
 from mini_sglang.engine.limits import make_prefix_work, make_work
 from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
-from mini_sglang.errors import InvalidValueError, shorten
+from mini_sglang.engine.warming import WarmQueue
+from mini_sglang.errors import InvalidValueError, MiniSglangError, shorten
 from mini_sglang.types import FinishReason, SamplingParams, TokenEvent, TokenLogprob
 
 logger = logging.getLogger(__name__)
@@ -43,6 +47,11 @@ class EngineCounters:
     prefix_hits: int = 0
     prefix_misses: int = 0
     prefix_hit_tokens: int = 0
+    prefix_miss_tokens: int = 0
+    prefill_cache_hits: int = 0
+    prefill_cache_misses: int = 0
+    prefill_cache_hit_tokens: int = 0
+    prefill_cache_miss_tokens: int = 0
 
 
 class EngineCore:
@@ -60,6 +69,7 @@ class EngineCore:
         grammars: makes the grammars of requests; None refuses requests that have one.
 
     Attributes:
+        saved_cache: where ``close`` saves the prefix cache; None to let it go.
         on_start: called before the first step of requests, with their ids. It says what must be known
             even if that step ends the process.
     """
@@ -76,6 +86,7 @@ class EngineCore:
         self._settings = settings
         self._eos_ids = eos_ids
         self._grammars = GrammarRoom(grammars)
+        self.saved_cache: Path | None = None
         self.on_start: Callable[[list[str]], None] | None = None
         self.info = EngineInfo(
             description=dict(description or {}),
@@ -93,8 +104,12 @@ class EngineCore:
             max_prompt_tokens=settings.prefix_cache_max_tokens,
             token_budget=settings.prefix_cache_token_budget,
             policy=settings.prefix_cache_policy,
+            max_prompts=settings.prefill_cache_size,
+            prompt_token_budget=settings.prefill_cache_token_budget,
+            host_tokens=settings.page_token_budget,
         )
-        self.cache = KVCacheManager(backend.num_pages, backend.page_size, limits)
+        check_limits(limits, backend)
+        self.cache = KVCacheManager(backend.num_pages, backend.page_size, limits, page_store(backend))
         self.scheduler = Scheduler(
             self.cache,
             SchedulerLimits(
@@ -107,10 +122,13 @@ class EngineCore:
         )
         self.counters = EngineCounters()
         self._requests: dict[str, Request] = {}
+        self._warm: Request | None = None  # the one of the queue's that runs
+        chunk = min(settings.prefill_chunk_size, settings.max_prefill_tokens)
+        self.warming = WarmQueue(chunk, self.make_prefix_request)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests)
+        return bool(self._requests) or len(self.warming) > 0
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -166,6 +184,15 @@ class EngineCore:
             arrival=time.monotonic(),
         )
 
+    def insert_prefix(self, prompt_ids: Sequence[int]) -> int:
+        """Have a prefix put in the cache by steps that no request needs; returns its tokens.
+
+        Raises as ``limits.make_prefix_work``.
+        """
+        self.make_prefix_request("", prompt_ids)
+        self.warming.add(prompt_ids)
+        return len(prompt_ids)
+
     def add(self, request: Request) -> None:
         """Queue a request made by ``make_request``."""
         if request.request_id in self._requests:
@@ -190,12 +217,31 @@ class EngineCore:
 
     def step(self) -> list[TokenEvent]:
         """Run one batch; returns what happened to each request in it."""
+        if not self._requests:
+            self._warm = self.warming.next()
+            if self._warm is not None:
+                self._requests[self._warm.request_id] = self._warm
+                self.scheduler.add(self._warm)
+        events = self._step()
+        if self._warm is not None and self._warm.finish is not None:
+            ours = [event for event in events if event.request_id == self._warm.request_id]
+            events = [event for event in events if event.request_id != self._warm.request_id]
+            cached = self.cache.cached_tokens(self._warm.tokens, self._warm.namespace)
+            self.warming.ended(ours[0].error if ours else None, cached, self.info.page_size)
+            self._warm = None
+        return events
+
+    def _step(self) -> list[TokenEvent]:
         events = self._admit_compiled()
         plan = self.scheduler.schedule()
         if not plan:
             return events
         if self.on_start is not None:
-            fresh = [item.request.request_id for item in plan if not item.request.started]
+            fresh = [
+                item.request.request_id
+                for item in plan
+                if not item.request.started and item.request is not self._warm
+            ]
             if fresh:
                 self.on_start(fresh)
         try:
@@ -230,7 +276,28 @@ class EngineCore:
             "kv_tokens_free": cache.num_free * page_size,
             "kv_tokens_cached": cache.num_cached * page_size,
             "kv_tokens_private": cache.num_private * page_size,
+            "prefill_cache_hits": counters.prefill_cache_hits,
+            "prefill_cache_misses": counters.prefill_cache_misses,
+            "prefill_cache_hit_tokens": counters.prefill_cache_hit_tokens,
+            "prefill_cache_miss_tokens": counters.prefill_cache_miss_tokens,
+            "prefix_miss_tokens": counters.prefix_miss_tokens,
+            **cache.stats(),
+            "warm_prefixes": self.warming.total,
+            "warm_prefixes_done": self.warming.done,
+            "warm_prefixes_failed": self.warming.failed,
         }
+
+    def close(self) -> None:
+        """Keep what is to outlive the engine; no step comes after this."""
+        if self.saved_cache is None:
+            return
+        path, self.saved_cache = self.saved_cache, None
+        try:
+            tokens = self.cache.save(path)
+        except MiniSglangError as error:
+            logger.error("%s", error)
+        else:
+            logger.info("saved %d tokens of the prefix cache to %s", tokens, path)
 
     def check(self) -> None:
         """Verify the page invariant (free + cached + in use == total); raises AssertionError."""
@@ -256,6 +323,8 @@ class EngineCore:
         step = SequenceStep(request.tokens[start:end], start, request.pages)
         if item.samples:
             step.sample = request.sample_spec()
+            if request.num_output == 0:
+                self.cache.first_token(request, step)
         if request.wants_prompt_logprobs:
             step.prompt_targets = request.tokens[start + 1 : min(end + 1, request.num_prompt)]
             step.prompt_top = request.params.top_logprobs
@@ -282,6 +351,8 @@ class EngineCore:
                 request.prompt_logprobs.extend(result.prompt_logprobs)
             if num_tokens > 1 or not begun:
                 self.cache.publish(request)
+            if not begun:
+                self.cache.keep_prompt(request)
             if request.prefill_only and request.num_remaining == 0:
                 events.append(self._end(request, FinishReason.STOP, keep_kv=True))
             elif result.token_id is not None:
@@ -313,12 +384,22 @@ class EngineCore:
         )
 
     def _note_start(self, request: Request, num_tokens: int) -> None:
-        """Count what the prefix cache gave to a request whose first step has run."""
+        """Count what the caches gave to a request whose first step has run."""
         request.started = True
-        cached = request.num_cached or 0
-        self.counters.prefix_hits += cached > 0
-        self.counters.prefix_misses += cached == 0
-        self.counters.prefix_hit_tokens += cached
+        if request is self._warm:
+            return
+        cached, counters = request.num_cached or 0, self.counters
+        if cached == request.num_prompt:  # else the last token, at least, is computed
+            counters.prefill_cache_hits += 1
+            counters.prefill_cache_hit_tokens += cached
+        else:
+            # The prefix cache is asked for what the exact-prompt cache has not.
+            counters.prefill_cache_misses += 1
+            counters.prefill_cache_miss_tokens += request.num_prompt
+            counters.prefix_hits += cached > 0
+            counters.prefix_misses += cached == 0
+            counters.prefix_hit_tokens += cached
+            counters.prefix_miss_tokens += request.num_prompt - cached
         logger.info(
             "prefill request=%s prompt=%d cached=%d computing=%d",
             request.request_id, request.num_prompt, cached, num_tokens,
@@ -339,7 +420,10 @@ class EngineCore:
         else:
             self.scheduler.remove(request, keep_kv=keep_kv)
         del self._requests[request.request_id]
-        self.counters.finished += reason in (FinishReason.STOP, FinishReason.LENGTH)
+        self.counters.finished += request is not self._warm and reason in (
+            FinishReason.STOP,
+            FinishReason.LENGTH,
+        )
         request.finish = reason
         return TokenEvent(
             request.request_id,

@@ -115,15 +115,17 @@ class Scheduler:
                 return
             if self._should_wait_for(request, prefilling):
                 continue
+            # One more page for each running request that may take one, or the next decodes would retract the
+            # newcomer at once.
+            headroom = sum(map(self._grows, self.running))
+            if self._cache.fetch(request, headroom, busy=bool(self.running)):
+                continue
             self._cache.attach(request)
             remaining = request.num_remaining
             chunked = self._limits.chunk_tokens is not None
             if not chunked and remaining > budget_left and prefilling:
                 self._cache.release(request, keep=False)
                 return
-            # The whole prompt must fit beside one more page for each running request that may take one, or
-            # the next decodes would retract it at once.
-            headroom = sum(map(self._grows, self.running))
             missing = self._cache.pages_for(len(request.tokens)) - len(request.pages)
             num_tokens = min(remaining, budget_left) if chunked else remaining
             fits = not self.running or missing + headroom <= self._cache.num_available

@@ -75,15 +75,16 @@ struct Kernels {
         const int format = static_cast<int>(job.format);
         const uint8_t* weight = static_cast<const uint8_t*>(job.weight);
         const size_t needed = variant->prepared_bytes(format, std::min(rows, SLAB), job.k);
-        if (prepared.size() < needed) prepared.resize(needed);
+        if (prepared.size() < needed + 64) prepared.resize(needed + 64);
+        uint8_t* const aligned = prepared.data() + (-reinterpret_cast<uintptr_t>(prepared.data()) & 63);
         for (int64_t start = 0; start < rows; start += SLAB) {
             const int64_t count = std::min(SLAB, rows - start);
             const float* plain = job.x + start * job.k;
             const void* x = plain;
             if (needed) {
-                x = prepared.data();
+                x = aligned;
                 auto prepare = [&](int64_t first, int64_t last) {
-                    variant->prepare(format, plain, first, last, job.k, prepared.data());
+                    variant->prepare(format, plain, first, last, job.k, aligned);
                 };
                 if (count * job.k < ALONE) prepare(0, count);
                 else share(count, 4 * job.k, prepare);

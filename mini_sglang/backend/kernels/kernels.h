@@ -53,10 +53,11 @@ static inline int64_t group_bytes(int format, int64_t k) {
 struct Activations {
     int8_t q[BLOCK];
     float scale;
-    float sum;  // of all q
+    float sum, scaled_sum;  // of all q, and of x
     // What a sum of products with codes begins at: minus the codes' zero times the sum of q.
     int32_t from_8, from_128;
     int32_t from_32[2];  // of q[0..15] and q[16..31]
+    int32_t unused;      // a line of the cache is a block
 };
 
 // Prepared rows of x lie in panels of 16: block b of row r at (r / 16 * blocks + b) * 16 + r % 16.

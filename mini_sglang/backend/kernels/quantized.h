@@ -28,7 +28,9 @@ struct TileQ4_0 : Nibbles {
         d = halves(header + 2 * LANES * half);
         load_codes(tile + 4 * LANES * half);
     }
+    static constexpr bool HAS_MINIMA = false;
     static int32_t from(const Activations& x) { return x.from_8; }
+    static Floats minima(const uint8_t*, const uint8_t*) { return Floats{}; }
     float number(int column, int lane) const { return d[lane] * (float)(code(column, lane) - 8); }
     Floats scaled(Ints dot, const Activations&) const { return d * to_floats(dot); }
     Floats times(const Activations& x) const { return scaled(dot_from(from(x), x), x); }
@@ -43,13 +45,18 @@ struct TileQ4_1 : Nibbles {
         m = halves(header + 32 + 2 * LANES * half);
         load_codes(tile + 4 * LANES * half);
     }
+    static constexpr bool HAS_MINIMA = true;
     static int32_t from(const Activations&) { return 0; }
+    static Floats minima(const uint8_t* header, const uint8_t*) { return halves(header + 32); }
     Floats scaled(Ints dot, const Activations& x) const { return fused(d, to_floats(dot), m * x.sum); }
     Floats times(const Activations& x) const { return scaled(dot_from(0, x), x); }
 };
 
 struct TileQ8_0 {
     static constexpr int FORMAT = Q8_0;
+    static constexpr bool HAS_MINIMA = false;
+    static int32_t from(const Activations& x) { return x.from_128; }
+    static Floats minima(const uint8_t*, const uint8_t*) { return Floats{}; }
     Floats d;
     Codes w[8];
     void load(const uint8_t* header, const uint8_t* tile, int half) {
@@ -71,7 +78,11 @@ struct TileQ4_K : Nibbles {
         m = halves(header + 32 + 2 * LANES * half) * bytes(tile + 16 + LANES * half);
         load_codes(tile + 32 + 4 * LANES * half);
     }
+    static constexpr bool HAS_MINIMA = true;
     static int32_t from(const Activations&) { return 0; }
+    static Floats minima(const uint8_t* header, const uint8_t* tile) {
+        return -(halves(header + 32) * bytes(tile + 16));
+    }
     Floats scaled(Ints dot, const Activations& x) const { return fused(d, to_floats(dot), m * -x.sum); }
     Floats times(const Activations& x) const { return scaled(dot_from(0, x), x); }
 };
@@ -182,6 +193,79 @@ void group_times(const uint8_t* w, int64_t blocks, const Activations* x, const f
     UNROLL for (int r = 0; r < ROWS; r++) write_group(sums[r], bias, y + r * stride, valid);
 }
 
+#if defined(__AVX512VNNI__)
+
+template <class Tile>
+constexpr bool IN_PAIRS = Tile::FORMAT != Q6_K;
+
+// The lines of weights to come: of every so many blocks, so many bytes behind them, one block's.
+struct Ahead {
+    int64_t distance;
+    int64_t every, turn;
+};
+
+// GROUPS groups, bytes apart, by ROWS rows of one panel of x: what is broadcast of x serves all groups. What the
+// minima add is summed by itself, which leaves registers for the codes of two groups.
+template <class Tile, int ROWS, int GROUPS, bool FETCHES = true>
+void groups_by_rows(const uint8_t* w, int64_t bytes, int64_t blocks, const Activations* x, const float* bias,
+                    float* y, int64_t stride, int64_t valid, Ahead ahead) {
+    const Layout layout = layout_of(Tile::FORMAT);
+    Floats sums[ROWS][GROUPS] = {}, minima[ROWS][GROUPS] = {};
+    auto each_block = [&](auto work) {
+        const int64_t blocks_of_header = layout.source_columns / BLOCK;
+        const uint8_t *header = w, *tile = w;
+        for (int64_t b = 0; b < blocks; b++, tile += layout.tile_bytes) {
+            if (b % blocks_of_header == 0) header = tile, tile += layout.header_bytes;
+            work(header, tile, x + b * PANEL);
+        }
+    };
+    int64_t turn = 0;
+    each_block([&](const uint8_t* header, const uint8_t* tile, const Activations* at) {
+        if (FETCHES && turn == ahead.turn)
+            UNROLL for (int g = 0; g < GROUPS; g++)
+                for (int line = 0; line < layout.tile_bytes + layout.header_bytes; line += 64)
+                    _mm_prefetch((const char*)tile + g * bytes + ahead.distance + line, _MM_HINT_T0);
+        if (FETCHES && ++turn == ahead.every) turn = 0;
+        Tile tiles[GROUPS];
+        UNROLL for (int g = 0; g < GROUPS; g++) {
+            tiles[g].load(header + g * bytes, tile + g * bytes, 0);
+        }
+        Codes dots[ROWS][GROUPS];
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int g = 0; g < GROUPS; g++) dots[r][g] = _mm512_set1_epi32(Tile::from(at[r]));
+        UNROLL for (int v = 0; v < 8; v++)
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                const Codes q = four(at[r].q + 4 * v);
+                UNROLL for (int g = 0; g < GROUPS; g++) dots[r][g] = _mm512_dpbusd_epi32(dots[r][g], tiles[g].w[v], q);
+            }
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int g = 0; g < GROUPS; g++)
+                sums[r][g] = fused(tiles[g].d * to_floats((Ints)dots[r][g]), all(at[r].scale), sums[r][g]);
+        UNROLL for (int r = 0; Tile::HAS_MINIMA && ROWS < 4 && r < ROWS; r++)
+            UNROLL for (int g = 0; g < GROUPS; g++)
+                minima[r][g] = fused(Tile::minima(header + g * bytes, tile + g * bytes), all(at[r].scaled_sum), minima[r][g]);
+    });
+    if (Tile::HAS_MINIMA && ROWS >= 4)
+        each_block([&](const uint8_t* header, const uint8_t* tile, const Activations* at) {
+            UNROLL for (int g = 0; g < GROUPS; g++) {
+                const Floats m = Tile::minima(header + g * bytes, tile + g * bytes);
+                UNROLL for (int r = 0; r < ROWS; r++) minima[r][g] = fused(m, all(at[r].scaled_sum), minima[r][g]);
+            }
+        });
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int g = 0; g < GROUPS; g++) {
+            const Floats sum = Tile::HAS_MINIMA ? sums[r][g] + minima[r][g] : sums[r][g];
+            write_group(&sum, bias ? bias + g * GROUP : nullptr, y + r * stride + g * GROUP, valid - g * GROUP);
+        }
+}
+
+#else
+
+template <class Tile>
+constexpr bool IN_PAIRS = false;
+
+#endif
+
 // Of prepared rows, to stay in the second-level cache while a chunk's groups pass by.
 constexpr int64_t CACHED_BYTES = 384 << 10;
 
@@ -196,6 +280,31 @@ void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k,
         for (int64_t g = first; g < last; g++) {
             const int64_t column = g * GROUP;
             int64_t row = start;
+#if defined(__AVX512VNNI__)
+            if constexpr (IN_PAIRS<Tile>) {
+                const bool pair = g + 1 < last && stop - start >= 4;
+                const int64_t passes = (stop - start) / 4, every = passes < 1 ? 1 : passes < 4 ? passes : 4;
+                auto part = [&](auto times, int count, int64_t distance, int64_t until) {
+                    for (; row + count <= until; row += count)
+                        times(packed + g * bytes, bytes, blocks, x + row / PANEL * PANEL * blocks + row % PANEL,
+                              bias ? bias + column : nullptr, y + row * y_stride + column, y_stride, n - column,
+                              Ahead{distance, every, (row - start) / 4});
+                };
+                // One row goes through the weights as they come, more of them through two groups some times.
+                if (pair) {
+                    part(groups_by_rows<Tile, 4, 2>, 4, 2 * bytes, stop < start + 16 ? stop : start + 16);
+                    part(groups_by_rows<Tile, 4, 2, false>, 4, 0, stop);
+                    part(groups_by_rows<Tile, 2, 2, false>, 2, 0, stop);
+                    part(groups_by_rows<Tile, 1, 2, false>, 1, 0, stop);
+                } else {
+                    part(groups_by_rows<Tile, 4, 1>, 4, 2048, stop);
+                    part(groups_by_rows<Tile, 2, 1>, 2, 2048, stop);
+                    part(groups_by_rows<Tile, 1, 1>, 1, 2048, stop);
+                }
+                g += pair;
+                continue;
+            }
+#endif
             auto part = [&](auto times, int count) {
                 for (; row + count <= stop; row += count)
                     times(packed + g * bytes, blocks, x + row / PANEL * PANEL * blocks + row % PANEL,
@@ -210,39 +319,79 @@ void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k,
     }
 }
 
-inline void quantize_block(const float* x, Activations* out) {
-    enum { PARTS = BLOCK / LANES };
+struct Rounded {
+    int32_t first, last;  // sums of q[0..15] and q[16..31]
+};
+
+#if defined(__AVX512VNNI__)
+
+inline int32_t largest_bits(const float* x) {
+    const __m512i sign = _mm512_set1_epi32(0x7fffffff);
+    const __m512i top = _mm512_max_epi32(_mm512_and_si512(_mm512_loadu_si512(x), sign),
+                                         _mm512_and_si512(_mm512_loadu_si512(x + 16), sign));
+    return _mm512_reduce_max_epi32(top);
+}
+
+inline Rounded round_block(const float* x, float inverse, int8_t* q) {
+    const __m512 factor = _mm512_set1_ps(inverse);
+    auto sixteen = [&](const float* from) {
+        return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), factor)));
+    };
+    const __m256i all = _mm256_set_m128i(sixteen(x + 16), sixteen(x));
+    _mm256_storeu_si256((__m256i*)q, all);
+    __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), all);
+    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0x4e));
+    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0xb1));
+    return {_mm256_extract_epi32(sums, 0), _mm256_extract_epi32(sums, 4)};
+}
+
+#else
+
+inline int32_t largest_bits(const float* x) {
     // Magnitudes compare like their bit patterns, infinities and NaN above all numbers.
     Ints top = {};
-    UNROLL for (int i = 0; i < PARTS; i++) {
-        const Ints bits = load<Ints>(x + LANES * i) & 0x7fffffff;
+    UNROLL for (int i = 0; i < BLOCK; i += LANES) {
+        const Ints bits = load<Ints>(x + i) & 0x7fffffff;
         top = bits > top ? bits : top;
     }
     int32_t largest = 0;
     for (int i = 0; i < LANES; i++) largest = top[i] > largest ? top[i] : largest;
+    return largest;
+}
+
+inline Rounded round_block(const float* x, float inverse, int8_t* q) {
+    Ints sums[2] = {};
+    UNROLL for (int i = 0; i < BLOCK; i += LANES) {
+        // Adding 1.5 * 2^23 leaves the number rounded to even in the low bits.
+        const Floats shifted = load<Floats>(x + i) * all(inverse) + 12582912.0f;
+        const Ints codes = (Ints)shifted - 0x4b400000;
+        store_bytes(q + i, codes);
+        sums[2 * i / BLOCK] += codes;
+    }
+    Rounded out = {};
+    for (int i = 0; i < LANES; i++) out.first += sums[0][i], out.last += sums[1][i];
+    return out;
+}
+
+#endif
+
+inline void quantize_block(const float* x, Activations* out) {
+    const int32_t largest = largest_bits(x);
     const float magnitude = from_bits((uint32_t)largest);
     if (largest >= 0x7f800000 || magnitude < 0x1p-100f) {
         memset(out, 0, sizeof *out);
         out->scale = largest >= 0x7f800000 ? from_bits(0x7fc00000) : 0.0f;
         return;
     }
-    const Floats inverse = all(127.0f / magnitude);
-    Ints sums[2] = {};
-    UNROLL for (int i = 0; i < PARTS; i++) {
-        // Adding 1.5 * 2^23 leaves the number rounded to even in the low bits.
-        const Floats shifted = load<Floats>(x + LANES * i) * inverse + 12582912.0f;
-        const Ints q = (Ints)shifted - 0x4b400000;
-        store_bytes(out->q + LANES * i, q);
-        sums[2 * i / PARTS] += q;
-    }
-    int32_t first = 0, last = 0;
-    for (int i = 0; i < LANES; i++) first += sums[0][i], last += sums[1][i];
-    out->scale = magnitude / 127.0f;
-    out->sum = (float)(first + last);
-    out->from_8 = -8 * (first + last);
-    out->from_128 = -128 * (first + last);
-    out->from_32[0] = -32 * first;
-    out->from_32[1] = -32 * last;
+    const Rounded sums = round_block(x, 127.0f / magnitude, out->q);
+    const int32_t sum = sums.first + sums.last;
+    out->scale = magnitude * (1.0f / 127.0f);
+    out->sum = (float)sum;
+    out->scaled_sum = out->scale * out->sum;
+    out->from_8 = -8 * sum;
+    out->from_128 = -128 * sum;
+    out->from_32[0] = -32 * sums.first;
+    out->from_32[1] = -32 * sums.last;
 }
 
 void quantize(const float* x, int64_t first, int64_t last, int64_t k, Activations* out) {

@@ -15,7 +15,7 @@ constexpr bool HAS_BF16 = true;
 constexpr bool HAS_BF16 = false;
 #endif
 
-int groups_together(int format) { return is_dense(format) ? WIDE : 1; }
+int groups_together(int format) { return is_dense(format) ? WIDE : LANES == 16 ? 2 : 1; }
 
 int64_t prepared_bytes(int format, int64_t rows, int64_t k) {
     if (format == BF16 && HAS_BF16) return rows * (k + k % 2) * 2;

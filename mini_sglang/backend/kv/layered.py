@@ -45,6 +45,8 @@ class LayeredKVPool(KVPool):
         self.page_size = page_size
         self.dtype = dtype
         self.shapes = tuple(shapes)
+        # Written and read by torch's operators: tiles are the compiled attention's own.
+        self.tiled = False
         self.kv_heads, self.head_dim = shapes[0].kv_heads, shapes[0].key_dim
         ends = [0, *accumulate(shape.width for shape in shapes)]
         self.data = allocate_kv((1, num_pages * page_size, ends[-1]), dtype, device)

@@ -30,6 +30,7 @@ from mini_sglang.backend.transformers_models.attention import stay_eager
 from mini_sglang.backend.transformers_models.check import self_check
 from mini_sglang.backend.transformers_models.decoder import TransformersConfig, TransformersDecoder, probe
 from mini_sglang.backend.transformers_models.kinds import Kind, why_per_request
+from mini_sglang.backend.transformers_models.linears import pack_linears
 from mini_sglang.backend.transformers_models.loading import load_model
 from mini_sglang.backend.transformers_models.masks import NotPagedError
 from mini_sglang.config import Settings
@@ -67,7 +68,7 @@ def load_transformers_backend(
         kind: what ``choose_kind`` says.
     """
     dtype = choose_dtype(settings.dtype, machine.device)
-    _refuse_settings(settings, dtype)
+    _refuse_settings(settings, dtype, kind)
     count = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     if notify is not None:
         name = str(dtype).removeprefix("torch.")
@@ -86,18 +87,26 @@ def load_transformers_backend(
             if settings.force_legacy_cache:
                 allowed = "0 for this model: it runs over this stack's pages, whose shape is fixed"
                 raise InvalidValueError("FORCE_LEGACY_CACHE", True, allowed)
-            return _paged(model, checkpoint, settings, machine, dtype)
+            return _paged(path, model, checkpoint, settings, machine, dtype)
         except NotPagedError as error:
             reason = str(error)
     return request_backend(path, model, checkpoint, settings, machine, reason)
 
 
 def _paged(
-    model: Any, checkpoint: Checkpoint, settings: Settings, machine: Machine, dtype: torch.dtype
+    path: Path,
+    model: Any,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    machine: Machine,
+    dtype: torch.dtype,
 ) -> ModelBackend:
     config = read_transformers_config(model, checkpoint, settings)
     length = config.context_length
     rotations.freeze(model, model.config.get_text_config(decoder=True), length)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    # torch.compile cannot look into the kernels.
+    pack_linears(model, None if machine.compiler else machine.kernels, settings.quantization)
     decoder = probe(model, config)
     attention = _chosen_attention(settings, decoder, machine.kernels)
     self_check(decoder, attention, dtype)
@@ -117,11 +126,13 @@ def _paged(
         attention,
         Sampler(config.vocab_size),
         length,
-        sum(parameter.numel() for parameter in model.parameters()),
+        count,
         machine.kernels_used,
         dtype,
+        quantization=settings.quantization,
         implementation="transformers paged",
         compiled=compiled,
+        path=path,
     )
     if machine.compiler and compiled == machine.compiler.mode:
         warm_up(backend)
@@ -151,13 +162,16 @@ def read_transformers_config(model: Any, checkpoint: Checkpoint, settings: Setti
     ends = getattr(text, "eos_token_id", None)
     return TransformersConfig(
         family=str(model.config.model_type),
-        vocab_size=min(
-            int(model.get_output_embeddings().weight.shape[0]),
-            int(model.get_input_embeddings().weight.shape[0]),
-        ),
+        vocab_size=_vocab_size(model, text),
         context_length=settings.context_length or made_for,
         eos_ids=read_eos_ids({"eos_token_id": ends, **checkpoint.config}, checkpoint.generation_config),
     )
+
+
+def _vocab_size(model: Any, text: Any) -> int:
+    """Ids that have a row in both the embedding and the head, where they can be seen."""
+    tables = (model.get_output_embeddings(), model.get_input_embeddings())
+    return min((int(table.weight.shape[0]) for table in tables if table is not None), default=text.vocab_size)
 
 
 def _compile(
@@ -202,8 +216,8 @@ def _attention(decoder: TransformersDecoder, kernels: NativeKernels | None) -> A
     return NativeAttention(kernels) if fits and kernels and kernels.fast else PagedAttention()
 
 
-def _refuse_settings(settings: Settings, dtype: torch.dtype) -> None:
-    if settings.quantization != "none":
+def _refuse_settings(settings: Settings, dtype: torch.dtype, kind: Kind) -> None:
+    if settings.quantization != "none" and kind != "paged":
         raise InvalidValueError(
             "QUANTIZATION",
             settings.quantization,

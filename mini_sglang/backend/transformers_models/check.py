@@ -28,7 +28,7 @@ def self_check(decoder: TransformersDecoder, attention: Attention, dtype: torch.
     """Compare a few steps of two sequences over pages with the model's own eager attention.
 
     Raises:
-        NotPagedError: the logits differ by more than the dtype explains.
+        NotPagedError: a forward fails, or the logits differ by more than the dtype explains.
     """
     device = next(decoder.model.parameters()).device
     ids = torch.split_with_sizes(probe_ids(decoder.config.vocab_size, sum(_LENGTHS)), _LENGTHS)
@@ -45,7 +45,10 @@ def self_check(decoder: TransformersDecoder, attention: Attention, dtype: torch.
             # As targets of prompt logprobs, so that every row gives its logits.
             steps.append(SequenceStep(tokens, done[sequence], pages[sequence], prompt_targets=[0] * count))
         batch = Batch.build(steps, limits, device)
-        logits = decoder.logits(decoder.forward(batch, kv, attention))
+        try:
+            logits = decoder.logits(decoder.forward(batch, kv, attention))
+        except Exception as error:
+            raise NotPagedError(f"its forward failed: {' '.join(str(error).split())[:200]}") from error
         for place, first, stop in batch.prompts:
             sequence, count = taken[place]
             rows = slice(done[sequence], done[sequence] + count)

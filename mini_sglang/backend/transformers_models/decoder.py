@@ -25,6 +25,7 @@ from mini_sglang.backend.transformers_models.attention import (
     Step,
     register,
 )
+from mini_sglang.backend.transformers_models.linears import packed_bytes
 from mini_sglang.backend.transformers_models.masks import NotPagedError
 
 
@@ -81,8 +82,9 @@ class TransformersDecoder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the parameters, tied ones once."""
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        """Bytes of the weights, tied ones once."""
+        plain: int = sum(parameter.nbytes for parameter in self.model.parameters())
+        return plain + packed_bytes(self.model)
 
     def forward(self, batch: Batch, kv: KVPool, attention: Attention) -> Tensor:
         """Run the batch's tokens, writing their KV.

@@ -13,14 +13,10 @@ VOCAB_SIZE = 200
 WINDOW = 8
 CONTEXT = 128
 
-# Whichever of these names a family's config knows.
-_SIZES: dict[str, Any] = {
+_SHARED: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 40,
-    "ffn_dim": 40,
-    "n_inner": 40,
-    "word_embed_proj_dim": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -29,6 +25,13 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+# Whichever of these names a family's config knows.
+_SIZES: dict[str, Any] = {
+    **_SHARED,
+    "ffn_dim": 40,
+    "n_inner": 40,
+    "word_embed_proj_dim": 32,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -69,10 +72,33 @@ class Family:
     config: dict[str, Any] = field(default_factory=dict)
 
 
+NATIVE = (
+    ("Llama 1 to 3.x, SmolLM, SmolLM 2", "llama"),
+    ("Mistral", "mistral"),
+    ("Qwen2, Qwen2.5", "qwen2"),
+    ("Qwen3", "qwen3"),
+    ("SmolLM 3", "smollm3"),
+)
 PAGED = (
     Family("Gemma", "gemma", config=_HEADS),
     Family("Gemma 2", "gemma2", config={**_MIXED, **_HEADS, "query_pre_attn_scalar": 20}),
     Family("Gemma 3", "gemma3_text", config={**_MIXED, **_HEADS, "query_pre_attn_scalar": 20}),
+    Family(
+        "Gemma 3 with vision (text only)",
+        "gemma3",
+        config={
+            "text_config": {**_SHARED, **_MIXED, **_HEADS, "query_pre_attn_scalar": 20},
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+        },
+    ),
     Family(
         "Gemma 3n",
         "gemma3n_text",
@@ -125,6 +151,17 @@ PAGED = (
     Family("GLM-4", "glm4", config=_HEADS),
     Family("GLM-4.5", "glm4_moe", config=_HEADS),
     Family("Granite", "granite", config={"attention_multiplier": 0.2, "logits_scaling": 3.0}),
+    Family(
+        "Granite 4 (attention only)",
+        "granitemoehybrid",
+        config={
+            "layer_types": ["attention", "attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "shared_intermediate_size": 40,
+            "num_local_experts": 0,
+        },
+    ),
     Family("Granite MoE", "granitemoe", config={"attention_multiplier": 0.2, "logits_scaling": 3.0}),
     Family("Helium", "helium", config={"head_dim": 8}),
     Family("EXAONE 4", "exaone4", config=_MIXED),
@@ -211,3 +248,13 @@ def tiny_model(family: Family, **overrides: Any) -> PreTrainedModel:
 def save(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
     return folder
+
+
+def table() -> str:
+    """The list in docs/models.md: every family of the tests and how it is served."""
+    lines = ["| model | `model_type` | served |", "| --- | --- | --- |"]
+    lines += [f"| {name} | `{model_type}` | native |" for name, model_type in NATIVE]
+    for family in (*PAGED, *PER_REQUEST):
+        kind = family.kind.replace("_", " ")
+        lines.append(f"| {family.name} | `{family.model_type}` | {kind} |")
+    return "\n".join(lines) + "\n"

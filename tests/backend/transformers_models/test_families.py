@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from mini_sglang import Engine
 from mini_sglang.backend.model_backend import ModelBackend, load_backend
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.types import SamplingParams
 from tests.backend.harness import page_ranges, step, step_logits
 from tests.backend.transformers_models.families import PAGED, VOCAB_SIZE, WINDOW, Family, save, tiny_model
+from tests.tiny_folders import tiny_folder
 
 NEW_TOKENS = 9
 PAGE = 4
@@ -102,3 +104,11 @@ def test_together_cached_chunked_and_retracted_as_transformers_generates(
     assert answers(engine, wanted[::-1]) == expected[::-1]
     assert engine.scheduler.num_retractions > retractions
     assert engine.counters.prefix_hit_tokens - hits > 60
+
+
+def test_the_public_engine_serves_one(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, "olmo2")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with Engine(str(folder), dtype="fp32", device="cpu", kv_token_budget=1024) as engine:
+        output = engine.generate([40, 50, 60, 70], SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True))
+        assert list(output.token_ids) == generated(model, [40, 50, 60, 70])

@@ -174,7 +174,7 @@ def test_a_model_of_another_attention_is_refused() -> None:
 def test_a_forward_that_turns_off_its_way_is_stopped(model: PreTrainedModel) -> None:
     decoder = probe(model, CONFIG)
     decoder.calls.reverse()
-    with pytest.raises(RuntimeError, match="another way through its layers"):
+    with pytest.raises(NotPagedError, match="another way through its layers"):
         self_check(decoder, TORCH, torch.float32)
 
 
