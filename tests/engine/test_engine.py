@@ -328,6 +328,7 @@ def test_counters_add_up() -> None:
         "prefill_cache_entries": 3, "prefill_cache_tokens": 30, "prefill_cache_evictions": 0,
         "prefix_hits": 1, "prefix_misses": 2, "prefix_hit_tokens": 8, "prefix_miss_tokens": 10 + 2 + 10,
         "prefix_evicted_tokens": 0, "prefix_loaded_tokens": 0,
+        "prefix_reuse": 1,
         "prefixes": 3, "retractions": 0, "kv_tokens_total": 256, "kv_tokens_free": 256 - 28 - 12,
         # Three answers, of which two share two pages, and the last page of three prompts.
         "kv_tokens_cached": 28 + 12, "kv_tokens_private": 0,
