@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
 
+from mini_sglang.backend.step import Backend, SampleSpec, SequenceStep
 from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError
+from mini_sglang.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,23 @@ class Compiler:
     def refusal(self, why: str) -> InvalidValueError:
         """What to raise where the model cannot be compiled."""
         return InvalidValueError("COMPILE_MODEL", "1", f"0 or auto here: {why}")
+
+
+def warm_up(backend: Backend) -> None:
+    """Have what is compiled at the first steps compiled now: of one row, of several, of two sequences."""
+    pages = array("i", range(backend.num_pages))
+    half = backend.num_pages // 2
+    counts = [1, min(5, backend.num_pages * backend.page_size, backend.context_length)]
+    plans = [[(count, pages)] for count in counts]
+    if half:
+        plans.append([(1, pages[:half]), (1, pages[half:])])
+    for plan in plans:
+        backend.run(
+            [
+                SequenceStep(list(range(count)), 0, table, SampleSpec(SamplingParams(), 0, 0))
+                for count, table in plan
+            ]
+        )
 
 
 def choose_compiler(settings: Settings, device: torch.device) -> Compiler | None:

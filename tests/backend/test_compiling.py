@@ -47,6 +47,16 @@ def test_our_decoder_compiled_has_the_logits_it_has_without(tmp_path: Path) -> N
     assert compiled_graphs() == graphs, "a batch of another size was compiled anew"
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile without its C++: graphs are traced and cut as ever, and run on torch's operators."""
+    own = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, dynamic, mode: own(function, dynamic=dynamic, backend="aot_eager")
+    )
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_model_of_transformers_compiled_over_our_pages_answers_alike(tmp_path: Path) -> None:
     folder = save(
         tiny_model(FAMILIES["gemma2"], num_hidden_layers=1, layer_types=["full_attention"]), tmp_path

@@ -15,7 +15,7 @@ from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.attention.choice import torch_attention
 from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
-from mini_sglang.backend.compiling import Compiler
+from mini_sglang.backend.compiling import Compiler, warm_up
 from mini_sglang.backend.device import KV_DTYPES, choose_dtype, free_memory
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.layered import kv_pool
@@ -134,6 +134,8 @@ def _paged(
         compiled=compiled,
         path=path,
     )
+    if machine.compiler and compiled == machine.compiler.mode:
+        warm_up(backend)
     logger.info("Loaded %s", backend.describe())
     return backend
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from mini_sglang.backend.transformers_models.decoder import TransformersConfig
 from mini_sglang.backend.transformers_models.runner import said
 from mini_sglang.backend.transformers_models.steps import check_steps
 from mini_sglang.errors import InvalidValueError
+
+_JOIN_SECONDS = 10.0
 
 
 class GenerateBackend:
@@ -56,11 +59,9 @@ class GenerateBackend:
         self._about = dict(about)
         self._sampler = Sampler(config.vocab_size)
         self._answers: dict[int, _Answer] = {}
+        # At the interpreter's end too, which must not find a thread within torch.
+        weakref.finalize(self, _end_all, self._answers)
         model.generation_config = _generation_config(config.context_length, fixed_shape, compiler)
-
-    def __del__(self) -> None:
-        for answer in getattr(self, "_answers", {}).values():
-            answer.end()
 
     @property
     def page_size(self) -> int:
@@ -157,7 +158,8 @@ class _Answer:
         self._ended = False
         self._may_go = threading.Semaphore(0)
         self._has_stopped = threading.Semaphore(0)
-        threading.Thread(target=self._run, name="mini-sglang-generate", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="mini-sglang-generate", daemon=True)
+        self._thread.start()
 
     def next_token(self, spec: SampleSpec, num_tokens: int) -> SequenceResult:
         """Have the call go on to its next token, reading ``num_tokens`` for it."""
@@ -171,6 +173,10 @@ class _Answer:
         """Let the thread run out, without a further token."""
         self._ended = True
         self._may_go.release()
+
+    def join(self) -> None:
+        """Wait for the thread, which takes a forward at most."""
+        self._thread.join(_JOIN_SECONDS)
 
     def _run(self) -> None:
         self._may_go.acquire()
@@ -209,6 +215,13 @@ class _Answer:
         self._has_stopped.release()
         self._may_go.acquire()
         return torch.full((len(input_ids),), self._ended, dtype=torch.bool, device=input_ids.device)
+
+
+def _end_all(answers: dict[int, _Answer]) -> None:
+    for answer in answers.values():
+        answer.end()
+    for answer in answers.values():
+        answer.join()
 
 
 def _generation_config(context_length: int, fixed_shape: bool, compiler: Compiler | None) -> Any:

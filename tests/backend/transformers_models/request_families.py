@@ -86,6 +86,18 @@ CASES = (
         "granitemoehybrid", {**_SSM, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 32}
     ),
     _case(
+        "nemotron_h",
+        {
+            "layers_block_type": ["mamba", "moe", "attention"],
+            "num_hidden_layers": 3,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+        },
+    ),
+    _case(
         "recurrent_gemma",
         {"lru_width": 32, "attention_window_size": 8, "num_hidden_layers": 3, "head_dim": 8},
         chunks=False,
@@ -111,6 +123,17 @@ CASES = (
         chunks=False,
         together=False,
         replays=False,
+    ),
+    _case(
+        "kimi_linear",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+        },
     ),
     _case("falcon", {"alibi": True}),
     _case("bloom"),
