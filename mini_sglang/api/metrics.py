@@ -28,8 +28,13 @@ _TOTALS = {
     "prefill_cache_miss_tokens": "prompt tokens that the exact-prompt cache did not have",
     "prefix_evicted_tokens": "tokens dropped from the prefix cache",
     "retractions": "requests set back because the KV pool was full",
+    "draft_tokens": "tokens guessed ahead",
+    "draft_tokens_accepted": "tokens guessed right, each a decode that was saved",
+    "draft_steps": "decodes that checked guesses",
+    "speculation_switched_off": "requests whose guesses were right too seldom to pay",
 }
 _GAUGES = {
+    "draft_acceptance_rate": "share of the tokens guessed ahead that were right",
     "running": "requests in the batch",
     "waiting": "requests waiting inside the engine",
     "prefixes": "prefixes in the cache",
@@ -186,8 +191,10 @@ def as_prometheus(metrics: Metrics, pool: PoolStats, model: str) -> str:
     return out.text()
 
 
-def _counters(counters: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+def _counters(counters: Mapping[str, int]) -> Iterator[tuple[str, float]]:
     yield from counters.items()
+    if counters.get("draft_tokens"):
+        yield "draft_acceptance_rate", counters["draft_tokens_accepted"] / counters["draft_tokens"]
     # Every prompt token is computed or was there; the engine counts the two it needs itself.
     if "prefix_miss_tokens" not in counters and "prefill_tokens" in counters:
         yield "prefix_miss_tokens", counters["prefill_tokens"]

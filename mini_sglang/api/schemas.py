@@ -30,6 +30,7 @@ from mini_sglang.types import (
     MAX_NEW_TOKENS_LIMIT,
     MAX_STOP_TOKEN_IDS,
     MAX_TOP_LOGPROBS,
+    SPECULATIVE_CHOICES,
     SamplingParams,
     sampling_param_names,
 )
@@ -168,6 +169,10 @@ def _sampling_kinds() -> dict[str, Kind]:
         "regex": Text(),
         "ebnf": Text(),
         "json_object": Boolean(),
+        "speculative": AnyOf(
+            (Boolean(), Text(choices=SPECULATIVE_CHOICES)),
+            "true, false, or one of " + ", ".join(SPECULATIVE_CHOICES),
+        ),
     }
 
 

@@ -14,12 +14,15 @@ from mini_sglang.backend.step import (
     SequenceStep,
 )
 from mini_sglang.config import Settings
+from mini_sglang.engine.draft_model import DraftModel
+from mini_sglang.engine.drafts import Drafts
 from mini_sglang.engine.grammars import GrammarRoom
 from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.engine.kv_cache import CacheLimits, KVCacheManager
 from mini_sglang.engine.limits import make_prefix_work, make_work
 from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
+from mini_sglang.engine.speculation import Speculator
 from mini_sglang.errors import InvalidValueError, shorten
 from mini_sglang.types import FinishReason, SamplingParams, TokenEvent, TokenLogprob
 
@@ -43,6 +46,9 @@ class EngineCounters:
     prefix_hits: int = 0
     prefix_misses: int = 0
     prefix_hit_tokens: int = 0
+    draft_tokens: int = 0
+    draft_tokens_accepted: int = 0
+    draft_steps: int = 0
 
 
 class EngineCore:
@@ -58,6 +64,7 @@ class EngineCore:
         eos_ids: ids that end an answer.
         description: goes into ``info``.
         grammars: makes the grammars of requests; None refuses requests that have one.
+        draft_backend: a small model of the same vocabulary that guesses tokens ahead.
 
     Attributes:
         on_start: called before the first step of requests, with their ids. It says what must be known
@@ -71,6 +78,7 @@ class EngineCore:
         eos_ids: frozenset[int],
         description: Mapping[str, str | int] | None = None,
         grammars: GrammarFactory | None = None,
+        draft_backend: Backend | None = None,
     ) -> None:
         self._backend = backend
         self._settings = settings
@@ -102,6 +110,12 @@ class EngineCore:
                 chunk_tokens=settings.prefill_chunk_size if settings.chunked_prefill else None,
             ),
         )
+        draft_model = None
+        if draft_backend is not None:
+            draft_model = DraftModel(draft_backend, backend.vocab_size, settings.max_prefill_tokens)
+        # What was guessed wrong must be forgotten: only pages can.
+        paged = getattr(backend, "shares_prefixes", True)
+        self.speculator = Speculator(settings, self.cache, draft_model, allowed=paged)
         self.counters = EngineCounters()
         self._requests: dict[str, Request] = {}
 
@@ -150,7 +164,7 @@ class EngineCore:
 
     def request_of(self, work: Work) -> Request:
         """Wrap up checked work for ``add``."""
-        return Request(
+        request = Request(
             request_id=work.request_id,
             tokens=list(work.prompt_ids),
             num_prompt=len(work.prompt_ids),
@@ -162,6 +176,8 @@ class EngineCore:
             namespace=work.namespace,
             arrival=time.monotonic(),
         )
+        request.speculation = self.speculator.begin(request)
+        return request
 
     def add(self, request: Request) -> None:
         """Queue a request made by ``make_request``."""
@@ -195,12 +211,16 @@ class EngineCore:
             fresh = [item.request.request_id for item in plan if not item.request.started]
             if fresh:
                 self.on_start(fresh)
+        speculating = self.speculator.propose(plan)
+        started = time.perf_counter() if speculating else 0.0
         try:
             results = self._backend.run([self._sequence_step(item) for item in plan])
         except Exception as error:
             logger.exception("a step of %d requests failed", len(plan))
             message = f"the step failed: {shorten(str(error) or type(error).__name__)}"
             return events + [self._fail(item.request, message) for item in plan]
+        if speculating:
+            self.speculator.note_step(plan, time.perf_counter() - started)
         return events + self._postprocess(plan, results)
 
     def stats(self) -> dict[str, int]:
@@ -222,6 +242,10 @@ class EngineCore:
             "prefix_evicted_tokens": cache.evicted_tokens,
             "prefixes": cache.num_prefixes,
             "retractions": self.scheduler.num_retractions,
+            "draft_tokens": counters.draft_tokens,
+            "draft_tokens_accepted": counters.draft_tokens_accepted,
+            "draft_steps": counters.draft_steps,
+            "speculation_switched_off": self.speculator.switched_off,
             "kv_tokens_total": cache.num_pages * page_size,
             "kv_tokens_free": cache.num_free * page_size,
             "kv_tokens_cached": cache.num_cached * page_size,
@@ -231,6 +255,7 @@ class EngineCore:
     def check(self) -> None:
         """Verify the page invariant (free + cached + in use == total); raises AssertionError."""
         self.cache.check(self.scheduler.running)
+        self.speculator.check()
 
     def _admit_compiled(self) -> list[TokenEvent]:
         """Queue the requests whose grammars are there by now."""
@@ -252,6 +277,9 @@ class EngineCore:
         step = SequenceStep(request.tokens[start:end], start, request.pages)
         if item.samples:
             step.sample = request.sample_spec()
+            if item.drafts is not None:
+                step.token_ids = [*step.token_ids, *item.drafts.tokens]
+                step.draft_samples = item.drafts.samples
         if request.wants_prompt_logprobs:
             step.prompt_targets = request.tokens[start + 1 : min(end + 1, request.num_prompt)]
             step.prompt_top = request.params.top_logprobs
@@ -265,6 +293,9 @@ class EngineCore:
             request, num_tokens = item.request, item.num_tokens
             if result.error is not None:
                 events.append(self._fail(request, result.error))
+                continue
+            if item.drafts is not None:
+                events.extend(self._accept_drafts(request, item.drafts, result))
                 continue
             begun = request.num_output > 0
             # What a retracted request computes again is prefill, but for its newest token.
@@ -308,6 +339,48 @@ class EngineCore:
             prompt_logprobs=prompt_logprobs,
         )
 
+    def _accept_drafts(self, request: Request, drafts: Drafts, result: SequenceResult) -> list[TokenEvent]:
+        """Append what was chosen, up to the first token that was guessed otherwise."""
+        chosen = [result]
+        for draft, after in zip(drafts.tokens, result.drafted, strict=True):
+            if chosen[-1].token_id != draft:
+                break
+            chosen.append(after)
+        counters = self.counters
+        counters.draft_steps += 1
+        counters.draft_tokens += len(drafts.tokens)
+        counters.draft_tokens_accepted += len(chosen) - 1
+        taken: list[SequenceResult] = []
+        error: str | None = None
+        for one in chosen:
+            if one.token_id is None:
+                error = one.error or "no token was chosen"
+            else:
+                request.num_computed += 1
+                error = request.append(one.token_id)
+            if error is not None:
+                break
+            taken.append(one)
+            if request.finish is not None:
+                break
+        counters.decode_tokens += len(taken)
+        self.speculator.learn(request, drafts, len(chosen) - 1)
+        event = TokenEvent(
+            request.request_id,
+            tuple([one.token_id for one in taken if one.token_id is not None]),
+            tuple([one.logprob for one in taken if one.logprob is not None]),
+            request.finish,
+            request.matched_token_id,
+            prompt_tokens=request.num_prompt,
+            cached_tokens=request.num_cached or 0,
+        )
+        if error is not None:
+            # What was chosen before it counts, as it would without drafts.
+            return [event, self._fail(request, error)] if taken else [self._fail(request, error)]
+        if request.finish is not None:
+            self._end(request, request.finish, keep_kv=True)
+        return [event]
+
     def _note_start(self, request: Request, num_tokens: int) -> None:
         """Count what the prefix cache gave to a request whose first step has run."""
         request.started = True
@@ -335,6 +408,7 @@ class EngineCore:
         else:
             self.scheduler.remove(request, keep_kv=keep_kv)
         del self._requests[request.request_id]
+        self.speculator.forget(request)
         self.counters.finished += reason in (FinishReason.STOP, FinishReason.LENGTH)
         request.finish = reason
         return TokenEvent(

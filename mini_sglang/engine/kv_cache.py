@@ -102,6 +102,30 @@ class KVCacheManager:
         self.num_private += missing
         return True
 
+    def extend_by_free(self, request: Request, num_tokens: int) -> int:
+        """Grow the page table towards ``num_tokens`` tokens, from free pages alone; returns what it holds.
+
+        For drafts: no prefix is evicted for a guess.
+        """
+        missing = min(self.pages_for(num_tokens) - len(request.pages), self._pages.num_free)
+        if missing > 0:
+            self.extend(request, (len(request.pages) + missing) * self.page_size)
+        return len(request.pages) * self.page_size
+
+    def give_back(self, request: Request) -> None:
+        """Free the pages behind a request's last token, which wrong drafts were written to."""
+        kept = self.pages_for(len(request.tokens))
+        if len(request.pages) > kept:
+            self._drop_private(request.pages[kept:])
+            del request.pages[kept:]
+
+    def continuation(self, request: Request, limit: int) -> list[int]:
+        """Up to ``limit`` tokens that followed all of a running request's the last time it was asked."""
+        # Of a request that shares nothing the node may be none of the tree's.
+        node = request.node if request.num_tree_pages else None
+        behind = request.tokens[request.num_tree_pages * self.page_size :]
+        return self._tree.continuation(behind, limit, request.namespace, node)
+
     def publish(self, request: Request) -> None:
         """Share the whole computed pages of a running request, so that others can start from them.
 

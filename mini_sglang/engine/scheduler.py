@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mini_sglang.engine.drafts import Drafts
 from mini_sglang.engine.kv_cache import KVCacheManager
 from mini_sglang.engine.request import Phase, Request
 
@@ -32,6 +33,7 @@ class Scheduled:
 
     request: Request
     num_tokens: int
+    drafts: Drafts | None = None  # with one token, its last: what is guessed to follow it
 
     @property
     def samples(self) -> bool:

@@ -21,7 +21,12 @@ HEALTHY_AFTER = 60.0
 _CLOSE_SECONDS, _HURRIED_SECONDS = 15.0, 1.0
 _LOOK_SECONDS = 0.02
 
-_TOTALS = (*(spec.name for spec in fields(EngineCounters)), "prefix_evicted_tokens", "retractions")
+_TOTALS = (
+    *(spec.name for spec in fields(EngineCounters)),
+    "prefix_evicted_tokens",
+    "retractions",
+    "speculation_switched_off",
+)
 
 
 @dataclass(frozen=True, slots=True)
