@@ -32,6 +32,7 @@ GIVEN = {
     "logprobs": (None, True),
     "top_logprobs": ("2", 2),
     "prompt_logprobs": (None, True),
+    "speculative": ("prompt_lookup", "prompt_lookup"),
 }
 # An answer has one form at most.
 FORMS = {

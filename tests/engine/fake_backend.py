@@ -66,7 +66,8 @@ class FakeBackend:
 
     Attributes:
         fail_at: calls of ``run`` (counted from 0) that raise after scribbling over their new slots.
-        nan_at: calls of ``run`` whose row (the value, modulo the rows) comes back with an error.
+        nan_at: calls of ``run`` whose row (the value, modulo the rows) comes back with an error; of a row
+            with drafts what follows the last of them does.
         delay: seconds each call takes.
         checked: verify; off to measure the engine alone.
         tokens_of: gives the true tokens of the sequence that owns a page table.
@@ -85,21 +86,26 @@ class FakeBackend:
     tokens_run: int = 0
     tokens_sampled: int = 0
     rows: list[tuple[int, int]] = field(default_factory=list)
-    """(start, tokens) of each row of the latest call."""
+    """(start, tokens, without the drafts) of each row of the latest call."""
 
     def __post_init__(self) -> None:
         self.slots: list[tuple[int, int, int]] = [(POISON, -1, -1)] * (self.num_pages * self.page_size)
 
     def run(self, steps: Sequence[SequenceStep]) -> list[SequenceResult]:
         call, self.calls = self.calls, self.calls + 1
-        self.rows = [(step.start, len(step.token_ids)) for step in steps]
+        self.rows = [(step.start, len(step.token_ids) - len(step.draft_samples)) for step in steps]
         self.tokens_run += sum(len(step.token_ids) for step in steps)
         self.tokens_sampled += sum(step.sample is not None for step in steps)
         if self.delay:
             time.sleep(self.delay)
         if not self.checked:
             token = 2 + call % (VOCAB - 2)
-            return [SequenceResult(token if step.sample else None) for step in steps]
+            return [
+                SequenceResult(
+                    token if step.sample else None, drafted=[SequenceResult(token) for _ in step.draft_samples]
+                )
+                for step in steps
+            ]
         if not steps:
             raise KVCorruption("an empty call")
         # All reads come before all writes, so that a row which reads what another one writes is caught too.
@@ -120,9 +126,15 @@ class FakeBackend:
         results = [self._write(step, value) for step, value in zip(steps, before, strict=True)]
         if call in self.nan_at:
             row = self.nan_at[call] % len(steps)
-            for p in range(steps[row].start, steps[row].start + len(steps[row].token_ids)):
-                self.slots[self._slot(steps[row], p)] = (POISON, -1, -1)
-            results[row] = SequenceResult(error="logits are not finite")
+            step, bad = steps[row], SequenceResult(error="logits are not finite")
+            drafted = list(results[row].drafted)
+            end = step.start + len(step.token_ids)
+            for p in range(end - 1 if drafted else step.start, end):
+                self.slots[self._slot(step, p)] = (POISON, -1, -1)
+            if drafted:
+                results[row].drafted = [*drafted[:-1], bad]
+            else:
+                results[row] = bad
         return results
 
     def _slot(self, step: SequenceStep, position: int) -> int:
@@ -143,11 +155,16 @@ class FakeBackend:
                 raise KVCorruption(f"position {position} of {step.start}")
             seen.append(token)
         seen.extend(step.token_ids)
-        if self.tokens_of is not None and list(self.tokens_of(step.pages)[: len(seen)]) != seen:
+        known = len(seen) - len(step.draft_samples)
+        if self.tokens_of is not None and list(self.tokens_of(step.pages)[:known]) != seen[:known]:
             raise KVCorruption("the KV of another sequence")
-        if step.sample is not None and step.sample.params.penalised:
-            told = [*step.sample.prompt_ids, *step.sample.output_ids]
-            if told != seen or len(step.sample.output_ids) != step.sample.index:
+        if step.draft_samples and (known == step.start or step.sample is None or step.prompt_targets):
+            raise KVCorruption("drafts without a token before them, in a step that they have no place in")
+        for drafts, spec in enumerate((step.sample, *step.draft_samples)):
+            if spec is None or not spec.params.penalised:
+                continue
+            told = [*spec.prompt_ids, *spec.output_ids]
+            if told != seen[: known + drafts] or len(spec.output_ids) != spec.index:
                 raise KVCorruption("prompt_ids and output_ids are not what ran")
         return value
 
@@ -156,16 +173,24 @@ class FakeBackend:
         if targets and len(step.token_ids) - len(targets) not in (0, 1):
             raise KVCorruption(f"{len(targets)} prompt targets for {len(step.token_ids)} rows")
         result = SequenceResult()
+        samples = [] if step.sample is None else [step.sample, *step.draft_samples]
+        chosen: list[SequenceResult] = []
         for row, token in enumerate(step.token_ids):
             position = step.start + row
             value = mix(value, token, position)
             self.slots[self._slot(step, position)] = (value, token, position)
             if row < len(targets):
                 result.prompt_logprobs.append(target_logprob(value, targets[row], step.prompt_top))
-        if step.sample is not None:
-            result.token_id = next_token(value, step.sample)
-            if step.sample.params.logprobs:
-                result.logprob = target_logprob(value, result.token_id, step.sample.params.top_logprobs)
+            if row >= len(step.token_ids) - len(samples):
+                spec = samples[len(chosen)]
+                one = SequenceResult(next_token(value, spec))
+                if spec.params.logprobs:
+                    assert one.token_id is not None
+                    one.logprob = target_logprob(value, one.token_id, spec.params.top_logprobs)
+                chosen.append(one)
+        if chosen:
+            result.token_id, result.logprob = chosen[0].token_id, chosen[0].logprob
+            result.drafted = chosen[1:]
         return result
 
 

@@ -96,6 +96,7 @@ def test_every_sampling_parameter_is_carried() -> None:
         "repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 1.0, "logit_bias": {3: 1.0},
         "seed": 5, "stop": ("x",), "stop_token_ids": (3,), "ignore_eos": True, "logprobs": True,
         "top_logprobs": 2, "prompt_logprobs": True, "json_schema": '{"type": "object"}',
+        "speculative": "off",
     }  # fmt: skip
     exclusive = {"regex": "a+", "ebnf": 'start: "a"', "json_object": True}  # only one grammar at a time
     names = {spec.name for spec in dataclasses.fields(SamplingParams)}
