@@ -65,29 +65,27 @@ class Chance:
 
 
 def best_length(
-    costs: StepCosts, chance: float, room: int, rows: int, tokens: float, draft_cost: float = 0.0
+    costs: StepCosts, chance: float, room: int, rows: int, tokens: int, draft_cost: float = 0.0
 ) -> int:
-    """How many tokens to guess for one more request of a step, so that the step gives most tokens a second.
+    """How many tokens to guess for one request of a step, so that the step gives most tokens a second.
+
+    The guesses of the other requests are left out: each request gets those that pay by themselves, and all of
+    them together then pay too.
 
     Args:
         chance: that a guess is right where the ones before it were.
         room: most guesses.
-        rows: tokens that run in the step so far.
-        tokens: tokens that it is expected to give so far.
+        rows: tokens that run in the step without guesses.
+        tokens: tokens that it gives without guesses.
         draft_cost: what a guess itself costs, in the unit of ``costs``.
     """
     best, speed = 0, _MARGIN * tokens / costs.step(rows)
-    right = 1.0
+    right, expected = 1.0, float(tokens)
     for count in range(1, room + 1):
         right *= chance
-        tokens += right
+        expected += right
         if count in _LENGTHS or count == room:
-            with_drafts = tokens / (costs.step(rows + count) + draft_cost * count)
+            with_drafts = expected / (costs.step(rows + count) + draft_cost * count)
             if with_drafts > speed:
                 best, speed = count, with_drafts
     return best
-
-
-def expected_right(chance: float, count: int) -> float:
-    """How many of ``count`` guesses are expected to be right."""
-    return sum(chance**place for place in range(1, count + 1))

@@ -102,12 +102,14 @@ class KVCacheManager:
         self.num_private += missing
         return True
 
-    def extend_by_free(self, request: Request, num_tokens: int) -> int:
-        """Grow the page table towards ``num_tokens`` tokens, from free pages alone; returns what it holds.
+    def extend_for_drafts(self, request: Request, num_tokens: int) -> int:
+        """Grow the page table towards ``num_tokens`` tokens; returns what it holds.
 
-        For drafts: no prefix is evicted for a guess.
+        A guess takes free pages. Where there are none one page is evicted, which the request would soon
+        need in any case.
         """
-        missing = min(self.pages_for(num_tokens) - len(request.pages), self._pages.num_free)
+        missing = self.pages_for(num_tokens) - len(request.pages)
+        missing = min(missing, max(1, self._pages.num_free), self.num_available)
         if missing > 0:
             self.extend(request, (len(request.pages) + missing) * self.page_size)
         return len(request.pages) * self.page_size

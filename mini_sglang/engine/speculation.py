@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mini_sglang.config import Settings
-from mini_sglang.engine.acceptance import Chance, StepCosts, best_length, expected_right
+from mini_sglang.engine.acceptance import Chance, StepCosts, best_length
 from mini_sglang.engine.drafts import Drafts
 from mini_sglang.engine.kv_cache import KVCacheManager
 from mini_sglang.engine.lookup import PromptLookup, copied
@@ -162,14 +162,14 @@ class Speculator:
         if all(item.request.speculation is None for item in plan):
             return False
         rows = sum(item.num_tokens for item in plan)
-        tokens = float(sum(item.samples for item in plan))
-        most = rows + _MOST_ROWS
+        tokens = sum(item.samples for item in plan)
+        left = _MOST_ROWS
         by_model: list[tuple[Scheduled, Speculation]] = []
         for item in plan:
             request, state = item.request, item.request.speculation
             if state is None or item.num_tokens != 1 or not item.samples or request.num_output == 0:
                 continue
-            room = min(self._settings.speculative_max_draft_tokens, most - rows)
+            room = min(self._settings.speculative_max_draft_tokens, left)
             room = min(room, request.max_new_tokens - request.num_output - 1)
             if room < 1:
                 continue
@@ -189,9 +189,7 @@ class Speculator:
             if count:
                 drafts = Drafts(request, count, kind)
                 drafts.fill(guess[:count])
-                count = self._give(item, drafts)
-                rows += count
-                tokens += expected_right(chance, count)
+                left -= self._give(item, drafts)
         if by_model:
             self._ask_model(by_model, rows, tokens)
         return True
@@ -232,26 +230,27 @@ class Speculator:
         return int(state.turned_down % _TRY_EVERY == 0)
 
     def _give(self, item: Scheduled, drafts: Drafts) -> int:
-        """Put ``drafts`` into the plan as far as free pages go; gives how many."""
+        """Put ``drafts`` into the plan as far as there are pages for them; gives how many."""
         if not drafts.tokens:
             return 0
         used = len(item.request.tokens)
-        drafts.cut(self._cache.extend_by_free(item.request, used + len(drafts.tokens)) - used)
+        drafts.cut(self._cache.extend_for_drafts(item.request, used + len(drafts.tokens)) - used)
         if drafts.tokens:
             item.drafts = drafts
         return len(drafts.tokens)
 
-    def _ask_model(self, asked: list[tuple[Scheduled, Speculation]], rows: int, tokens: float) -> None:
+    def _ask_model(self, asked: list[tuple[Scheduled, Speculation]], rows: int, tokens: int) -> None:
         """Drafts by the draft model, for all requests side by side."""
         model, most = self.draft_model, self._settings.speculative_max_draft_tokens
         assert model is not None
-        cost = model.cost or 0.3 * self.costs.step(1)
+        # One run of the model makes a guess for each of them.
+        cost = (model.cost or 0.3 * self.costs.step(1)) / len(asked)
         wanted: list[tuple[Scheduled, Drafts]] = []
         for item, state in asked:
             chance = state.chance(MODEL).value
             drafts = Drafts(item.request, most, MODEL)
             room = min(drafts.limit, _MOST_ROWS // len(asked))
-            count = best_length(self.costs, chance, room, rows, tokens, cost / len(asked)) if room > 0 else 0
+            count = best_length(self.costs, chance, room, rows, tokens, cost) if room > 0 else 0
             if count:
                 state.turned_down = 0
             elif room > 0:
@@ -259,8 +258,6 @@ class Speculator:
             if count:
                 drafts.limit = count
                 wanted.append((item, drafts))
-                rows += count
-                tokens += expected_right(chance, count)
         if wanted:
             model.draft([drafts for _, drafts in wanted])
         for item, drafts in wanted:

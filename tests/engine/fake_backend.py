@@ -102,7 +102,8 @@ class FakeBackend:
             token = 2 + call % (VOCAB - 2)
             return [
                 SequenceResult(
-                    token if step.sample else None, drafted=[SequenceResult(token) for _ in step.draft_samples]
+                    token if step.sample else None,
+                    drafted=[SequenceResult(token) for _ in step.draft_samples],
                 )
                 for step in steps
             ]
@@ -248,10 +249,12 @@ def reference(
     return answer
 
 
-def make_core(backend: FakeBackend, **overrides: object) -> EngineCore:
+def make_core(
+    backend: FakeBackend, *, draft_backend: FakeBackend | None = None, **overrides: object
+) -> EngineCore:
     """An engine over ``backend`` whose every step is checked against the true tokens."""
     overrides.setdefault("max_context_margin", 0)
-    core = EngineCore(backend, Settings.resolve(overrides, {}), EOS_IDS)
+    core = EngineCore(backend, Settings.resolve(overrides, {}), EOS_IDS, draft_backend=draft_backend)
 
     def tokens_of(pages: array[int]) -> Sequence[int]:
         return next(r.tokens for r in core.scheduler.running if r.pages is pages)

@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mini_sglang.engine.acceptance import Chance, StepCosts, best_length, expected_right
+from mini_sglang.engine.acceptance import Chance, StepCosts, best_length
 from mini_sglang.engine.lookup import PromptLookup, copied
 from mini_sglang.engine.radix import RadixCache
 
@@ -102,18 +102,18 @@ def test_costs_are_learnt_from_steps_of_several_sizes() -> None:
 
 def test_a_guess_is_as_long_as_its_chance_and_the_batch_are_worth() -> None:
     costs = StepCosts()
-    lengths = [best_length(costs, chance / 20, 15, 1, 1.0) for chance in range(21)]
+    lengths = [best_length(costs, chance / 20, 15, 1, 1) for chance in range(21)]
     assert lengths == sorted(lengths) and lengths[0] == 0 and lengths[-1] == 15
     for batch in (1, 4, 16, 64):
-        counts = [best_length(costs, chance / 20, 15, batch, float(batch)) for chance in range(21)]
+        counts = [best_length(costs, chance / 20, 15, batch, batch) for chance in range(21)]
         for chance, count in enumerate(counts):
             if count:
-                gained = batch + expected_right(chance / 20, count)
+                gained = batch + sum((chance / 20) ** place for place in range(1, count + 1))
                 assert gained / costs.step(batch + count) > batch / costs.step(batch)
     # Where rows cost as much as the tokens they may give, little is guessed.
-    assert best_length(costs, 0.6, 15, 1, 1.0) > 0 == best_length(costs, 0.6, 15, 64, 64.0)
+    assert best_length(costs, 0.6, 15, 1, 1) > 0 == best_length(costs, 0.6, 15, 64, 64)
     # Nor where the guess itself costs more than the step it saves.
-    assert best_length(costs, 0.9, 15, 1, 1.0, draft_cost=costs.step(1)) == 0
+    assert best_length(costs, 0.9, 15, 1, 1, draft_cost=costs.step(1)) == 0
 
 
 def test_a_chance_moves_to_what_was_seen() -> None:
