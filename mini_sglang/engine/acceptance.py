@@ -10,8 +10,8 @@ _PRIOR_BASE = 4.0
 _FADE, _PRIOR_SPREAD = 0.98, 20.0
 # A step slower than this many times what was expected is taken for one that was interrupted.
 _STALL = 3.0
-# Faster by less than this is not worth a guess.
-_MARGIN = 1.03
+# What guesses give must be worth so much of what they cost.
+_MARGIN = 1.1
 
 
 class StepCosts:
@@ -79,13 +79,14 @@ def best_length(
         tokens: tokens that it gives without guesses.
         draft_cost: what a guess itself costs, in the unit of ``costs``.
     """
-    best, speed = 0, _MARGIN * tokens / costs.step(rows)
-    right, expected = 1.0, float(tokens)
+    base = costs.step(rows)
+    best, speed = 0, tokens / base
+    right, gained = 1.0, 0.0
     for count in range(1, room + 1):
         right *= chance
-        expected += right
+        gained += right
         if count in _LENGTHS or count == room:
-            with_drafts = expected / (costs.step(rows + count) + draft_cost * count)
-            if with_drafts > speed:
-                best, speed = count, with_drafts
+            seconds = costs.step(rows + count) + draft_cost * count
+            if (tokens + gained) / seconds > speed and gained * base > _MARGIN * tokens * (seconds - base):
+                best, speed = count, (tokens + gained) / seconds
     return best
