@@ -11,6 +11,7 @@ from mini_sglang.api.engine import Engine
 from mini_sglang.api.streams import AsyncStream, Stream
 from mini_sglang.config import VERSION, Settings
 from mini_sglang.errors import (
+    CacheFileError,
     ContextLengthError,
     EngineError,
     InvalidValueError,
@@ -24,6 +25,7 @@ __version__ = VERSION
 
 __all__ = [
     "AsyncStream",
+    "CacheFileError",
     "ContextLengthError",
     "Delta",
     "Engine",

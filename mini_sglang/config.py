@@ -113,11 +113,37 @@ class Settings:
         "head Q8_0); MODEL_DTYPE stays what it computes in; a GGUF's own blocks are used as they are",
         choices=("none", "int8", "int4"),
     )
+    attn_impl: str = setting(
+        "Model and device",
+        ("ATTN_IMPL", "ATTN_IMPLEMENTATION"),
+        "auto",
+        "attention: paged is this stack's own, sdpa torch's fused one and eager an explicit softmax over its "
+        "pages; for a model with one cache per request, the way transformers does it; auto takes the "
+        "fastest that the model allows",
+        choices=("auto", "paged", "sdpa", "eager", "flash_attention_2"),
+    )
+    compile_model: str = setting(
+        "Model and device",
+        "COMPILE_MODEL",
+        "auto",
+        "torch.compile around a model that runs on PyTorch's operators: KERNELS=reference, or transformers' "
+        "own code; 1 is refused where the compiled CPU kernels run it; takes a minute at the start",
+        choices=("auto", "0", "1"),
+        spellings=dict.fromkeys(TRUE, "1") | dict.fromkeys(FALSE, "0"),
+        shown="on for CUDA",
+    )
+    compile_mode: str = setting(
+        "Model and device",
+        "COMPILE_MODE",
+        "default",
+        "how torch.compile goes about it",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
     trust_remote_code: bool = setting(
         "Model and device",
         "TRUST_REMOTE_CODE",
         False,
-        "allow a repository's own Python code to make its tokenizer (needs transformers)",
+        "allow a repository's own Python code to make its tokenizer and model (needs transformers)",
     )
     context_length: int = setting(
         "Model and device",
@@ -183,6 +209,49 @@ class Settings:
         "lru",
         "what is dropped first: least recently or least frequently used",
         choices=("lru", "lfu"),
+    )
+    prefill_cache_size: int = setting(
+        "Caches",
+        "PREFILL_CACHE_SIZE",
+        8,
+        "most prompts kept whole with their last logits: one seen before is not computed at all; 0 is none",
+        low=0,
+        high=65536,
+    )
+    prefill_cache_token_budget: int = setting(
+        "Caches",
+        "PREFILL_CACHE_TOKEN_BUDGET",
+        65536,
+        "most tokens of the prompts that PREFILL_CACHE_SIZE counts",
+        low=0,
+        high=1 << 31,
+    )
+    page_token_budget: int = setting(
+        "Caches",
+        "PAGE_TOKEN_BUDGET",
+        0,
+        "tokens of a second tier in host memory, for prefixes that the KV pool has no room for; 0 is none",
+        low=0,
+        high=1 << 31,
+    )
+    warm_prefixes: str | None = setting(
+        "Caches",
+        "WARM_PREFIXES",
+        None,
+        "texts to put in the prefix cache at the start, with || between",
+    )
+    async_prefill_queue: bool = setting(
+        "Caches",
+        "ASYNC_PREFILL_QUEUE",
+        False,
+        "compute WARM_PREFIXES while no request is there, instead of before the first one is taken",
+    )
+    prefix_cache_file: Path | None = setting(
+        "Caches",
+        "PREFIX_CACHE_FILE",
+        None,
+        "where the prefix cache is saved at the end and loaded at the next start; each engine but the first "
+        "adds its number to the name",
     )
     page_size_tokens: int = setting(
         "Caches",
@@ -327,6 +396,20 @@ class Settings:
         None,
         "a small model of the same vocabulary that guesses tokens for the large one: a repository, a local "
         "folder, or a .gguf file",
+    )
+    force_legacy_cache: bool = setting(
+        "Decode speed",
+        "FORCE_LEGACY_CACHE",
+        False,
+        "for a model with one cache per request: ask for caches of a fixed shape, a whole context each, so "
+        "that COMPILE_MODEL can capture its decode; a cache that grows turns that off",
+    )
+    engine_fast_decode: bool = setting(
+        "Decode speed",
+        "ENGINE_FAST_DECODE",
+        False,
+        "answer through transformers' own generate, one request after another in a step, not by this "
+        "stack's loop; for any model in a folder, not for a GGUF file",
     )
     # Server
     host: str = setting(

@@ -41,6 +41,10 @@ class ModelLoadError(MiniSglangError):
     """The model was found but cannot be used: damaged, incomplete or unsupported."""
 
 
+class CacheFileError(MiniSglangError):
+    """A saved prefix cache that is missing, damaged, of another model, or cannot be written."""
+
+
 class EngineError(MiniSglangError):
     """A request failed inside the engine, or the engine is no longer running."""
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from mini_sglang.config import Settings, setting_fields
 
@@ -16,6 +17,9 @@ for _spec in setting_fields():
         os.environ.pop(_variable, None)
 os.environ["NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test fails for being slow.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

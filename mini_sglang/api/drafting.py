@@ -11,13 +11,13 @@ from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError, shorten
 
 if TYPE_CHECKING:
-    from mini_sglang.backend.model_backend import ModelBackend
+    from mini_sglang.backend.step import LoadedBackend
     from mini_sglang.text.tokenizer import Tokenizer
 
 
 def load_draft_model(
     tokenizer: Tokenizer, settings: Settings, notify: Callable[[str], None], sharing: int
-) -> ModelBackend | None:
+) -> LoadedBackend | None:
     """Load the draft model of ``settings``; None where they name none.
 
     Args:
@@ -25,7 +25,7 @@ def load_draft_model(
         sharing: engines that are loaded side by side.
 
     Raises:
-        InvalidValueError: it is wanted and not named, or has another vocabulary.
+        InvalidValueError: it is wanted and not named, has another vocabulary, or keeps no pages.
         ModelNotFoundError, ModelLoadError: as for the large model.
     """
     name = settings.draft_model_name
@@ -45,13 +45,20 @@ def load_draft_model(
         modelscope_model_name=None,
         model_revision="main",
         context_length=0,
+        engine_fast_decode=False,
         chosen=(settings.chosen | {"model"}) - {"model_local_dir", "modelscope_model_name"},
     )
     path = resolve_model(own, notify=notify).path
     other = load_tokenizer(path, cache_dir=own.cache_path, trust_remote_code=own.trust_remote_code)
     _check_vocabulary(name, tokenizer, other)
     notify(f"Loading {path.name} as draft model …")
-    return load_backend(path, own, notify=notify, sharing=sharing)
+    backend = load_backend(path, own, notify=notify, sharing=sharing)
+    if not backend.shares_prefixes:
+        # A wrong guess could not be taken back.
+        raise InvalidValueError(
+            "DRAFT_MODEL_NAME", name, "a model that is not served with one cache per request"
+        )
+    return backend
 
 
 def _check_vocabulary(name: str, large: Tokenizer, small: Tokenizer) -> None:

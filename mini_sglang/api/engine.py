@@ -6,12 +6,14 @@ import asyncio
 import itertools
 import queue
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from mini_sglang.api.loading import find_model, load_core
 from mini_sglang.api.mailbox import LoopCalls
 from mini_sglang.api.streams import AsyncStream, Stream
+from mini_sglang.api.warming import fill_caches
 from mini_sglang.config import Settings
 from mini_sglang.errors import EngineError, InvalidValueError
 from mini_sglang.types import FinishReason, Output, Prompt, SamplingParams, TokenEvent
@@ -65,6 +67,11 @@ class Engine:
         self.tokenizer: Tokenizer = found.tokenizer
         notify(f"Loading {found.files.name} …")
         core, self._grammars = load_core(found, self.settings, notify)
+        try:
+            fill_caches(core, self.tokenizer, self.settings, notify)
+        except BaseException:
+            self._grammars.close()
+            raise
         self.description: dict[str, Any] = core.info.description
         self._thread = EngineThread(core)
         self._ids = itertools.count()
@@ -166,6 +173,26 @@ class Engine:
         if event.finish is not FinishReason.STOP:
             raise EngineError(event.error or "the engine was closed")
         return len(ids)
+
+    def save_prefix_cache(self, path: str | Path) -> int:
+        """Write the prefix cache to a file, from which a later engine starts warm; returns its tokens.
+
+        Requests wait meanwhile. A file that is there is replaced at once and only by a whole one.
+
+        Raises:
+            CacheFileError: it cannot be written, or there is a file that is no saved prefix cache.
+            InvalidValueError: the prefix cache is off.
+        """
+        return self._thread.call(lambda: self._thread.core.cache.save(Path(path)))
+
+    def load_prefix_cache(self, path: str | Path) -> int:
+        """Add a saved prefix cache to what is cached, as far as there is room; returns the tokens added.
+
+        Raises:
+            CacheFileError: it is missing, damaged, or of another model, type or page size; nothing changes.
+            InvalidValueError: the prefix cache is off.
+        """
+        return self._thread.call(lambda: self._thread.core.cache.load(Path(path)))
 
     def clear_cache(self) -> int:
         """Drop every cached prefix that no running request uses; returns the tokens dropped."""

@@ -27,6 +27,16 @@ _TOTALS = {
     "prefill_cache_hit_tokens": "prompt tokens taken from the exact-prompt cache",
     "prefill_cache_miss_tokens": "prompt tokens that the exact-prompt cache did not have",
     "prefix_evicted_tokens": "tokens dropped from the prefix cache",
+    "prefix_loaded_tokens": "tokens that came from a saved prefix cache",
+    "prefix_hits": "requests that the prefix cache had a part of",
+    "prefix_misses": "requests that it had nothing of",
+    "prefill_cache_hits": "requests whose whole prompt the exact-prompt cache had",
+    "prefill_cache_misses": "requests whose prompt it had not",
+    "prefill_cache_evictions": "prompts dropped from the exact-prompt cache",
+    "host_hits": "requests that something came back for from the host tier",
+    "host_spilled_tokens": "tokens copied to the host tier",
+    "host_restored_tokens": "tokens copied back from the host tier",
+    "host_dropped_tokens": "tokens that the host tier had no room for",
     "retractions": "requests set back because the KV pool was full",
     "draft_tokens": "tokens guessed ahead",
     "draft_tokens_accepted": "tokens guessed right, each a decode that was saved",
@@ -38,6 +48,14 @@ _GAUGES = {
     "running": "requests in the batch",
     "waiting": "requests waiting inside the engine",
     "prefixes": "prefixes in the cache",
+    "prefill_cache_entries": "prompts in the exact-prompt cache",
+    "prefill_cache_tokens": "tokens of the prompts in the exact-prompt cache",
+    "host_tokens_total": "tokens the host tier holds",
+    "host_tokens_used": "tokens in the host tier",
+    "warm_prefixes": "prefixes of WARM_PREFIXES and insert_prefix's queue",
+    "warm_prefixes_done": "of these, those that are computed",
+    "warm_prefixes_failed": "of these, those that could not be computed or kept",
+    "prefix_reuse": "whether prompts can start from what others have computed",
     "kv_tokens_total": "tokens the KV pool holds",
     "kv_tokens_free": "tokens of the KV pool that are free",
     "kv_tokens_cached": "tokens of the KV pool kept for later prompts",
@@ -132,10 +150,15 @@ def as_json(metrics: Metrics, pool: PoolStats, extra: Mapping[str, Any]) -> dict
     }
 
 
-def as_prometheus(metrics: Metrics, pool: PoolStats, model: str) -> str:
-    """Prometheus' text format, version 0.0.4."""
+def as_prometheus(metrics: Metrics, pool: PoolStats, model: str, implementation: str = "") -> str:
+    """Prometheus' text format, version 0.0.4.
+
+    Args:
+        implementation: how the model is run, as ``ModelBackend.describe`` says.
+    """
     out = _Text()
-    out.family("info", "gauge", "what is served", [({"model": model, "scheduler_mode": pool.mode}, 1)])
+    labels = {"model": model, "implementation": implementation, "scheduler_mode": pool.mode}
+    out.family("info", "gauge", "what is served", [(labels, 1)])
     out.family("pool_inflight", "gauge", "requests that are with an engine", [({}, pool.inflight)])
     out.family("pool_queued", "gauge", "requests waiting for an engine", [({}, pool.queued)])
     out.family("pool_refused_total", "counter", "requests refused for want of room", [({}, pool.refused)])
@@ -195,9 +218,6 @@ def _counters(counters: Mapping[str, int]) -> Iterator[tuple[str, float]]:
     yield from counters.items()
     if counters.get("draft_tokens"):
         yield "draft_acceptance_rate", counters["draft_tokens_accepted"] / counters["draft_tokens"]
-    # Every prompt token is computed or was there; the engine counts the two it needs itself.
-    if "prefix_miss_tokens" not in counters and "prefill_tokens" in counters:
-        yield "prefix_miss_tokens", counters["prefill_tokens"]
 
 
 def _histogram_json(histogram: Histogram) -> dict[str, Any]:

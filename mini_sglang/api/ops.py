@@ -14,6 +14,7 @@ from starlette.routing import Route
 from mini_sglang.api.errors import RequestError
 from mini_sglang.api.metrics import PROMETHEUS_TYPE, as_json, as_prometheus
 from mini_sglang.api.service import Service
+from mini_sglang.errors import UnavailableError
 
 _ALIVE = ("starting", "ready")
 
@@ -43,15 +44,17 @@ def routes(service: Service, document: Mapping[str, Any]) -> list[Route]:
 
     async def metrics(request: Request) -> Response:
         pool = service.pool.stats()
+        implementation = _implementation(service)
         if _wants_json(request):
             info = service.info
             extra = {
                 "model": service.model_name,
+                "implementation": implementation,
                 "uptime_seconds": round(time.time() - service.started_at, 3),
             }
             extra |= {"kv_tokens": info.kv_tokens, "context_length": info.context_length}
             return _json(as_json(service.metrics, pool, extra))
-        text = as_prometheus(service.metrics, pool, service.model_name)
+        text = as_prometheus(service.metrics, pool, service.model_name, implementation)
         return Response(text, headers={"content-type": PROMETHEUS_TYPE})
 
     async def openapi(request: Request) -> Response:
@@ -63,6 +66,14 @@ def routes(service: Service, document: Mapping[str, Any]) -> list[Route]:
         Route("/metrics", metrics, methods=["GET"]),
         Route("/openapi.json", openapi, methods=["GET"]),
     ]
+
+
+def _implementation(service: Service) -> str:
+    """How the model is run; empty while it is still loading."""
+    try:
+        return str(service.info.description.get("implementation", ""))
+    except UnavailableError:
+        return ""
 
 
 def _wants_json(request: Request) -> bool:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mini_sglang.api.errors import DeadlineError
+from mini_sglang.api.streams import cache_figures
 from mini_sglang.engine.handle import NOT_STARTED, TIMEOUT, UNAVAILABLE
 from mini_sglang.errors import EngineError, OverloadedError, UnavailableError
 from mini_sglang.text.stream import TextStream
@@ -222,9 +223,9 @@ class ServedStream:
             first = "-" if self._first_at is None else f"{self._first_at - self.started:.3f}"
             logger.info(
                 "served request=%s reason=%s prompt=%d cached=%d tokens=%d seconds=%.3f ttft=%s "
-                "tokens/s=%.1f",
+                "tokens/s=%.1f prefix_hit_tokens=%d prefix_miss_tokens=%d prefill_cache=%s",
                 self.request_id, outcome, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens,
-                seconds, first, usage.completion_tokens / max(seconds, 1e-9),
+                seconds, first, usage.completion_tokens / max(seconds, 1e-9), *cache_figures(usage),
             )  # fmt: skip
 
     def _log_chunk(self, event: TokenEvent, text: str) -> None:

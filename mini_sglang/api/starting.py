@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mini_sglang.api.loading import FoundModel, Notify, find_model, load_core, prepare_quietly, read_model
 from mini_sglang.api.service import Service
+from mini_sglang.api.warming import cache_file, fill_caches, warm_prefixes
 from mini_sglang.config import Settings
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class Model:
         self.name = self._model.files.name
         self.tokenizer: Tokenizer = self._model.tokenizer
         self._notify = notify
+        # What can be known to be wrong before the weights are loaded.
+        cache_file(settings, 0)
+        warm_prefixes(self.tokenizer, settings)
         # The engines load what was found here and ask no hub again.
         chosen = settings.chosen | {"model_local_dir"}
         self._settings = replace(settings, model_local_dir=self._model.files.path, chosen=chosen)
@@ -85,7 +89,7 @@ class Model:
         if self._settings.engine_isolation == "thread":
             from mini_sglang.engine.worker import EngineThread
 
-            return EngineThread(lambda: _load_served(self._model, self._settings, self._notify))
+            return EngineThread(lambda: _load_served(self._model, self._settings, self._notify, index))
         from mini_sglang.engine.process import ProcessEngine
 
         files = self._model.files
@@ -116,13 +120,14 @@ def make_core(settings: Settings, setup: Setup, notify: Notify) -> EngineCore:
 
         # Engines that each took every core would wait for one another at every step.
         settings = replace(settings, num_threads=max(1, choose_threads(0) // setup.num_engines))
-    return _load_served(model, settings, notify)
+    return _load_served(model, settings, notify, setup.index)
 
 
-def _load_served(model: FoundModel, settings: Settings, notify: Notify) -> EngineCore:
+def _load_served(model: FoundModel, settings: Settings, notify: Notify, index: int) -> EngineCore:
     sharing = max(1, settings.num_engines)
     # Grammars go unchecked here: the server has tried every one before it sends it.
     core, grammars = load_core(model, settings, notify, sharing=sharing, check_grammars=False)
+    fill_caches(core, model.tokenizer, settings, notify, index)
 
     def prepare() -> None:
         # Nobody is served before the first step is done, so it has the cores to itself.

@@ -131,11 +131,19 @@ class _Answer:
             usage = self._usage
             logger.info(
                 "done request=%s reason=%s tokens=%d seconds=%.3f tokens/s=%.1f ttft=%.3f prompt=%d "
-                "prefix_hit_tokens=%d prefix_miss_tokens=%d",
+                "prefix_hit_tokens=%d prefix_miss_tokens=%d prefill_cache=%s",
                 self.request_id, self._finish, usage.completion_tokens, seconds,
                 usage.completion_tokens / max(seconds, 1e-9), first, usage.prompt_tokens,
-                usage.cached_tokens, usage.prompt_tokens - usage.cached_tokens,
+                *cache_figures(usage),
             )  # fmt: skip
+
+
+def cache_figures(usage: Usage) -> tuple[int, int, str]:
+    """For the log: a prompt's tokens that the prefix cache had and had not, and "hit" or "miss" of the
+    exact-prompt cache, which is asked first and has all of a prompt or nothing."""
+    if usage.cached_tokens == usage.prompt_tokens:
+        return 0, 0, "hit"
+    return usage.cached_tokens, usage.prompt_tokens - usage.cached_tokens, "miss"
 
 
 class Stream(_Answer, Iterator[Delta]):

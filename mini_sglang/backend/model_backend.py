@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,24 +14,33 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.attention.base import Attention
+from mini_sglang.backend.attention.choice import torch_attention
 from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
+from mini_sglang.backend.compiling import Compiler, choose_compiler
 from mini_sglang.backend.device import KV_DTYPES, choose_device, choose_dtype, choose_threads, free_memory
+from mini_sglang.backend.kept_logits import KeptLogits
 from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
 from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
+from mini_sglang.backend.kv.store import PoolStore
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
+from mini_sglang.backend.loading.fingerprint import weights_fingerprint
 from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.loading.progress import progress_bar
+from mini_sglang.backend.models.compiled import CompiledDecoder, prove
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
 from mini_sglang.backend.models.quantization import block_formats
+from mini_sglang.backend.pieces import SHORT, cut, join
 from mini_sglang.backend.sampling import Sampler
-from mini_sglang.backend.step import SequenceResult, SequenceStep
-from mini_sglang.config import Settings
+from mini_sglang.backend.step import LoadedBackend, SequenceResult, SequenceStep
+from mini_sglang.backend.transformers_models.decoder import TransformersDecoder
+from mini_sglang.backend.transformers_models.kinds import choose_kind
+from mini_sglang.config import VERSION, Settings
 from mini_sglang.errors import InvalidValueError
 from mini_sglang.types import TokenLogprob
 
@@ -39,7 +49,7 @@ logger = logging.getLogger(__name__)
 # Rows of prompt logprobs at a time: a row of float32 logits is up to a megabyte.
 _LOGPROB_ROWS = 128
 # Of a recorded step: its buffers take tens of KB a row.
-_PROGRAM_ROWS = 1024
+_PROGRAM_ROWS = 512
 _DEQUANTIZE = MappingProxyType({"auto": None, "0": False, "1": True})
 
 
@@ -49,9 +59,12 @@ class ModelBackend:
     Not thread-safe: one thread calls ``run``.
     """
 
+    shares_prefixes = True
+    chunks_prompts = True
+
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | TransformersDecoder,
         kv: KVPool,
         attention: Attention,
         sampler: Sampler,
@@ -61,6 +74,9 @@ class ModelBackend:
         dtype: torch.dtype,
         program: StepProgram | None = None,
         quantization: str = "none",
+        implementation: str = "native",
+        compiled: str = "off",
+        path: Path | None = None,
     ) -> None:
         self.decoder = decoder
         self.kv = kv
@@ -70,7 +86,12 @@ class ModelBackend:
         self._kernels = kernels
         self._dtype = dtype
         self._quantization = quantization
+        self._implementation = implementation
+        self._compiled = compiled
         self.program = program
+        self._path = path
+        self._kept = KeptLogits()
+        self.store = PoolStore(kv, self._identity)
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
     @property
@@ -102,8 +123,21 @@ class ModelBackend:
         """
         if not steps:
             return []
-        batch = Batch.build(steps, self._limits, self.kv.data.device)
-        if self.program is not None and self.program.takes(batch):
+        if any(step.from_logits is not None for step in steps):
+            return self._kept.run(steps, self.sampler, self.run)
+        program, device = self.program, self.kv.data.device
+        if program is None or sum([len(step.token_ids) for step in steps]) <= program.max_rows:
+            return self._run(steps, Batch.build(steps, self._limits, device))
+        # Bit for bit the same, as in chunks.
+        pieces = cut(steps, program.max_rows)
+        parts = [[part for _, part in piece] for piece in pieces]
+        batches = [Batch.build(part, self._limits, device) for part in parts]
+        return join(
+            len(steps), pieces, [self._run(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        )
+
+    def _run(self, steps: Sequence[SequenceStep], batch: Batch) -> list[SequenceResult]:
+        if self.program is not None:
             # Without torch's inference mode: to enter it takes a tenth of the time outside the kernels.
             return self._results(steps, batch, self.program.forward(batch))
         with torch.inference_mode():
@@ -116,7 +150,9 @@ class ModelBackend:
             places, rows = zip(*batch.samples, strict=True)
             # Without prompts, tokens are chosen after all the output rows, in their order.
             picked = hidden[torch.tensor(rows, device=hidden.device)] if batch.prompts else hidden
-            chosen = self.sampler.sample(self.decoder.logits(picked), batch.specs)
+            logits = self.decoder.logits(picked)
+            self._kept.keep(steps, places, logits)
+            chosen = self.sampler.sample(logits, batch.specs)
             sampled = (_with_drafts if batch.drafts else dict)(zip(places, chosen, strict=True))
         results = [sampled.get(place) or SequenceResult() for place in range(len(steps))]
         for place, first, stop in batch.prompts:
@@ -128,10 +164,9 @@ class ModelBackend:
 
     def describe(self) -> dict[str, str | int]:
         """What is loaded, for logs and ``stats``; sizes in bytes."""
-        config = self.decoder.config
-        per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, self.kv.dtype)
         return {
-            "model_type": config.family,
+            "model_type": self.decoder.config.family,
+            "implementation": self._implementation,
             "parameters": self._num_parameters,
             "dtype": _name(self._dtype),
             "kv_dtype": _name(self.kv.dtype),
@@ -139,12 +174,30 @@ class ModelBackend:
             "device": str(self.kv.data.device),
             "threads": torch.get_num_threads(),
             "kernels": self._kernels,
+            "attention": _attention_name(self.attention),
+            "compile": self._compiled,
             "context_length": self.context_length,
             "vocab_size": self.vocab_size,
             "page_size": self.page_size,
             "kv_tokens": self.num_pages * self.page_size,
-            "kv_bytes_per_token": per_token,
+            "kv_bytes_per_token": self.kv.bytes_per_token,
             "weight_bytes": self.decoder.nbytes,
+        }
+
+    def _identity(self) -> dict[str, str]:
+        """See ``PageStore.identity``."""
+        kv, config = self.kv, self.decoder.config
+        layers, _, width = kv.data.shape
+        tiles = "in tiles" if kv.tiled else "in rows"
+        return {
+            "version": VERSION,
+            "model": config.family,
+            "config": hashlib.sha256(repr(config).encode()).hexdigest(),
+            "weights": "unknown" if self._path is None else weights_fingerprint(self._path),
+            "dtype": f"{_name(self._dtype)} {self._quantization}",
+            "kv_dtype": _name(kv.dtype),
+            "kernels": f"{self._kernels} {self._implementation} {self._compiled}",
+            "layout": f"{layers} layers, {kv.page_size} tokens a page, {width} numbers a token, {tiles}",
         }
 
     def _prompt_logprobs(self, hidden: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
@@ -167,7 +220,7 @@ def _with_drafts(chosen: Iterable[tuple[int, SequenceResult]]) -> dict[int, Sequ
 
 def load_backend(
     path: Path, settings: Settings, notify: Callable[[str], None] | None = None, *, sharing: int = 1
-) -> ModelBackend:
+) -> LoadedBackend:
     """Load the model at ``path``, a folder or a ``.gguf`` file, and allocate its KV pool.
 
     Sets the number of torch's CPU threads, which belongs to the whole process.
@@ -181,6 +234,7 @@ def load_backend(
         InvalidValueError: a setting that this model or machine cannot honour.
     """
     device = choose_device(settings.device)
+    compiler = choose_compiler(settings, device)
     threads = choose_threads(settings.num_threads)
     torch.set_num_threads(threads)
     kernels, kernels_used = open_kernels(
@@ -192,6 +246,14 @@ def load_backend(
         fast_types=kernels.fast_formats if kernels else frozenset(),
     )
     try:
+        served = choose_kind(path, checkpoint.config, settings.trust_remote_code)
+        if served != "native" or settings.engine_fast_decode:
+            # Imported here: it imports this module.
+            from mini_sglang.backend.transformers_models.backend import Machine, load_transformers_backend
+
+            machine = Machine(device, kernels, kernels_used, sharing, compiler)
+            return load_transformers_backend(path, checkpoint, served, settings, machine, notify)
+        _refuse_levers(settings, compiler, kernels)
         config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
         context_length = _context_length(settings, config)
         num_parameters = check_tensors(checkpoint, config)
@@ -215,7 +277,7 @@ def load_backend(
         context_length=context_length,
         max_batch_size=settings.max_batch_size,
     )
-    attention = _attention(config, dtypes.compute, kernels)
+    attention = torch_attention(settings.attn_impl) or _attention(config, dtypes.compute, kernels)
     kv = KVPool(
         num_layers=config.num_layers,
         num_pages=num_pages,
@@ -233,8 +295,12 @@ def load_backend(
         and isinstance(attention, NativeAttention)
         and isinstance(decoder.operations, NativeOperations)
     ):
-        rows = max(settings.max_batch_size, min(settings.max_prefill_tokens, _PROGRAM_ROWS))
+        rows = max(settings.max_batch_size, min(settings.max_prefill_tokens, _PROGRAM_ROWS), SHORT)
         program = StepProgram.build(kernels, decoder, kv, rows)
+    compiled = "off"
+    if compiler is not None:
+        limits = Limits(kv.page_size, num_pages, config.vocab_size, context_length)
+        decoder, compiled = _compile(decoder, kv, attention, limits, compiler)
     backend = ModelBackend(
         decoder,
         kv,
@@ -246,6 +312,8 @@ def load_backend(
         dtypes.weights,
         program,
         settings.quantization,
+        compiled=compiled,
+        path=path,
     )
     logger.info("Loaded %s", backend.describe())
     return backend
@@ -279,6 +347,12 @@ def _dtypes(
         and NativeOperations.fit(*sizes, torch.float32)
         and NativeAttention.fit(config.num_heads, config.num_kv_heads, config.head_dim, torch.float32)
     ):
+        if torch_attention(settings.attn_impl) is not None:
+            if settings.kv_dtype not in ("auto", "fp32"):
+                raise InvalidValueError(
+                    "KV_DTYPE", settings.kv_dtype, f"auto or fp32 with ATTN_IMPL={settings.attn_impl}"
+                )
+            return _Dtypes(weights, torch.float32, torch.float32)
         kv = KV_DTYPES.get(settings.kv_dtype, kernels.half if quantized else weights)
         return _Dtypes(weights, torch.float32, kv)
     if settings.kv_dtype != "auto" and KV_DTYPES[settings.kv_dtype] != weights:
@@ -292,6 +366,36 @@ def _dtypes(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _refuse_levers(settings: Settings, compiler: Compiler | None, kernels: NativeKernels | None) -> None:
+    """Refuse what would do nothing for a model that our own decoder runs."""
+    if settings.force_legacy_cache:
+        allowed = "0 for this model: it runs over this stack's pages, whose shape is fixed"
+        raise InvalidValueError("FORCE_LEGACY_CACHE", True, allowed)
+    if compiler is not None and kernels is not None:
+        raise compiler.refusal(
+            "the compiled CPU kernels run this model; KERNELS=reference has PyTorch's operators run it"
+        )
+
+
+def _compile(
+    decoder: Decoder, kv: KVPool, attention: Attention, limits: Limits, compiler: Compiler
+) -> tuple[Decoder, str]:
+    """The decoder to use, and what became of ``COMPILE_MODEL``."""
+    compiled = CompiledDecoder(decoder, compiler)
+    try:
+        prove(compiled, decoder, kv, attention, limits)
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        return decoder, compiler.give_up(f"the compiled model failed: {said}")
+    return compiled, compiler.mode
+
+
+def _attention_name(attention: Attention) -> str:
+    if isinstance(attention, NativeAttention):
+        return "paged, compiled"
+    return f"paged, {'sdpa' if isinstance(attention, PagedAttention) and attention.fused else 'eager'}"
 
 
 def _attention(config: ModelConfig, dtype: torch.dtype, kernels: NativeKernels | None) -> Attention:

@@ -7,7 +7,7 @@ backend never learns what a request is.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -73,7 +73,7 @@ class SequenceStep:
     """One sequence's share of a step: a prefill chunk (many tokens) or a decode (one).
 
     Attributes:
-        token_ids: tokens to run, at least one.
+        token_ids: tokens to run, at least one; none where ``from_logits`` is set.
         start: position of the first of them; the KV of positions before it is in ``pages`` already.
         pages: page table as int32 (``array("i")``); page ``p // page_size`` holds position ``p``. It covers
             at least ``start + len(token_ids)`` positions.
@@ -84,6 +84,9 @@ class SequenceStep:
         draft_samples: with ``sample``, how to choose after each of the last tokens, which are guesses
             (drafts) then, fewer than ``token_ids``: ``sample`` belongs to the row before the first of them.
             Not together with ``prompt_targets``.
+        keep_logits: with ``sample``, keep the last row's logits under this number, for ``from_logits`` later.
+        from_logits: choose the token from the logits kept under this number, as they were before this call,
+            instead of running any.
     """
 
     token_ids: Sequence[int]
@@ -93,6 +96,8 @@ class SequenceStep:
     prompt_targets: Sequence[int] = ()
     prompt_top: int = 0
     draft_samples: Sequence[SampleSpec] = ()
+    keep_logits: int | None = None
+    from_logits: int | None = None
 
 
 @dataclass(slots=True)
@@ -110,8 +115,70 @@ class SequenceResult:
     drafted: Sequence[SequenceResult] = ()
 
 
+class Transfer(Protocol):
+    """A copy that may still be under way."""
+
+    @property
+    def done(self) -> bool: ...
+
+    def wait(self) -> None:
+        """Wait for its end. Raises what the copy raised."""
+
+
+class PageStore(Protocol):
+    """Copies whole KV pages, of all layers, between steps; the thread that calls ``run`` calls this too.
+
+    What is not said to be a ``Transfer`` is done for whatever is called next: a page it read may be written,
+    one it wrote may be read.
+    """
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers."""
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy pages of the pool to others of it."""
+
+    def open_host(self, num_slots: int) -> None:
+        """Make room in host memory for ``num_slots`` pages, ids ``0 … num_slots - 1``; once.
+
+        Raises:
+            InvalidValueError: there is not that much memory.
+        """
+
+    def spill(self, pages: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy pages of the pool to slots of the host's."""
+
+    def restore(self, slots: Sequence[int], pages: Sequence[int], *, background: bool) -> Transfer:
+        """Copy slots of the host's to pages of the pool.
+
+        With ``background`` steps may run meanwhile that use neither; else it is done on return.
+        """
+
+    def read(self, pages: Sequence[int], slots: Sequence[int]) -> Iterator[bytes]:
+        """What pages of the pool, then slots of the host's, hold: ``page_bytes`` each, in order."""
+
+    def write(self, page: int, data: bytes) -> None:
+        """Fill a page of the pool with what ``read`` gave."""
+
+    def write_host(self, slot: int, data: bytes) -> None:
+        """Fill a slot of the host's with what ``read`` gave."""
+
+    def identity(self) -> dict[str, str]:
+        """What a page's bytes depend on beside its tokens: the model's weights, types and layout."""
+
+
+def page_store(backend: Backend) -> PageStore | None:
+    """The backend's ``store``; None where it has none, hence no exact-prompt cache and no host tier."""
+    store: PageStore | None = getattr(backend, "store", None)
+    return store
+
+
 class Backend(Protocol):
-    """A model with its KV pool. Not thread-safe: one thread calls ``run``."""
+    """A model with its KV pool. Not thread-safe: one thread calls ``run``.
+
+    One that can copy pages and keep logits has a ``store`` beside these, a ``PageStore``.
+    """
 
     @property
     def page_size(self) -> int:
@@ -128,6 +195,14 @@ class Backend(Protocol):
     def context_length(self) -> int:
         """Longest sequence, prompt and answer together, in tokens."""
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a sequence may start from pages that another one has written."""
+
+    @property
+    def chunks_prompts(self) -> bool:
+        """Whether a prompt may be run in several steps."""
+
     def run(self, steps: Sequence[SequenceStep]) -> list[SequenceResult]:
         """Write the KV of every step's tokens into its pages and choose the tokens asked for.
 
@@ -135,3 +210,14 @@ class Backend(Protocol):
         reading. Raises whatever the device raises (out of memory): nothing about the KV of these
         steps' new positions may then be assumed, older positions are intact.
         """
+
+
+class LoadedBackend(Backend, Protocol):
+    """A backend that knows what it has loaded."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+
+    def describe(self) -> dict[str, str | int]:
+        """What is loaded, for logs and ``stats``; sizes in bytes."""

@@ -6,24 +6,28 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mini_sglang.backend.step import (
     Backend,
     GrammarFactory,
     SequenceResult,
     SequenceStep,
+    page_store,
 )
 from mini_sglang.config import Settings
+from mini_sglang.engine.cache_limits import CacheLimits, check_limits
 from mini_sglang.engine.draft_model import DraftModel
 from mini_sglang.engine.drafts import Drafts
 from mini_sglang.engine.grammars import GrammarRoom
 from mini_sglang.engine.handle import EngineInfo, Work
-from mini_sglang.engine.kv_cache import CacheLimits, KVCacheManager
+from mini_sglang.engine.kv_cache import KVCacheManager
 from mini_sglang.engine.limits import make_prefix_work, make_work
 from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from mini_sglang.engine.speculation import Speculator
-from mini_sglang.errors import InvalidValueError, shorten
+from mini_sglang.engine.warming import WarmQueue
+from mini_sglang.errors import InvalidValueError, MiniSglangError, shorten
 from mini_sglang.types import FinishReason, SamplingParams, TokenEvent, TokenLogprob
 
 logger = logging.getLogger(__name__)
@@ -49,6 +53,11 @@ class EngineCounters:
     draft_tokens: int = 0
     draft_tokens_accepted: int = 0
     draft_steps: int = 0
+    prefix_miss_tokens: int = 0
+    prefill_cache_hits: int = 0
+    prefill_cache_misses: int = 0
+    prefill_cache_hit_tokens: int = 0
+    prefill_cache_miss_tokens: int = 0
 
 
 class EngineCore:
@@ -67,6 +76,7 @@ class EngineCore:
         draft_backend: a small model of the same vocabulary that guesses tokens ahead.
 
     Attributes:
+        saved_cache: where ``close`` saves the prefix cache; None to let it go.
         on_start: called before the first step of requests, with their ids. It says what must be known
             even if that step ends the process.
     """
@@ -84,6 +94,7 @@ class EngineCore:
         self._settings = settings
         self._eos_ids = eos_ids
         self._grammars = GrammarRoom(grammars)
+        self.saved_cache: Path | None = None
         self.on_start: Callable[[list[str]], None] | None = None
         self.info = EngineInfo(
             description=dict(description or {}),
@@ -93,35 +104,45 @@ class EngineCore:
             max_sequence_tokens=min(backend.context_length, backend.num_pages * backend.page_size),
             page_size=backend.page_size,
             kv_tokens=backend.num_pages * backend.page_size,
+            shares_prefixes=backend.shares_prefixes,
         )
         limits = CacheLimits(
-            enabled=settings.prefix_cache,
+            enabled=settings.prefix_cache and backend.shares_prefixes,
             max_leaves=settings.prefix_cache_size,
             max_prompt_tokens=settings.prefix_cache_max_tokens,
             token_budget=settings.prefix_cache_token_budget,
             policy=settings.prefix_cache_policy,
+            max_prompts=settings.prefill_cache_size,
+            prompt_token_budget=settings.prefill_cache_token_budget,
+            host_tokens=settings.page_token_budget,
         )
-        self.cache = KVCacheManager(backend.num_pages, backend.page_size, limits)
+        check_limits(limits, backend)
+        self.cache = KVCacheManager(backend.num_pages, backend.page_size, limits, page_store(backend))
         self.scheduler = Scheduler(
             self.cache,
             SchedulerLimits(
                 max_batch_size=settings.max_batch_size,
                 max_prefill_tokens=settings.max_prefill_tokens,
-                chunk_tokens=settings.prefill_chunk_size if settings.chunked_prefill else None,
+                chunk_tokens=settings.prefill_chunk_size
+                if settings.chunked_prefill and backend.chunks_prompts
+                else None,
             ),
         )
         draft_model = None
         if draft_backend is not None:
             draft_model = DraftModel(draft_backend, backend.vocab_size, settings.max_prefill_tokens)
         # What was guessed wrong must be forgotten: only pages can.
-        paged = getattr(backend, "shares_prefixes", True)
+        paged = backend.shares_prefixes
         self.speculator = Speculator(settings, self.cache, draft_model, allowed=paged)
         self.counters = EngineCounters()
         self._requests: dict[str, Request] = {}
+        self._warm: Request | None = None  # the one of the queue's that runs
+        chunk = min(settings.prefill_chunk_size, settings.max_prefill_tokens)
+        self.warming = WarmQueue(chunk, self.make_prefix_request)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests)
+        return bool(self._requests) or len(self.warming) > 0
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -179,6 +200,15 @@ class EngineCore:
         request.speculation = self.speculator.begin(request)
         return request
 
+    def insert_prefix(self, prompt_ids: Sequence[int]) -> int:
+        """Have a prefix put in the cache by steps that no request needs; returns its tokens.
+
+        Raises as ``limits.make_prefix_work``.
+        """
+        self.make_prefix_request("", prompt_ids)
+        self.warming.add(prompt_ids)
+        return len(prompt_ids)
+
     def add(self, request: Request) -> None:
         """Queue a request made by ``make_request``."""
         if request.request_id in self._requests:
@@ -203,12 +233,31 @@ class EngineCore:
 
     def step(self) -> list[TokenEvent]:
         """Run one batch; returns what happened to each request in it."""
+        if not self._requests:
+            self._warm = self.warming.next()
+            if self._warm is not None:
+                self._requests[self._warm.request_id] = self._warm
+                self.scheduler.add(self._warm)
+        events = self._step()
+        if self._warm is not None and self._warm.finish is not None:
+            ours = [event for event in events if event.request_id == self._warm.request_id]
+            events = [event for event in events if event.request_id != self._warm.request_id]
+            cached = self.cache.cached_tokens(self._warm.tokens, self._warm.namespace)
+            self.warming.ended(ours[0].error if ours else None, cached, self.info.page_size)
+            self._warm = None
+        return events
+
+    def _step(self) -> list[TokenEvent]:
         events = self._admit_compiled()
         plan = self.scheduler.schedule()
         if not plan:
             return events
         if self.on_start is not None:
-            fresh = [item.request.request_id for item in plan if not item.request.started]
+            fresh = [
+                item.request.request_id
+                for item in plan
+                if not item.request.started and item.request is not self._warm
+            ]
             if fresh:
                 self.on_start(fresh)
         speculating = self.speculator.propose(plan)
@@ -241,6 +290,7 @@ class EngineCore:
             "prefix_hit_tokens": counters.prefix_hit_tokens,
             "prefix_evicted_tokens": cache.evicted_tokens,
             "prefixes": cache.num_prefixes,
+            "prefix_reuse": int(cache.limits.enabled),
             "retractions": self.scheduler.num_retractions,
             "draft_tokens": counters.draft_tokens,
             "draft_tokens_accepted": counters.draft_tokens_accepted,
@@ -250,7 +300,28 @@ class EngineCore:
             "kv_tokens_free": cache.num_free * page_size,
             "kv_tokens_cached": cache.num_cached * page_size,
             "kv_tokens_private": cache.num_private * page_size,
+            "prefill_cache_hits": counters.prefill_cache_hits,
+            "prefill_cache_misses": counters.prefill_cache_misses,
+            "prefill_cache_hit_tokens": counters.prefill_cache_hit_tokens,
+            "prefill_cache_miss_tokens": counters.prefill_cache_miss_tokens,
+            "prefix_miss_tokens": counters.prefix_miss_tokens,
+            **cache.stats(),
+            "warm_prefixes": self.warming.total,
+            "warm_prefixes_done": self.warming.done,
+            "warm_prefixes_failed": self.warming.failed,
         }
+
+    def close(self) -> None:
+        """Keep what is to outlive the engine; no step comes after this."""
+        if self.saved_cache is None:
+            return
+        path, self.saved_cache = self.saved_cache, None
+        try:
+            tokens = self.cache.save(path)
+        except MiniSglangError as error:
+            logger.error("%s", error)
+        else:
+            logger.info("saved %d tokens of the prefix cache to %s", tokens, path)
 
     def check(self) -> None:
         """Verify the page invariant (free + cached + in use == total); raises AssertionError."""
@@ -277,6 +348,8 @@ class EngineCore:
         step = SequenceStep(request.tokens[start:end], start, request.pages)
         if item.samples:
             step.sample = request.sample_spec()
+            if request.num_output == 0:
+                self.cache.first_token(request, step)
             if item.drafts is not None:
                 step.token_ids = [*step.token_ids, *item.drafts.tokens]
                 step.draft_samples = item.drafts.samples
@@ -309,6 +382,8 @@ class EngineCore:
                 request.prompt_logprobs.extend(result.prompt_logprobs)
             if num_tokens > 1 or not begun:
                 self.cache.publish(request)
+            if not begun:
+                self.cache.keep_prompt(request)
             if request.prefill_only and request.num_remaining == 0:
                 events.append(self._end(request, FinishReason.STOP, keep_kv=True))
             elif result.token_id is not None:
@@ -382,12 +457,22 @@ class EngineCore:
         return [event]
 
     def _note_start(self, request: Request, num_tokens: int) -> None:
-        """Count what the prefix cache gave to a request whose first step has run."""
+        """Count what the caches gave to a request whose first step has run."""
         request.started = True
-        cached = request.num_cached or 0
-        self.counters.prefix_hits += cached > 0
-        self.counters.prefix_misses += cached == 0
-        self.counters.prefix_hit_tokens += cached
+        if request is self._warm:
+            return
+        cached, counters = request.num_cached or 0, self.counters
+        if cached == request.num_prompt:  # else the last token, at least, is computed
+            counters.prefill_cache_hits += 1
+            counters.prefill_cache_hit_tokens += cached
+        else:
+            # The prefix cache is asked for what the exact-prompt cache has not.
+            counters.prefill_cache_misses += 1
+            counters.prefill_cache_miss_tokens += request.num_prompt
+            counters.prefix_hits += cached > 0
+            counters.prefix_misses += cached == 0
+            counters.prefix_hit_tokens += cached
+            counters.prefix_miss_tokens += request.num_prompt - cached
         logger.info(
             "prefill request=%s prompt=%d cached=%d computing=%d",
             request.request_id, request.num_prompt, cached, num_tokens,
@@ -409,7 +494,10 @@ class EngineCore:
             self.scheduler.remove(request, keep_kv=keep_kv)
         del self._requests[request.request_id]
         self.speculator.forget(request)
-        self.counters.finished += reason in (FinishReason.STOP, FinishReason.LENGTH)
+        self.counters.finished += request is not self._warm and reason in (
+            FinishReason.STOP,
+            FinishReason.LENGTH,
+        )
         request.finish = reason
         return TokenEvent(
             request.request_id,

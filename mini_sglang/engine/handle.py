@@ -56,6 +56,7 @@ class EngineInfo:
             where that is smaller.
         page_size: tokens per KV page.
         kv_tokens: tokens the KV pool holds.
+        shares_prefixes: whether prompts can start from what others have computed.
     """
 
     description: dict[str, str | int]
@@ -65,6 +66,7 @@ class EngineInfo:
     max_sequence_tokens: int
     page_size: int
     kv_tokens: int
+    shares_prefixes: bool = True
 
 
 class EngineHandle(Protocol):

@@ -58,6 +58,9 @@ def make_prefix_work(
     """
     if not settings.prefix_cache:
         raise InvalidValueError("PREFIX_CACHE", settings.prefix_cache, "on for insert_prefix")
+    if not info.shares_prefixes:
+        allowed = "left out: this model is served with one cache per request, which shares no prefix"
+        raise InvalidValueError("prefix", f"{len(prompt_ids)} tokens", allowed)
     if len(prompt_ids) > settings.prefix_cache_max_tokens:
         allowed = f"at most {settings.prefix_cache_max_tokens} tokens (PREFIX_CACHE_MAX_TOKENS)"
         raise InvalidValueError("prefix", f"{len(prompt_ids)} tokens", allowed)

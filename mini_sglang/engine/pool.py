@@ -66,7 +66,10 @@ class EnginePool:
         self._keeps_output = isinstance(self._router, CacheAware)
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._slots = EngineSlots(make_handle, max(1, settings.num_engines), self._lock, self._wake.set)
+        saving = settings.prefix_cache_file is not None
+        self._slots = EngineSlots(
+            make_handle, max(1, settings.num_engines), self._lock, self._wake.set, saving
+        )
         self._admission = Admission(settings, self._slots)
         self._changed = threading.Condition(self._lock)
         self._flights: dict[str, Flight] = {}

@@ -32,6 +32,7 @@ from mini_sglang.types import FinishReason, TokenEvent
 logger = logging.getLogger(__name__)
 
 CLOSE_GRACE = 5.0  # seconds a child has to end its requests and itself
+SAVE_GRACE = 120.0  # from then on where it says that it saves its prefix cache
 _TICK = 1.0  # seconds between two looks of the watchdog, at most
 
 
@@ -240,6 +241,8 @@ class ProcessEngine:
                 child.connect(message.address)
                 child.send(self._codec.encode(self._setup))
         elif isinstance(message, Notice):
+            if self._state == "closed" and self._kill_at is not None:
+                self._kill_at = max(self._kill_at, time.monotonic() + SAVE_GRACE)
             if self._notify is not None:
                 self._notify(message.line)
         elif isinstance(message, Ready):

@@ -115,6 +115,9 @@ class Child:
         try:
             while self._turn():
                 pass
+            if self._core.saved_cache is not None:
+                self._send(Notice(f"Saving the prefix cache to {self._core.saved_cache} …"))
+            self._core.close()
         except BaseException as error:
             logger.exception("the engine died")
             self._send(Failed(f"the engine died: {error!r:.200}"))

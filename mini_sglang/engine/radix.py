@@ -9,7 +9,7 @@ pages, so every length is a multiple of the page size.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,12 +20,18 @@ _CHILDREN_LOOKED_AT = 64
 class RadixNode:
     """One edge of the tree with the pages of its tokens. A plain handle to callers."""
 
-    __slots__ = ("children", "entry", "hits", "last_used", "locks", "pages", "parent", "tokens")
+    __slots__ = (
+        "children", "end", "entry", "hits", "last_used", "locks", "namespace", "pages", "parent", "tokens",
+    )  # fmt: skip
 
-    def __init__(self, tokens: Sequence[int], pages: list[int], parent: RadixNode | None) -> None:
+    def __init__(
+        self, tokens: Sequence[int], pages: list[int], parent: RadixNode | None, namespace: str = ""
+    ) -> None:
         self.tokens = tokens
         self.pages = pages
         self.parent = parent
+        self.namespace: str = namespace if parent is None else parent.namespace
+        self.end: int = len(tokens) + (0 if parent is None else parent.end)  # tokens from the root to here
         self.children: dict[tuple[int, ...], RadixNode] = {}
         self.locks = 0
         self.last_used = 0
@@ -63,6 +69,9 @@ class RadixCache:
     Args:
         page_size: tokens per page.
         policy: "lru" evicts the least recently used leaf, "lfu" the one with the fewest hits.
+
+    Attributes:
+        on_evict: called with a leaf, and how many of its last pages are about to leave.
     """
 
     def __init__(self, page_size: int, policy: str = "lru") -> None:
@@ -75,6 +84,7 @@ class RadixCache:
         self.num_pages = 0
         self.num_evictable_pages = 0
         self.num_leaves = 0
+        self.on_evict: Callable[[RadixNode, int], None] | None = None
 
     def match(self, tokens: Sequence[int], namespace: str = "", *, touch: bool = True) -> Match:
         """Find the longest cached prefix of ``tokens``, in whole pages.
@@ -85,14 +95,14 @@ class RadixCache:
         """
         root = self._roots.get(namespace)
         if root is None:
-            return Match(RadixNode((), [], None), [])
+            return Match(RadixNode((), [], None, namespace), [])
         node, _, rest = self._walk(root, tokens, touch)
         if rest is not None:
             node = self._split(rest[0], rest[1])
             if touch:
                 self._touch(node)
         pages: list[int] = []
-        for part in self._path(node):
+        for part in self.path(node):
             pages.extend(part.pages)
         return Match(node, pages)
 
@@ -156,7 +166,7 @@ class RadixCache:
             raise ValueError(f"{len(tokens)} tokens do not fill {len(pages)} pages of {self.page_size}")
         root = self._roots.get(namespace)
         if root is None:
-            root = self._roots[namespace] = RadixNode((), [], None)
+            root = self._roots[namespace] = RadixNode((), [], None, namespace)
         node, length, rest = self._walk(root, tokens, True)
         if rest is not None:
             length += rest[1]
@@ -174,7 +184,7 @@ class RadixCache:
             node = leaf
             self._touch(node)
         own: list[int] = []
-        for part in self._path(node):
+        for part in self.path(node):
             own.extend(part.pages)
         return Insertion(node, own, num_existing)
 
@@ -183,18 +193,18 @@ class RadixCache:
 
         Kept apart from ``match``: a request that waits for room is matched again at every step.
         """
-        for part in self._path(node):
+        for part in self.path(node):
             part.hits += 1
 
     def lock(self, node: RadixNode) -> None:
         """Keep the path to ``node`` from eviction until ``unlock``; locks are counted."""
-        for part in self._path(node):
+        for part in self.path(node):
             if part.locks == 0:
                 self.num_evictable_pages -= len(part.pages)
             part.locks += 1
 
     def unlock(self, node: RadixNode) -> None:
-        for part in self._path(node):
+        for part in self.path(node):
             if part.locks == 0:
                 raise ValueError("a prefix cache node was unlocked more often than locked")
             part.locks -= 1
@@ -213,6 +223,8 @@ class RadixCache:
             if leaf is None:
                 break
             wanted = num_pages - len(freed)
+            if self.on_evict is not None:
+                self.on_evict(leaf, min(wanted, len(leaf.pages)))
             freed.extend(self._remove(leaf) if wanted >= len(leaf.pages) else self._shorten(leaf, wanted))
         return freed
 
@@ -223,8 +235,18 @@ class RadixCache:
             leaf = self._pop_victim()
             if leaf is None:
                 break
+            if self.on_evict is not None:
+                self.on_evict(leaf, len(leaf.pages))
             freed.extend(self._remove(leaf))
         return freed
+
+    def holds(self, node: RadixNode, end: int) -> bool:
+        """Whether ``node``, which once ended a path of ``end`` tokens, is in the tree and still does."""
+        return node.parent is not None and node.end == end
+
+    def nodes(self) -> Iterator[RadixNode]:
+        """Every edge of the tree, those above before those below."""
+        return self._nodes()
 
     def pages(self) -> list[int]:
         """Every page the tree owns, for invariant checks."""
@@ -243,6 +265,7 @@ class RadixCache:
         for node in nodes:
             assert node.parent is not None and node.parent.children[self._key(node.tokens, 0)] is node
             assert len(node.tokens) == len(node.pages) * self.page_size > 0
+            assert node.end == node.parent.end + len(node.tokens)
             assert node.parent.parent is None or node.parent.locks >= node.locks
 
     def _walk(
@@ -338,13 +361,14 @@ class RadixCache:
         kept = len(leaf.pages) - num_pages
         tail = leaf.pages[kept:]
         leaf.pages, leaf.tokens = leaf.pages[:kept], leaf.tokens[: kept * self.page_size]
+        leaf.end -= num_pages * self.page_size
         self.num_pages -= num_pages
         self.num_evictable_pages -= num_pages
         self._offer(leaf)
         return tail
 
     @staticmethod
-    def _path(node: RadixNode) -> list[RadixNode]:
+    def path(node: RadixNode) -> list[RadixNode]:
         """Nodes from below the root down to ``node``."""
         path: list[RadixNode] = []
         at: RadixNode | None = node

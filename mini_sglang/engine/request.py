@@ -43,6 +43,9 @@ class Request:
         started: whether a step of it has run.
         node: the radix node locked for the tree's pages.
         speculation: what is known for guessing its tokens ahead; None where that is off.
+        from_logits: kept logits that its first token is chosen from, in the step it is admitted to.
+        tail_page: with ``from_logits``, the page to be copied into its own first one.
+        keep_logits: where the logits of its prompt's last token are kept in the step that computes it.
         grammar: what the answer must follow, as far as its tokens have come; retraction does not touch it.
         end_ids: ids that end the answer.
     """
@@ -66,6 +69,10 @@ class Request:
     num_cached: int | None = None
     started: bool = False
     node: RadixNode | None = None
+    from_logits: int | None = None
+    tail_page: int | None = None
+    keep_logits: int | None = None
+    _prompt_key: tuple[str, tuple[int, ...]] | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs_done: bool = False
     finish: FinishReason | None = None
@@ -84,8 +91,16 @@ class Request:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def prompt_key(self) -> tuple[str, tuple[int, ...]]:
+        """Namespace and prompt."""
+        if self._prompt_key is None:
+            self._prompt_key = self.namespace, tuple(self.tokens[: self.num_prompt])
+        return self._prompt_key
+
+    @property
     def num_remaining(self) -> int:
-        """Tokens to compute before the next one can be sampled: 1 in decode, more in prefill."""
+        """Tokens to compute before the next one can be sampled: 1 in decode, more in prefill, 0 where the
+        logits of the prompt are kept."""
         return len(self.tokens) - self.num_computed
 
     @property

@@ -117,15 +117,17 @@ class Scheduler:
                 return
             if self._should_wait_for(request, prefilling):
                 continue
+            # One more page for each running request that may take one, or the next decodes would retract the
+            # newcomer at once.
+            headroom = sum(map(self._grows, self.running))
+            if self._cache.fetch(request, headroom, busy=bool(self.running)):
+                continue
             self._cache.attach(request)
             remaining = request.num_remaining
             chunked = self._limits.chunk_tokens is not None
             if not chunked and remaining > budget_left and prefilling:
                 self._cache.release(request, keep=False)
                 return
-            # The whole prompt must fit beside one more page for each running request, or the next
-            # decodes would retract it at once.
-            headroom = len(self.running)
             missing = self._cache.pages_for(len(request.tokens)) - len(request.pages)
             num_tokens = min(remaining, budget_left) if chunked else remaining
             fits = not self.running or missing + headroom <= self._cache.num_available
@@ -149,6 +151,10 @@ class Scheduler:
         while at and self.running[at - 1].arrival > request.arrival:
             at -= 1
         self.running.insert(at, request)
+
+    def _grows(self, request: Request) -> bool:
+        """Whether a running request may come to need more pages than it has."""
+        return self._cache.pages_for(request.num_prompt + request.max_new_tokens) > len(request.pages)
 
     def _should_wait_for(self, request: Request, prefilling: list[Request]) -> bool:
         """Whether a prefill under way will soon leave a much longer prefix than is cached now."""

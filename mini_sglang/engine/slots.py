@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
+from mini_sglang.engine.cache_limits import CACHE_TOTALS
 from mini_sglang.engine.engine import EngineCounters
 from mini_sglang.engine.handle import EngineHandle, EngineInfo
 
@@ -19,6 +20,7 @@ FIRST_BACKOFF = 0.5
 LONGEST_BACKOFF = 30.0
 HEALTHY_AFTER = 60.0
 _CLOSE_SECONDS, _HURRIED_SECONDS = 15.0, 1.0
+_SAVE_SECONDS = 130.0  # where engines save their prefix caches
 _LOOK_SECONDS = 0.02
 
 _TOTALS = (
@@ -26,6 +28,7 @@ _TOTALS = (
     "prefix_evicted_tokens",
     "retractions",
     "speculation_switched_off",
+    *CACHE_TOTALS,
 )
 
 
@@ -131,6 +134,7 @@ class EngineSlots:
         lock: the pool's, which guards the slots. ``start_due`` takes it, the other methods need it held or,
             for what only reads, do without.
         wake: called, in threads of the engines, when ``refresh`` may find something.
+        saving: whether engines have something to save at their end.
     """
 
     def __init__(
@@ -139,7 +143,9 @@ class EngineSlots:
         count: int,
         lock: threading.Lock,
         wake: Callable[[], None],
+        saving: bool = False,
     ) -> None:
+        self._saving = saving
         self._make_handle = make_handle
         self._slots = [EngineSlot(index) for index in range(count)]
         self._lock = lock
@@ -181,13 +187,13 @@ class EngineSlots:
     def close(self, hurry: threading.Event) -> None:
         """Close every engine side by side; not under the lock.
 
-        One that does not end within 15 s, 1 s once ``hurry`` is set, is left behind: a process is killed
-        before, a thread in the midst of a step cannot be.
+        One that does not end within 15 s (130 s where it may save), 1 s once ``hurry`` is set, is left:
+        a process is killed before, a thread in the midst of a step cannot be.
         """
         closers = [threading.Thread(target=handle.close, daemon=True) for handle in self._handles()]
         for closer in closers:
             closer.start()
-        deadline = time.monotonic() + _CLOSE_SECONDS
+        deadline = time.monotonic() + (_SAVE_SECONDS if self._saving else _CLOSE_SECONDS)
         while any(closer.is_alive() for closer in closers) and time.monotonic() < deadline:
             if hurry.wait(_LOOK_SECONDS):
                 deadline = min(deadline, time.monotonic() + _HURRIED_SECONDS)

@@ -58,7 +58,7 @@ class Hello(msgspec.Struct, array_like=True, tag="hello"):
 
 
 class Notice(msgspec.Struct, array_like=True, tag="notice"):
-    """From the child while it loads: a line for the user."""
+    """From the child while it loads, or saves at its end: a line for the user."""
 
     line: str
 

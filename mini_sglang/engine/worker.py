@@ -194,6 +194,7 @@ class EngineThread:
             for event in self.core.step():
                 self._deliver(event)
         self._end_all(FinishReason.ABORT, None)
+        self.core.close()
 
     def _die(self, error: BaseException) -> None:
         started = hasattr(self, "core")

@@ -38,21 +38,27 @@ def test_metrics_count_what_happened(client: Client) -> None:
     before = numbers(client)
     client.ask(prompt="m" * 40, max_new_tokens=5, ignore_eos=True)
     client.ask(prompt="m" * 40, max_new_tokens=5, ignore_eos=True)
+    client.ask(prompt="m" * 39 + "n", max_new_tokens=5, ignore_eos=True)
     client.post("/generate", json={})
     after = numbers(client)
     grown = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
-    assert grown['mini_sglang_requests_total{outcome="length"}'] == 2
-    assert grown['mini_sglang_http_responses_total{route="/generate",status="200"}'] == 2
+    assert grown['mini_sglang_requests_total{outcome="length"}'] == 3
+    assert grown['mini_sglang_http_responses_total{route="/generate",status="200"}'] == 3
     assert grown['mini_sglang_http_responses_total{route="/generate",status="400"}'] == 1
-    assert grown["mini_sglang_prompt_tokens_total"] == 80
-    assert grown["mini_sglang_completion_tokens_total"] == 10
-    assert grown["mini_sglang_cached_tokens_total"] == 32
+    assert grown["mini_sglang_prompt_tokens_total"] == 120
+    assert grown["mini_sglang_completion_tokens_total"] == 15
+    assert grown["mini_sglang_cached_tokens_total"] == 40 + 32
+    assert grown['mini_sglang_engine_prefill_cache_hits_total{engine="0"}'] == 1
+    assert grown['mini_sglang_engine_prefill_cache_misses_total{engine="0"}'] == 2
+    assert grown['mini_sglang_engine_prefill_cache_hit_tokens_total{engine="0"}'] == 40
+    assert grown['mini_sglang_engine_prefill_cache_miss_tokens_total{engine="0"}'] == 80
+    assert grown['mini_sglang_engine_prefix_miss_tokens_total{engine="0"}'] == 40 + 8
     assert grown['mini_sglang_engine_prefix_hit_tokens_total{engine="0"}'] == 32
-    assert grown["mini_sglang_ttft_seconds_count"] == 2
-    assert grown["mini_sglang_itl_seconds_count"] == 8
+    assert grown["mini_sglang_ttft_seconds_count"] == 3
+    assert grown["mini_sglang_itl_seconds_count"] == 12
     spent = grown["mini_sglang_ttft_seconds_sum"] + grown["mini_sglang_itl_seconds_sum"]
     assert 0 < spent <= grown["mini_sglang_request_seconds_sum"]
-    assert grown["mini_sglang_request_seconds_count"] == 2
+    assert grown["mini_sglang_request_seconds_count"] == 3
     assert after['mini_sglang_engine_kv_tokens_total{engine="0"}'] > 0
     assert after['mini_sglang_engine_up{engine="0"}'] == 1
 
@@ -60,6 +66,8 @@ def test_metrics_count_what_happened(client: Client) -> None:
 def test_the_same_as_json(client: Client) -> None:
     told = client.get("/metrics", headers={"accept": "application/json"}).json()
     assert told["scheduler_mode"] == "rr" and told["engines"][0]["state"] == "ready"
+    assert told["implementation"] == "native"
+    assert 'implementation="native"' in client.get("/metrics").text
     assert told["prompt_tokens"] == numbers(client)["mini_sglang_prompt_tokens_total"]
     assert client.get("/metrics?format=json").json()["engines"][0]["inflight"] == 0
     assert client.get("/metrics?format=xml").status_code == 400

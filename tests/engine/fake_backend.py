@@ -7,6 +7,7 @@ overwritten, stale or never computed breaks the chain of hashes and fails the st
 from __future__ import annotations
 
 import os
+import struct
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -81,15 +82,25 @@ class FakeBackend:
     nan_at: dict[int, int] = field(default_factory=dict)
     delay: float = 0.0
     checked: bool = True
+    copies_pages: bool = True
     tokens_of: Callable[[array[int]], Sequence[int]] | None = None
     calls: int = 0
     tokens_run: int = 0
     tokens_sampled: int = 0
     rows: list[tuple[int, int]] = field(default_factory=list)
     """(start, tokens, without the drafts) of each row of the latest call."""
+    shares_prefixes: bool = True
+    chunks_prompts: bool = True
 
     def __post_init__(self) -> None:
         self.slots: list[tuple[int, int, int]] = [(POISON, -1, -1)] * (self.num_pages * self.page_size)
+        self.logits: dict[int, int] = {}
+        self._store = FakeStore(self)
+
+    @property
+    def store(self) -> FakeStore | None:
+        """Copies pages of ``slots``."""
+        return self._store if self.copies_pages else None
 
     def run(self, steps: Sequence[SequenceStep]) -> list[SequenceResult]:
         call, self.calls = self.calls, self.calls + 1
@@ -124,6 +135,9 @@ class FakeBackend:
             for slot in written:
                 self.slots[slot] = (POISON, -1, -1)
             raise RuntimeError(f"device failure at call {call}")
+        for step, value in zip(steps, before, strict=True):
+            if step.from_logits is not None and self.logits[step.from_logits] != value:
+                raise KVCorruption("the logits of another prompt")
         results = [self._write(step, value) for step, value in zip(steps, before, strict=True)]
         if call in self.nan_at:
             row = self.nan_at[call] % len(steps)
@@ -144,7 +158,7 @@ class FakeBackend:
     def _read(self, step: SequenceStep) -> int:
         """The hash of all that comes before the step, read through its page table."""
         end = step.start + len(step.token_ids)
-        if not step.token_ids or end > self.context_length:
+        if bool(step.token_ids) == (step.from_logits is not None) or end > self.context_length:
             raise KVCorruption(f"{len(step.token_ids)} tokens at {step.start}, context {self.context_length}")
         if len(step.pages) * self.page_size < end or len(set(step.pages)) != len(step.pages):
             raise KVCorruption(f"page table {list(step.pages)} for {end} positions")
@@ -192,7 +206,97 @@ class FakeBackend:
         if chosen:
             result.token_id, result.logprob = chosen[0].token_id, chosen[0].logprob
             result.drafted = chosen[1:]
+            if step.keep_logits is not None:
+                self.logits[step.keep_logits] = value
         return result
+
+
+class FakeTransfer:
+    """A copy that the test decides the end of."""
+
+    def __init__(self, copy: Callable[[], None], over: bool) -> None:
+        self._copy: Callable[[], None] | None = copy
+        if over:
+            self.wait()
+
+    @property
+    def done(self) -> bool:
+        return self._copy is None
+
+    def wait(self) -> None:
+        if self._copy is not None:
+            self._copy()
+        self._copy = None
+
+
+class FakeStore:
+    """``PageStore`` over the slots of a ``FakeBackend``; background copies wait in ``under_way``."""
+
+    def __init__(self, backend: FakeBackend) -> None:
+        self._backend = backend
+        self._layout = struct.Struct("<" + "Qqq" * backend.page_size)
+        self.page_bytes = self._layout.size
+        self.host: list[list[tuple[int, int, int]] | None] = []
+        self.under_way: list[FakeTransfer] = []
+        self.copies = 0
+
+    def page(self, page: int) -> list[tuple[int, int, int]]:
+        size = self._backend.page_size
+        return self._backend.slots[page * size : (page + 1) * size]
+
+    def _set(self, page: int, content: list[tuple[int, int, int]] | None) -> None:
+        assert content is not None, "a slot of the host that nothing was written to"
+        size = self._backend.page_size
+        self._backend.slots[page * size : (page + 1) * size] = content
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        self.copies += len(sources)
+        for source, target in zip(sources, targets, strict=True):
+            self._set(target, self.page(source))
+
+    def open_host(self, num_slots: int) -> None:
+        self.host = [None] * num_slots
+
+    def spill(self, pages: Sequence[int], slots: Sequence[int]) -> None:
+        assert len(set(slots)) == len(slots)
+        for page, slot in zip(pages, slots, strict=True):
+            self.host[slot] = self.page(page)
+
+    def restore(self, slots: Sequence[int], pages: Sequence[int], *, background: bool) -> FakeTransfer:
+        slots, pages = list(slots), list(pages)
+        for page in pages:  # until it is over they hold anything
+            self._set(page, [(POISON, -1, -1)] * self._backend.page_size)
+
+        def copy() -> None:
+            for slot, page in zip(slots, pages, strict=True):
+                self._set(page, self.host[slot])
+
+        transfer = FakeTransfer(copy, not background)
+        if background:
+            self.under_way.append(transfer)
+        return transfer
+
+    def finish(self) -> None:
+        """End the copies in the background."""
+        for transfer in self.under_way:
+            transfer.wait()
+        self.under_way.clear()
+
+    def read(self, pages: Sequence[int], slots: Sequence[int]) -> Iterator[bytes]:
+        for content in (*map(self.page, pages), *(self.host[slot] for slot in slots)):
+            assert content is not None
+            yield self._layout.pack(*(number for slot in content for number in slot))
+
+    def write(self, page: int, data: bytes) -> None:
+        numbers = iter(self._layout.unpack(data))
+        self._set(page, list(zip(numbers, numbers, numbers, strict=True)))
+
+    def write_host(self, slot: int, data: bytes) -> None:
+        numbers = iter(self._layout.unpack(data))
+        self.host[slot] = list(zip(numbers, numbers, numbers, strict=True))
+
+    def identity(self) -> dict[str, str]:
+        return {"model": "fake", "layout": f"{self._backend.page_size} tokens a page"}
 
 
 @dataclass

@@ -314,17 +314,26 @@ def test_ids_of_running_requests_are_unique() -> None:
 
 
 def test_counters_add_up() -> None:
-    driver = driver_with()
+    driver = driver_with(page_token_budget=40)
     driver.run(PROMPT[:10], params(5))
     driver.run(PROMPT[:10], params(5))
+    driver.run([*PROMPT[:9], 30], params(5))
     driver.run(PROMPT[20:30], params(3))
     driver.abort(driver.add(PROMPT, params()))
     assert driver.core.stats() == {
-        "requests": 4, "finished": 3, "aborted": 1, "failed": 0, "running": 0, "waiting": 0,
-        "steps": 13, "prefill_tokens": 10 + 2 + 10, "decode_tokens": 4 + 4 + 2,
-        "prefix_hits": 1, "prefix_misses": 2, "prefix_hit_tokens": 8, "prefix_evicted_tokens": 0,
-        "prefixes": 2, "retractions": 0, "kv_tokens_total": 256, "kv_tokens_free": 256 - 12 - 12,
-        "kv_tokens_cached": 12 + 12, "kv_tokens_private": 0,
+        "requests": 5, "finished": 4, "aborted": 1, "failed": 0, "running": 0, "waiting": 0,
+        "steps": 18, "prefill_tokens": 10 + 2 + 10, "decode_tokens": 4 + 4 + 4 + 2,
+        "prefill_cache_hits": 1, "prefill_cache_misses": 3,
+        "prefill_cache_hit_tokens": 10, "prefill_cache_miss_tokens": 30,
+        "prefill_cache_entries": 3, "prefill_cache_tokens": 30, "prefill_cache_evictions": 0,
+        "prefix_hits": 1, "prefix_misses": 2, "prefix_hit_tokens": 8, "prefix_miss_tokens": 10 + 2 + 10,
+        "prefix_evicted_tokens": 0, "prefix_loaded_tokens": 0,
+        "prefixes": 3, "retractions": 0, "kv_tokens_total": 256, "kv_tokens_free": 256 - 28 - 12,
+        # Three answers, of which two share two pages, and the last page of three prompts.
+        "kv_tokens_cached": 28 + 12, "kv_tokens_private": 0,
+        "host_hits": 0, "host_tokens_total": 40, "host_tokens_used": 0,
+        "host_spilled_tokens": 0, "host_restored_tokens": 0, "host_dropped_tokens": 0,
+        "warm_prefixes": 0, "warm_prefixes_done": 0, "warm_prefixes_failed": 0,
     }  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from mini_sglang.engine.kv_cache import CacheLimits, KVCacheManager
+from mini_sglang.engine.cache_limits import CacheLimits
+from mini_sglang.engine.kv_cache import KVCacheManager
 from mini_sglang.engine.request import Request
 from mini_sglang.types import SamplingParams
 

@@ -33,8 +33,11 @@ def quiet() -> Iterator[None]:
 
 
 def check_locks(core: EngineCore) -> None:
-    """Each node of the tree is locked once per running request at or below it."""
+    """Each node of the tree is locked once per running request, or page coming back, at or below it."""
     expected: Counter[int] = Counter()
+    for arrival in core.cache.host.arrivals if core.cache.host else ():
+        for node in core.cache._tree.path(arrival.node):
+            expected[id(node)] += 1
     for request in core.scheduler.running:
         node = request.node
         pages: list[int] = []
@@ -91,8 +94,10 @@ engine_settings = st.fixed_dictionaries(
         "prefill_chunk_size": st.sampled_from([1, 3, 8]),
         "max_batch_size": st.sampled_from([8, 8, 3, 1]),
         "max_prefill_tokens": st.sampled_from([4096, 64, 16, 4]),
+        "prefill_cache_size": st.sampled_from([8, 8, 2, 0]),
+        "page_token_budget": st.sampled_from([0, 0, 24, 200]),
     }
-)
+).map(lambda settings: settings if settings["prefix_cache"] else {**settings, "page_token_budget": 0})
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -100,10 +105,13 @@ class EngineMachine(RuleBasedStateMachine):
         settings=engine_settings,
         page_size=st.sampled_from([1, 4, 16]),
         pool_tokens=st.sampled_from([48, 64, 96, 160]),
+        background=st.booleans(),
     )
-    def start(self, settings: dict[str, Any], page_size: int, pool_tokens: int) -> None:
+    def start(self, settings: dict[str, Any], page_size: int, pool_tokens: int, background: bool) -> None:
         self.settings = settings
         self.backend = FakeBackend(pool_tokens // page_size, page_size, CONTEXT)
+        if background:
+            self.backend._store.page_bytes = 64 << 20
         self.core = self.make_core(settings)
         self.answers: dict[str, Answer] = {}
         self.requests: dict[str, Request] = {}
@@ -167,10 +175,17 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def clear_cache(self) -> None:
-        free = self.core.cache.num_free
-        dropped = self.core.cache.clear()
-        assert self.core.cache.num_free - free == dropped // self.backend.page_size
+        cache, size = self.core.cache, self.backend.page_size
+        cache.settle()
+        before = cache.num_free + (0 if cache.host is None else -cache.host.tier.num_used)
+        dropped = cache.clear()
+        assert cache.num_free - before == dropped // size
+        assert cache.host is None or cache.host.tier.num_used == 0
         assert self.core.cache.num_available == self.core.cache.num_free
+
+    @rule()
+    def copies_end(self) -> None:
+        self.backend._store.finish()
 
     @precondition(lambda self: self.core.has_work)
     @rule()
@@ -221,8 +236,11 @@ class EngineMachine(RuleBasedStateMachine):
     def check_idle(self) -> None:
         cache = self.core.cache
         assert cache.num_private == 0 and not self.core.scheduler.running and not self.core.scheduler.waiting
+        cache.settle()
+        cache._trim()
         assert cache.num_available == cache.num_pages, "a lock was left behind"
-        assert cache.num_cached * cache.page_size <= self.settings["prefix_cache_token_budget"]
+        cached = cache._tree.num_pages * cache.page_size
+        assert cached <= self.settings["prefix_cache_token_budget"]
         assert (
             not self.settings["prefix_cache_size"] or cache.num_prefixes <= self.settings["prefix_cache_size"]
         )
@@ -259,7 +277,8 @@ class EngineMachine(RuleBasedStateMachine):
             return
         assert replace(answer, cached_tokens=0) == alone
         cached = answer.cached_tokens
-        assert cached < len(prompt) and cached % self.backend.page_size == 0
+        whole = cached == len(prompt) and self.settings["prefill_cache_size"]
+        assert whole or (cached < len(prompt) and cached % self.backend.page_size == 0)
         if not self.settings["prefix_cache"] or request.params.prompt_logprobs:
             assert cached == 0
         self.stems = [*self.stems[:2], *self.stems[2:][-7:], request.tokens]
@@ -301,6 +320,7 @@ def test_forty_requests_at_random(
         if wanted and chance.random() < 0.02:
             driver.abort(chance.choice(list(wanted)))
         driver.step()
+    driver.core.cache.settle()
     check_locks(driver.core)
     assert driver.core.cache.num_available == driver.core.cache.num_pages
     for name, alone in wanted.items():

@@ -20,7 +20,7 @@ def test_a_prompt_cached_to_its_last_token_still_computes_one(
     page_size: int, length: int, chunked: bool
 ) -> None:
     backend = FakeBackend(64 // page_size * 4, page_size)
-    driver = Driver(make_core(backend, chunked_prefill=chunked, prefill_chunk_size=8))
+    driver = Driver(make_core(backend, chunked_prefill=chunked, prefill_chunk_size=8, prefill_cache_size=0))
     prompt = PROMPT[:length]
     first = driver.run(prompt, GREEDY)
     computed = backend.tokens_run
@@ -149,14 +149,19 @@ def test_decodes_go_on_between_the_chunks_of_a_long_prompt() -> None:
 
 @pytest.mark.parametrize("page_size", [1, 4, 32])
 def test_equal_prompts_at_once_share_one_prefill(page_size: int) -> None:
+    for size in (0, 8):
+        check_equal_prompts_at_once(page_size, size)
+
+
+def check_equal_prompts_at_once(page_size: int, prompts: int) -> None:
     backend = FakeBackend(640 // page_size, page_size, context_length=200)
-    driver = Driver(make_core(backend))
+    driver = Driver(make_core(backend, prefill_cache_size=prompts))
     prompt = [2 + i % 11 for i in range(100)]
     names = [driver.add(prompt, GREEDY) for _ in range(6)]
     driver.step()
     assert backend.rows == [(0, 100)], "the others wait for the first one's prefill"
     driver.step()
-    cached = 99 // page_size * page_size
+    cached = 100 if prompts else 99 // page_size * page_size
     assert len(backend.rows) == 6 and backend.rows[1:] == [(cached, 100 - cached)] * 5
     driver.drain()
     for name in names:
@@ -167,7 +172,7 @@ def test_equal_prompts_at_once_share_one_prefill(page_size: int) -> None:
 def test_waiting_for_a_prefill_needs_something_to_gain() -> None:
     """The last page of a prompt is never taken from the cache, so there is no point in waiting for it."""
     backend = FakeBackend(32, 32, context_length=256)
-    driver = Driver(make_core(backend))
+    driver = Driver(make_core(backend, prefill_cache_size=0))
     prompt = [2 + i % 11 for i in range(64)]
     driver.run(prompt, GREEDY)
     for _ in range(4):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mini_sglang.backend.attention.base import PLAIN, AttentionForm
 from mini_sglang.backend.batch import Batch
 from mini_sglang.backend.kernels.jobs import Attention, SequenceTable
 from mini_sglang.backend.kernels.library import NativeKernels
@@ -46,10 +47,19 @@ class NativeStep:
         self._sequences = SequenceTable()
         self._sequences.set(batch.page_table, batch.query_starts, batch.seq_lens)
 
-    def __call__(self, layer: int, window: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        window: int | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        form: AttentionForm = PLAIN,
+    ) -> Tensor:
+        assert form.fused
         kv = self._kv
         rows, heads, head_dim = query.shape
         out = query.new_empty((rows, heads * head_dim))
-        job = Attention.of(self._sequences, kv, layer, query, out, window)
+        job = Attention.of(self._sequences, kv, layer, query, out, window, form.scale)
         self._kernels.run(job, rows)
         return out

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mini_sglang.backend.attention.base import PLAIN, AttentionForm
 from mini_sglang.backend.batch import Batch, IntArray
 from mini_sglang.backend.kv.pool import KVPool
 
@@ -22,49 +23,71 @@ _QUERY_BLOCK = 512
 
 
 class PagedAttention:
-    """The torch implementation of ``Attention``. Holds no state."""
+    """The torch implementation of ``Attention``.
+
+    Args:
+        fused: use torch's own attention where it computes the form; without, everything is done step by step.
+    """
+
+    def __init__(self, fused: bool = True) -> None:
+        self.fused = fused
 
     def begin(self, batch: Batch, kv: KVPool) -> PagedStep:
-        return PagedStep(batch, kv)
+        return PagedStep(batch, kv, self.fused)
 
 
 class PagedStep:
     """One step of ``PagedAttention``; see ``StepAttention``."""
 
-    def __init__(self, batch: Batch, kv: KVPool) -> None:
+    def __init__(self, batch: Batch, kv: KVPool, fused: bool) -> None:
         self._batch = batch
         self._kv = kv
-        self._plans: dict[int | None, _Plan] = {}
+        self._fused = fused
+        self._plans: dict[tuple[int | None, bool], _Plan] = {}
 
-    def __call__(self, layer: int, window: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        plan = self._plans.get(window)
+    def __call__(
+        self,
+        layer: int,
+        window: int | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        form: AttentionForm = PLAIN,
+    ) -> Tensor:
+        which = window, form.fused and self._fused
+        plan = self._plans.get(which)
         if plan is None:
-            plan = self._plans[window] = _Plan.make(self._batch, self._kv, window)
+            plan = self._plans[which] = _Plan.make(self._batch, self._kv, *which)
         rows, heads, head_dim = query.shape
-        kv_heads = key.shape[1]
+        kv_heads, width = key.shape[1], heads * value.shape[2]
         query = query.view(rows, kv_heads, heads // kv_heads, head_dim)
         decodes = self._batch.num_decodes
         if decodes == rows:
             assert plan.decode is not None
-            return self._decode(plan.decode, layer, query).reshape(rows, heads * head_dim)
-        out = query.new_empty(query.shape)
+            return self._decode(plan, plan.decode, layer, query, form).reshape(rows, width)
+        out = query.new_empty((*query.shape[:3], value.shape[2]))
         if plan.decode is not None:
-            out[:decodes] = self._decode(plan.decode, layer, query[:decodes])
+            out[:decodes] = self._decode(plan, plan.decode, layer, query[:decodes], form)
         for chunk in plan.chunks:
             first, stop = chunk.first_row, chunk.stop_row
             if chunk.source is None:
                 keys, values = key[first:stop], value[first:stop]
             else:
-                keys, values = chunk.source.read(self._kv, layer).unbind(1)
-            _attend_chunk(chunk, plan, query[first:stop], keys, values, out[first:stop])
-        return out.view(rows, heads * head_dim)
+                keys, values = chunk.source.read(self._kv, layer)
+            _attend_chunk(chunk, plan, query[first:stop], keys, values, out[first:stop], form)
+        return out.view(rows, width)
 
-    def _decode(self, decode: _Decode, layer: int, query: Tensor) -> Tensor:
-        """``query`` ``[B, kv_heads, group, head_dim]`` to the same shape."""
-        pages = decode.source.read(self._kv, layer)
-        pages = pages.view(query.shape[0], -1, *pages.shape[1:])
-        keys, values = pages.transpose(1, 3).unbind(2)
-        return scaled_dot_product_attention(query, keys, values, attn_mask=decode.mask)
+    def _decode(self, plan: _Plan, decode: _Decode, layer: int, query: Tensor, form: AttentionForm) -> Tensor:
+        """``query`` ``[B, kv_heads, group, head_dim]`` to the same shape, of the values' width."""
+        sequences = query.shape[0]
+        keys, values = (
+            part.view(sequences, -1, *part.shape[1:]).transpose(1, 2)
+            for part in decode.source.read(self._kv, layer)
+        )
+        if plan.fused:
+            return scaled_dot_product_attention(query, keys, values, attn_mask=decode.mask, scale=form.scale)
+        sinks = None if form.sinks is None else form.sinks.view(1, *query.shape[1:3], 1)
+        return _weigh(query, keys, values, decode.mask, form, sinks)
 
 
 @dataclass(slots=True)
@@ -84,11 +107,11 @@ class _Source:
             return cls(offset + first, offset + stop)
         return cls(first, stop, torch.from_numpy(pages.copy()).to(kv.data.device), kv.buffer(len(pages)))
 
-    def read(self, kv: KVPool, layer: int) -> Tensor:
-        """``[stop - first, 2, kv_heads, head_dim]``; what a later layer reads may overwrite it."""
+    def read(self, kv: KVPool, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, ``[stop - first, kv_heads, …]``; what a later layer reads may overwrite them."""
         if self.pages is None or self.buffer is None:
-            return kv.run(layer, self.first, self.stop)
-        return kv.gather(layer, self.pages, self.buffer)[self.first : self.stop]
+            return kv.keys_values(layer, kv.run(layer, self.first, self.stop))
+        return kv.keys_values(layer, kv.gather(layer, self.pages, self.buffer)[self.first : self.stop])
 
 
 @dataclass(slots=True)
@@ -111,25 +134,31 @@ class _Chunk:
 
 @dataclass(slots=True)
 class _Plan:
-    """What the layers with one window share. ``band`` is the mask that blocks of chunks are cut from."""
+    """What the layers with one window share. ``band`` is the mask that blocks of chunks are cut from.
+
+    ``fused`` is whether torch's own attention computes it.
+    """
 
     window: int | None
+    fused: bool
     decode: _Decode | None
     chunks: list[_Chunk]
     band: Tensor | None
     band_past: int
 
     @classmethod
-    def make(cls, batch: Batch, kv: KVPool, window: int | None) -> _Plan:
+    def make(cls, batch: Batch, kv: KVPool, window: int | None, fused: bool) -> _Plan:
         decode = _plan_decode(batch, kv, window) if batch.num_decodes else None
-        chunks = [_plan_chunk(batch, kv, window, i) for i in range(batch.num_decodes, len(batch.seq_lens))]
+        chunks = [
+            _plan_chunk(batch, kv, window, fused, i) for i in range(batch.num_decodes, len(batch.seq_lens))
+        ]
         masked = [chunk for chunk in chunks if not chunk.causal]
         if not masked:
-            return cls(window, decode, chunks, None, 0)
+            return cls(window, fused, decode, chunks, None, 0)
         past = max(chunk.start + chunk.stop_row - chunk.first_row for chunk in masked)
         past = min(past, window) if window else past
         rows = min(_QUERY_BLOCK, max(chunk.stop_row - chunk.first_row for chunk in masked))
-        return cls(window, decode, chunks, _band(rows, past, window, kv.data), past)
+        return cls(window, fused, decode, chunks, _band(rows, past, window, kv.data), past)
 
 
 def _plan_decode(batch: Batch, kv: KVPool, window: int | None) -> _Decode:
@@ -155,12 +184,14 @@ def _plan_decode(batch: Batch, kv: KVPool, window: int | None) -> _Decode:
     return _Decode(source, mask.to(kv.data.device, kv.data.dtype)[:, None, None])
 
 
-def _plan_chunk(batch: Batch, kv: KVPool, window: int | None, i: int) -> _Chunk:
+def _plan_chunk(batch: Batch, kv: KVPool, window: int | None, fused: bool, i: int) -> _Chunk:
     first_row, stop_row = batch.query_starts[i], batch.query_starts[i + 1]
     length = batch.seq_lens[i]
     start = length - (stop_row - first_row)
     if start == 0:
-        return _Chunk(first_row, stop_row, 0, 0, None, window is None or length <= window)
+        # Unfused, a mask bounds the scores to a block of rows at a time.
+        causal = fused and (window is None or length <= window)
+        return _Chunk(first_row, stop_row, 0, 0, None, causal)
     first_key = 0 if window is None else max(0, start - window + 1)
     begin = first_key // batch.page_size
     pages = batch.page_table[i, begin : -(-length // batch.page_size)]
@@ -180,16 +211,22 @@ def _band(rows: int, past: int, window: int | None, like: Tensor) -> Tensor:
 
 
 def _attend_chunk(
-    chunk: _Chunk, plan: _Plan, query: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    chunk: _Chunk,
+    plan: _Plan,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    form: AttentionForm,
 ) -> None:
     """One chunk, in blocks of rows.
 
     Args:
-        query, out: ``[t, kv_heads, group, head_dim]``; the result goes into ``out``.
+        query, out: ``[t, kv_heads, group, head_dim]``, ``out`` of the values' width, for the result.
         keys, values: ``[L, kv_heads, head_dim]``, from ``chunk.first_key`` on.
     """
     if chunk.causal:
-        _attend(query, keys, values, out, None)
+        _attend(query, keys, values, out, None, form, plan.fused)
         return
     assert plan.band is not None
     for first in range(0, len(query), _QUERY_BLOCK):
@@ -199,13 +236,48 @@ def _attend_chunk(
         past = position - lowest
         mask = plan.band[: stop - first, plan.band_past - past : plan.band_past + stop - first]
         seen = slice(lowest - chunk.first_key, chunk.start + stop - chunk.first_key)
-        _attend(query[first:stop], keys[seen], values[seen], out[first:stop], mask)
+        _attend(query[first:stop], keys[seen], values[seen], out[first:stop], mask, form, plan.fused)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, out: Tensor, mask: Tensor | None) -> None:
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    mask: Tensor | None,
+    form: AttentionForm,
+    fused: bool,
+) -> None:
     group = query.shape[2]
     heads = query.permute(1, 2, 0, 3)
     keys = keys.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
     values = values.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
-    result = scaled_dot_product_attention(heads, keys, values, attn_mask=mask, is_causal=mask is None)
+    if fused:
+        result = scaled_dot_product_attention(
+            heads, keys, values, attn_mask=mask, is_causal=mask is None, scale=form.scale
+        )
+    else:
+        sinks = None if form.sinks is None else form.sinks.view(*heads.shape[:2], 1, 1)
+        result = _weigh(heads, keys, values, mask, form, sinks)
     out.copy_(result.permute(2, 0, 1, 3))
+
+
+def _weigh(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    form: AttentionForm,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention step by step, for what torch's own does not do; ``sinks`` are like a column of scores."""
+    scale = query.shape[-1] ** -0.5 if form.scale is None else form.scale
+    scores = (query @ keys.transpose(-1, -2)).float() * scale
+    if form.softcap is not None:
+        scores = torch.tanh(scores / form.softcap) * form.softcap
+    if mask is not None:
+        scores += mask
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float().expand(*scores.shape[:-1], 1)), -1)
+    weights = scores.softmax(-1)[..., : keys.shape[-2]]
+    return weights.to(values.dtype) @ values

@@ -214,7 +214,7 @@ inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& ne
                     UNROLL for (int p = 0; p < 2; p++) dots[i][p] = fused(number, vectors[p], dots[i][p]);
                 }
             }
-            if (COUNT <= 3 && d % EVERY == EVERY - 1) next.fetch(LINES);
+            if (d % EVERY == EVERY - 1) next.fetch(COUNT <= 3 ? LINES : LINES / 4);
         }
         UNROLL for (int i = 0; i < COUNT; i++)
             UNROLL for (int p = 0; p < 2; p++) scores[i][part + p] = dots[i][p] * scale;

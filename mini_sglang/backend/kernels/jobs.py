@@ -85,6 +85,7 @@ class Attention(Job):
         query: Tensor,
         out: Tensor,
         window: int | None,
+        scale: float | None = None,
     ) -> Attention:
         """Attend from ``query`` to a layer of ``kv``.
 
@@ -92,6 +93,7 @@ class Attention(Job):
             query: ``[T, heads, head_dim]`` float32; rows may lie apart, heads lie side by side.
             out: ``[T, heads * head_dim]``.
             window: how many positions a row sees, itself included; ``None`` is all.
+            scale: of the scores; ``None`` is ``head_dim ** -0.5``.
         """
         _, heads, head_dim = query.shape
         assert query.stride()[1:] == (head_dim, 1)
@@ -104,7 +106,7 @@ class Attention(Job):
             page_size=kv.page_size,
             window=window or 0,
             query_stride=query.stride(0),
-            scale=head_dim**-0.5,
+            scale=head_dim**-0.5 if scale is None else scale,
         )
 
 

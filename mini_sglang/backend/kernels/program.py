@@ -38,7 +38,7 @@ class StepProgram:
         self.kernels = kernels
         self._decoder = decoder
         self._kv = kv
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self._sequences = SequenceTable()
         self._slots = torch.zeros(max_rows, dtype=torch.int64)
         self._turns = Turns()
@@ -85,12 +85,8 @@ class StepProgram:
             return None
         return cls(kernels, decoder, kv, max_rows)
 
-    def takes(self, batch: Batch) -> bool:
-        """Whether ``forward`` can run this step: few enough rows."""
-        return len(batch.token_ids) <= self._max_rows
-
     def forward(self, batch: Batch) -> Tensor:
-        """``Decoder.forward`` for a batch that ``takes`` accepts.
+        """``Decoder.forward`` for a batch of at most ``max_rows`` rows.
 
         Returns:
             ``[R, hidden_size]``, which the next call overwrites.
@@ -133,7 +129,7 @@ class StepProgram:
 
     def _attend(self, index: int, head_norm: Tensor | None) -> None:
         config, kv = self._decoder.config, self._kv
-        qkv = self._qkv.view(self._max_rows, -1, config.head_dim)
+        qkv = self._qkv.view(self.max_rows, -1, config.head_dim)
         turns = self._turns if config.rope_layers[index] else None
         self.jobs.append(Rotate.of(qkv, head_norm, turns, self._slots, kv, index, config.norm_eps))
         query, window = qkv[:, : config.num_heads], config.windows[index]

@@ -58,20 +58,7 @@ class KVPool:
         assert not tiled or (dtype == torch.bfloat16 and page_size % TILE == 0)
         self._row = (2, kv_heads, head_dim)
         width = kv_bytes_per_token(1, kv_heads, head_dim, dtype) // dtype.itemsize
-        try:
-            shape = (num_layers, num_pages * page_size, width)
-            on_cpu = device.type == "cpu"
-            self.data = (
-                empty_in_huge_pages(shape, dtype)
-                if on_cpu
-                else torch.empty(shape, dtype=dtype, device=device)
-            )
-        except (RuntimeError, MemoryError):
-            tokens = num_pages * page_size
-            gib = num_layers * tokens * width * dtype.itemsize / 2**30
-            raise InvalidValueError(
-                "KV_TOKEN_BUDGET", tokens, f"smaller: the device cannot give {gib:.1f} GiB for the KV pool"
-            ) from None
+        self.data = allocate_kv((num_layers, num_pages * page_size, width), dtype, device)
         self._layers: tuple[Tensor, ...] = tuple(self.data)
         self._paged = tuple(self.data.view(num_layers, num_pages, page_size * width))
 
@@ -92,21 +79,49 @@ class KVPool:
         self._layers[layer].index_copy_(0, slots, rows)
 
     def run(self, layer: int, first: int, stop: int) -> Tensor:
-        """Slots ``first`` to ``stop`` as a view, ``[stop - first, 2, kv_heads, head_dim]``."""
-        return self._layers[layer][first:stop].view(-1, *self._row)
+        """Slots ``first`` to ``stop`` as a view, ``[stop - first, numbers of a row]``."""
+        return self._layers[layer][first:stop]
 
     def gather(self, layer: int, pages: Tensor, out: Tensor) -> Tensor:
         """Copy ``pages`` ``[N]`` int64 into ``out``, which ``buffer`` made.
 
         Returns:
-            a view of ``out``, ``[N * page_size, 2, kv_heads, head_dim]``.
+            a view of ``out``, ``[N * page_size, numbers of a row]``.
         """
         torch.index_select(self._paged[layer], 0, pages, out=out)
-        return out.view(-1, *self._row)
+        return out.view(len(pages) * self.page_size, -1)
+
+    def keys_values(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """``rows`` ``[N, numbers of a row]`` of a layer as views ``[N, kv_heads, head_dim]`` each."""
+        keys, values = rows.view(-1, *self._row).unbind(1)
+        return keys, values
 
     def buffer(self, num_pages: int) -> Tensor:
         """Room for ``gather`` of so many pages, to be reused from layer to layer."""
         return self.data.new_empty((num_pages, self._paged[0].shape[1]))
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of all layers together."""
+        return self.data.shape[0] * self.data.shape[2] * self.dtype.itemsize
+
+
+def allocate_kv(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for ``[layers, slots, numbers of a row]``.
+
+    Raises:
+        InvalidValueError: the device has not that much memory.
+    """
+    try:
+        if device.type == "cpu":
+            return empty_in_huge_pages(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError):
+        layers, tokens, width = shape
+        gib = layers * tokens * width * dtype.itemsize / 2**30
+        raise InvalidValueError(
+            "KV_TOKEN_BUDGET", tokens, f"smaller: the device cannot give {gib:.1f} GiB for the KV pool"
+        ) from None
 
 
 def kv_bytes_per_token(num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

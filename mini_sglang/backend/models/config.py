@@ -129,19 +129,34 @@ class ModelConfig:
             rope_layers=rope_layers,
             rope=rope,
             context_length=context_length,
-            eos_ids=_eos_ids(config, generation_config or {}),
+            eos_ids=read_eos_ids(config, generation_config or {}),
         )
 
 
-def _family(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures") or []
-    names = names if isinstance(names, list) else [names]
+def is_native(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of a family that the decoder has flags for."""
+    return _native_family(config) is not None
+
+
+def _native_family(config: Mapping[str, Any]) -> str | None:
+    names = _names(config)
     for name in names:
         if isinstance(name, str) and name in _ARCHITECTURES:
             return _ARCHITECTURES[name]
     model_type = config.get("model_type")
-    if not names and model_type in SUPPORTED_FAMILIES:
-        return str(model_type)
+    return str(model_type) if not names and model_type in SUPPORTED_FAMILIES else None
+
+
+def _names(config: Mapping[str, Any]) -> list[Any]:
+    names = config.get("architectures") or []
+    return names if isinstance(names, list) else [names]
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    family = _native_family(config)
+    if family is not None:
+        return family
+    names, model_type = _names(config), config.get("model_type")
     named = shorten(names[0] if names else model_type) if names or model_type else "not named"
     raise ModelLoadError(
         f"The model's architecture is {named}, which is not supported; supported are "
@@ -187,7 +202,8 @@ def _windows(
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+def read_eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end an answer. Raises ``ModelLoadError`` for a field that makes no sense."""
     for source in (generation_config, config):
         given = source.get("eos_token_id")
         if given is None:

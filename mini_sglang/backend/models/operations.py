@@ -72,12 +72,15 @@ class TorchOperations:
         slots: Tensor,
     ) -> None:
         queries = qkv.shape[1] - 2 * kv.kv_heads
-        rotated = qkv[:, : queries + kv.kv_heads]
-        if head_norm is not None:
-            rotated.copy_(F.rms_norm(rotated, rotated.shape[-1:], None, self._eps).mul_(head_norm))
-        if rotation is not None:
-            rotate_(rotated, *rotation)
+        self.rotate(qkv[:, : queries + kv.kv_heads], head_norm, rotation)
         kv.write(layer, slots, qkv[:, queries:].flatten(1))
+
+    def rotate(self, heads: Tensor, head_norm: Tensor | None, rotation: Tensor | None) -> None:
+        """The part of ``rotate_and_store`` before the pool; ``heads`` are those of q and k."""
+        if head_norm is not None:
+            heads.copy_(F.rms_norm(heads, heads.shape[-1:], None, self._eps).mul_(head_norm))
+        if rotation is not None:
+            rotate_(heads, *rotation)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)

@@ -15,7 +15,7 @@ from mini_sglang.errors import InvalidValueError, ModelLoadError
 
 _Q4_1, _Q8_0 = GGML_TYPES[3], GGML_TYPES[8]
 # Of the matrices in layers, and of the embedding and head: their errors reach the logits undiluted.
-_FORMATS: Mapping[str, tuple[GGMLType, GGMLType]] = MappingProxyType(
+FORMATS: Mapping[str, tuple[GGMLType, GGMLType]] = MappingProxyType(
     {"int8": (_Q8_0, _Q8_0), "int4": (_Q4_1, _Q8_0)}
 )
 
@@ -36,7 +36,7 @@ def block_formats(
     """
     if setting == "none":
         return {}
-    inner, outer = _FORMATS[setting]
+    inner, outer = FORMATS[setting]
     dense = {
         name: shape[1] for name, shape in shapes.items() if len(shape) == 2 and not checkpoint.in_blocks(name)
     }

@@ -84,8 +84,10 @@ def attend(
 
 
 def tiles(rows: Tensor) -> Tensor:
-    """Rows of bfloat16 ``[16 n, 2, kv_heads, head_dim]`` in the order of tiles, ``[n, numbers]``: of keys pairs of
-    numbers of each row, of values pairs of rows."""
+    """Rows of bfloat16 ``[16 n, 2, kv_heads, head_dim]`` in the order of tiles, ``[n, numbers]``.
+
+    Of keys pairs of numbers of each row, of values pairs of rows.
+    """
     numbers = rows.view(-1, TILE, *rows.shape[1:])
     keys, values = numbers.unbind(2)
     keys = keys.unflatten(-1, (-1, 2)).permute(0, 2, 3, 1, 4)

@@ -13,7 +13,7 @@ from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.kernels.library import NativeKernels
 from tests.backend.kernels.sequences import KV_DTYPES, Part, Sequence, attend
 from tests.backend.kernels.twins import VARIANTS
-from tests.backend.test_attention import DECODES, SCENES, Scene
+from tests.backend.test_attention import DECODES, FORMS, SCENES, Scene
 
 DTYPES = pytest.mark.parametrize("dtype", KV_DTYPES, ids=str)
 SHAPES = [(9, 3, 64), (4, 4, 16), (14, 2, 64), (32, 1, 16), (8, 2, 128), (2, 1, 256), (6, 2, 48)]
@@ -29,6 +29,10 @@ def test_equals_the_twin(
 ) -> None:
     for shuffle in (False, True):
         Scene(sequences, page_size, shuffle).check(window, NativeAttention(kernels))
+
+
+def test_a_scale_of_its_own(kernels: NativeKernels) -> None:
+    Scene(SCENES["mixed"], 4, True).check(7, NativeAttention(kernels), FORMS["scale"])
 
 
 def test_a_sequence_of_nan_leaves_its_neighbours_alone(kernels: NativeKernels) -> None:

@@ -122,15 +122,29 @@ def test_decodes_beyond_a_span(kv_dtype: str, window: int | None, tmp_path: Path
     assert_equal_steps(backend, prompts)
 
 
-def test_it_takes_what_has_few_rows(tmp_path: Path) -> None:
-    backend = load(save_tiny_model(tmp_path), max_batch_size=200, max_prefill_tokens=100)
-    program = backend.program
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
+def test_a_step_of_many_rows_goes_through_in_pieces(kv_dtype: str, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    backend = load(tmp_path, max_batch_size=70, max_prefill_tokens=100, kv_dtype=kv_dtype if FAST else "auto")
+    program, kv = backend.program, backend.kv
     assert (program is not None) == FAST
     if program is None:
         return
-    (table,) = page_ranges(backend, [300])
-    assert program.takes(batch_of(backend, [step([5] * 200, 0, table, sample=True)]))
-    assert not program.takes(batch_of(backend, [step([5] * 201, 0, table, sample=True)]))
+    assert program.max_rows == 100
+    prompts = [[3 + (7 * i + 5 * j) % 90 for j in range(n)] for i, n in enumerate((1, 300, 64, 65, 250))]
+    tables = page_ranges(backend, [len(prompt) for prompt in prompts])
+    steps = []
+    for prompt, table in zip(prompts, tables, strict=True):
+        one = step(prompt, 0, table, sample=True)
+        steps.append(SequenceStep(prompt, 0, table, one.sample, prompt[1:], 3))
+    before = kv.data.clone()
+    ours, our_kv = backend.run(steps), kv.data.clone()
+    kv.data.copy_(before)
+    with torch.inference_mode():
+        batch = batch_of(backend, steps)
+        whole = backend._results(steps, batch, backend.decoder.forward(batch, kv, backend.attention))
+    assert ours == whole and all(len(one.prompt_logprobs) > 60 for one in ours[1:])
+    assert torch.equal(our_kv.view(torch.uint8), kv.data.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

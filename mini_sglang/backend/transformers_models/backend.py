@@ -1,0 +1,229 @@
+"""From a folder to a backend that runs transformers' own modelling code over our pages."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mini_sglang.backend.attention.base import Attention
+from mini_sglang.backend.attention.choice import torch_attention
+from mini_sglang.backend.attention.native import NativeAttention
+from mini_sglang.backend.attention.paged import PagedAttention
+from mini_sglang.backend.compiling import Compiler
+from mini_sglang.backend.device import KV_DTYPES, choose_dtype, free_memory
+from mini_sglang.backend.kernels.library import NativeKernels
+from mini_sglang.backend.kv.layered import kv_pool
+from mini_sglang.backend.kv.pool import kv_pages_for
+from mini_sglang.backend.loading.checkpoint import Checkpoint
+from mini_sglang.backend.model_backend import ModelBackend
+from mini_sglang.backend.models.config import read_eos_ids
+from mini_sglang.backend.sampling import Sampler
+from mini_sglang.backend.step import LoadedBackend
+from mini_sglang.backend.transformers_models import rotations
+from mini_sglang.backend.transformers_models.attention import stay_eager
+from mini_sglang.backend.transformers_models.check import self_check
+from mini_sglang.backend.transformers_models.decoder import TransformersConfig, TransformersDecoder, probe
+from mini_sglang.backend.transformers_models.kinds import Kind, why_per_request
+from mini_sglang.backend.transformers_models.linears import pack_linears
+from mini_sglang.backend.transformers_models.loading import load_model
+from mini_sglang.backend.transformers_models.masks import NotPagedError
+from mini_sglang.config import Settings
+from mini_sglang.errors import InvalidValueError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the model runs on. ``kernels_used`` says so in words; ``sharing`` backends share the memory.
+
+    ``compiler`` is None where nothing is to be compiled.
+    """
+
+    device: torch.device
+    kernels: NativeKernels | None
+    kernels_used: str
+    sharing: int
+    compiler: Compiler | None = None
+
+
+def load_transformers_backend(
+    path: Path,
+    checkpoint: Checkpoint,
+    kind: Kind,
+    settings: Settings,
+    machine: Machine,
+    notify: Callable[[str], None] | None,
+) -> LoadedBackend:
+    """Load a model through transformers; see ``load_backend``.
+
+    Args:
+        checkpoint: the open folder; its files have been checked.
+        kind: what ``choose_kind`` says.
+    """
+    dtype = choose_dtype(settings.dtype, machine.device)
+    _refuse_settings(settings, dtype, kind)
+    count = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    if notify is not None:
+        name = str(dtype).removeprefix("torch.")
+        notify(f"Loading {count / 1e6:,.0f} M parameters as {name} on {machine.device} through transformers")
+    # Imported here: it imports this module.
+    from mini_sglang.backend.transformers_models.request_loading import generate_backend, request_backend
+
+    if settings.engine_fast_decode:
+        return generate_backend(path, checkpoint, settings, machine, dtype)
+    model: Any = load_model(
+        path, checkpoint.config, dtype, machine.device, "eager", settings.trust_remote_code
+    )
+    reason = why_per_request(model.config)
+    if kind == "paged":
+        try:
+            if settings.force_legacy_cache:
+                allowed = "0 for this model: it runs over this stack's pages, whose shape is fixed"
+                raise InvalidValueError("FORCE_LEGACY_CACHE", True, allowed)
+            return _paged(path, model, checkpoint, settings, machine, dtype)
+        except NotPagedError as error:
+            reason = str(error)
+    return request_backend(path, model, checkpoint, settings, machine, reason)
+
+
+def _paged(
+    path: Path,
+    model: Any,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    machine: Machine,
+    dtype: torch.dtype,
+) -> ModelBackend:
+    config = read_transformers_config(model, checkpoint, settings)
+    length = config.context_length
+    rotations.freeze(model, model.config.get_text_config(decoder=True), length)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    # torch.compile cannot look into the kernels.
+    pack_linears(model, None if machine.compiler else machine.kernels, settings.quantization)
+    decoder = probe(model, config)
+    attention = _chosen_attention(settings, decoder, machine.kernels)
+    self_check(decoder, attention, dtype)
+    compiled = _compile(decoder, attention, dtype, machine.compiler) if machine.compiler else "off"
+    page_size = settings.page_size_tokens
+    num_pages = kv_pages_for(
+        token_budget=settings.kv_token_budget,
+        page_size=page_size,
+        bytes_per_token=sum(shape.width for shape in decoder.shapes) * dtype.itemsize,
+        free_bytes=free_memory(machine.device) // machine.sharing,
+        context_length=length,
+        max_batch_size=settings.max_batch_size,
+    )
+    backend = ModelBackend(
+        decoder,
+        kv_pool(decoder.shapes, num_pages=num_pages, page_size=page_size, dtype=dtype, device=machine.device),
+        attention,
+        Sampler(config.vocab_size),
+        length,
+        count,
+        machine.kernels_used,
+        dtype,
+        quantization=settings.quantization,
+        implementation="transformers paged",
+        compiled=compiled,
+        path=path,
+    )
+    logger.info("Loaded %s", backend.describe())
+    return backend
+
+
+def read_transformers_config(model: Any, checkpoint: Checkpoint, settings: Settings) -> TransformersConfig:
+    """What the backend must know of a loaded model, under these settings.
+
+    Raises:
+        InvalidValueError: ``CONTEXT_LENGTH`` is above what the model was made for.
+    """
+    text = model.config.get_text_config(decoder=True)
+    made_for, longest = rotations.context_length(text)
+    if settings.context_length > longest:
+        raise InvalidValueError(
+            "CONTEXT_LENGTH", settings.context_length, f"at most {longest}, the model's own"
+        )
+    if made_for < longest and not settings.context_length:
+        logger.info(
+            "the context is the model's original %d tokens; CONTEXT_LENGTH of up to %d takes the "
+            "frequencies for long contexts, for short prompts too",
+            made_for,
+            longest,
+        )
+    ends = getattr(text, "eos_token_id", None)
+    return TransformersConfig(
+        family=str(model.config.model_type),
+        vocab_size=_vocab_size(model, text),
+        context_length=settings.context_length or made_for,
+        eos_ids=read_eos_ids({"eos_token_id": ends, **checkpoint.config}, checkpoint.generation_config),
+    )
+
+
+def _vocab_size(model: Any, text: Any) -> int:
+    """Ids that have a row in both the embedding and the head, where they can be seen."""
+    tables = (model.get_output_embeddings(), model.get_input_embeddings())
+    return min((int(table.weight.shape[0]) for table in tables if table is not None), default=text.vocab_size)
+
+
+def _compile(
+    decoder: TransformersDecoder, attention: Attention, dtype: torch.dtype, compiler: Compiler
+) -> str:
+    """Compile what is between the attention calls, and prove it again; what became of it, in words.
+
+    Raises:
+        InvalidValueError: it was asked for, and torch.compile cannot, or not rightly.
+    """
+    stay_eager()
+    own = decoder.model.forward
+    decoder.model.forward = compiler.compile(own)
+    try:
+        self_check(decoder, attention, dtype)
+    except Exception as error:
+        decoder.model.forward = own
+        return compiler.give_up(f"the compiled model failed: {' '.join(str(error).split())[:200]}")
+    return compiler.mode
+
+
+def _chosen_attention(
+    settings: Settings, decoder: TransformersDecoder, kernels: NativeKernels | None
+) -> Attention:
+    chosen = torch_attention(settings.attn_impl)
+    if chosen is not None and chosen.fused and not all(call.form.fused for call in decoder.calls):
+        allowed = "auto, paged or eager for this model: torch's fused attention has no soft caps and no sinks"
+        raise InvalidValueError("ATTN_IMPL", settings.attn_impl, allowed)
+    return chosen or _attention(decoder, kernels)
+
+
+def _attention(decoder: TransformersDecoder, kernels: NativeKernels | None) -> Attention:
+    """The compiled kernel where every layer is of its kind; its queries are made float32."""
+    fits = len(set(decoder.shapes)) == 1 and all(
+        call.form.fused
+        and decoder.shapes[0].key_dim == decoder.shapes[0].value_dim
+        and NativeAttention.fit(
+            call.heads, decoder.shapes[0].kv_heads, decoder.shapes[0].key_dim, torch.float32
+        )
+        for call in decoder.calls
+    )
+    return NativeAttention(kernels) if fits and kernels and kernels.fast else PagedAttention()
+
+
+def _refuse_settings(settings: Settings, dtype: torch.dtype, kind: Kind) -> None:
+    if settings.quantization != "none" and kind != "paged":
+        raise InvalidValueError(
+            "QUANTIZATION",
+            settings.quantization,
+            "none: a model that runs through transformers keeps its weights",
+        )
+    if settings.kv_dtype != "auto" and KV_DTYPES[settings.kv_dtype] != dtype:
+        raise InvalidValueError(
+            "KV_DTYPE",
+            settings.kv_dtype,
+            "auto: beside transformers' modelling code KV is kept as the weights are",
+        )

@@ -1,0 +1,114 @@
+"""The matrices of a model of transformers, multiplied by the compiled kernels or kept in blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mini_sglang.backend.kernels.library import NativeKernels
+from mini_sglang.backend.loading.ggml_types import GGMLType
+from mini_sglang.backend.models.quantization import FORMATS
+from mini_sglang.backend.quantize import BLOCK_SIZE, quantize
+from mini_sglang.backend.weights import DenseWeight, QuantizedWeight, Weight, accelerate
+from mini_sglang.errors import InvalidValueError, ModelLoadError
+
+
+class PackedLinear(nn.Module):
+    """In the place of ``nn.Linear``."""
+
+    def __init__(self, matrix: Weight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.bias = bias
+        self.out_features, self.in_features = matrix.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix, made anew at every call, for code that asks for more than the product."""
+        return self.matrix.dequantize(self.matrix.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matrix.linear(x, self.bias)
+
+
+class PackedRows(nn.Embedding):
+    """An embedding whose table is the head's matrix. A base of the model's own class, see ``_share``."""
+
+    matrix: Weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.matrix.rows(input)
+
+
+def pack_linears(model: Any, kernels: NativeKernels | None, quantization: str) -> None:
+    """Replace the model's ``nn.Linear`` where the kernels multiply faster or ``quantization`` makes blocks.
+
+    Experts that a model keeps in one tensor of three dimensions are no ``nn.Linear`` and stay as they are.
+    Each matrix is let go before the next is packed.
+
+    Args:
+        quantization: the value of QUANTIZATION.
+
+    Raises:
+        InvalidValueError: no matrix is left to quantise.
+        ModelLoadError: a number fits no block.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = type(head) is nn.Linear and head.weight is embedding.weight
+    # Listed first: what is replaced must not be walked into.
+    places = [
+        (module, name, child)
+        for module in list(model.modules())
+        for name, child in module.named_children()
+        if type(child) is nn.Linear
+    ]
+    blocks = 0
+    done: dict[nn.Linear, PackedLinear] = {}
+    for module, name, child in places:
+        if child not in done:
+            dense = child.weight.data
+            inner, outer = FORMATS.get(quantization, (None, None))
+            kind = outer if child is head else inner
+            matrix = _matrix(dense, kind)
+            blocks += isinstance(matrix, QuantizedWeight)
+            packed = accelerate(matrix, kernels, dense.dtype)
+            if packed is matrix and isinstance(matrix, DenseWeight):
+                continue
+            bias = None if child.bias is None else child.bias.data
+            done[child] = PackedLinear(packed, bias)
+            child.weight = None  # type: ignore[assignment]
+            if tied and child is head:
+                _share(embedding, packed)
+        module._modules[name] = done[child]
+    if quantization != "none" and not blocks:
+        allowed = f"none: no matrix of the model has rows that are a multiple of {BLOCK_SIZE} long"
+        raise InvalidValueError("QUANTIZATION", quantization, allowed)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of the matrices that ``pack_linears`` made."""
+    return sum(module.matrix.nbytes for module in model.modules() if isinstance(module, PackedLinear))
+
+
+def _matrix(dense: Tensor, kind: GGMLType | None) -> DenseWeight | QuantizedWeight:
+    if kind is None or dense.shape[1] % BLOCK_SIZE:
+        return DenseWeight(dense)
+    try:
+        return QuantizedWeight(quantize(dense.cpu(), kind), kind, dense.dtype).to(dense.device)
+    except ValueError as error:
+        raise ModelLoadError(f"A matrix of the model cannot be quantised: {error}.") from None
+
+
+def _share(embedding: nn.Embedding, matrix: Weight) -> None:
+    """Take the embedding's rows from ``matrix``, whatever the model's own class does with them."""
+    kind = type(embedding)
+    # Behind the model's class, so that what it calls as its parent's forward is ours.
+    bases = (PackedRows,) if kind is nn.Embedding else (kind, PackedRows)
+    # For code that looks at the weight's shape or dtype; NaN shows where it looks at the numbers.
+    like = torch.full((), torch.nan, dtype=matrix.dtype).expand(matrix.shape)
+    del embedding._parameters["weight"]
+    embedding.__dict__["weight"] = like
+    embedding.__dict__["matrix"] = matrix
+    embedding.__class__ = type(kind.__name__, bases, {})

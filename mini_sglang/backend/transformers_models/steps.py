@@ -1,0 +1,46 @@
+"""The contract of ``SequenceStep`` for backends that keep a sequence's past in an object of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mini_sglang.backend.step import Backend, SequenceStep
+from mini_sglang.errors import InvalidValueError
+
+
+def check_steps(
+    steps: Sequence[SequenceStep], backend: Backend, reached: Callable[[SequenceStep], int | None]
+) -> None:
+    """Refuse a step that no sequence can have.
+
+    Args:
+        reached: how many positions of a step's sequence are held; ``None`` for none of that name.
+
+    Raises:
+        InvalidValueError: it names the field.
+    """
+    taken: set[int] = set()
+    for step in steps:
+        count, end = len(step.token_ids), step.start + len(step.token_ids)
+        if count < 1:
+            raise InvalidValueError("token_ids", count, "at least one token")
+        if step.start < 0 or end > backend.context_length:
+            raise InvalidValueError("positions", (step.start, end), f"from 0 to {backend.context_length}")
+        if min(step.token_ids) < 0 or max(step.token_ids) >= backend.vocab_size:
+            bad = min(step.token_ids) if min(step.token_ids) < 0 else max(step.token_ids)
+            raise InvalidValueError("token id", bad, f"from 0 to {backend.vocab_size - 1}")
+        needed = -(-end // backend.page_size)
+        pages = step.pages[:needed]
+        if len(pages) < needed:
+            raise InvalidValueError("pages", f"{len(pages)} pages", f"at least {needed} pages here")
+        if min(pages) < 0 or max(pages) >= backend.num_pages:
+            raise InvalidValueError("page", pages.tolist(), f"from 0 to {backend.num_pages - 1}")
+        if len(step.prompt_targets) > count:
+            raise InvalidValueError(
+                "prompt_targets", len(step.prompt_targets), f"at most one per token, {count}"
+            )
+        if taken.intersection(pages):
+            raise InvalidValueError("pages", "shared by two writers", "written by one sequence at a time")
+        taken.update(pages)
+        if step.start and (held := reached(step)) != step.start:
+            raise InvalidValueError("start", step.start, f"{held}, where this sequence's cache ends")
