@@ -189,26 +189,26 @@ class FakeBackend:
             raise KVCorruption(f"{len(targets)} prompt targets for {len(step.token_ids)} rows")
         result = SequenceResult()
         samples = [] if step.sample is None else [step.sample, *step.draft_samples]
-        chosen: list[SequenceResult] = []
+        values = [value] if step.from_logits is not None else []
         for row, token in enumerate(step.token_ids):
             position = step.start + row
             value = mix(value, token, position)
+            values.append(value)
             self.slots[self._slot(step, position)] = (value, token, position)
             if row < len(targets):
                 result.prompt_logprobs.append(target_logprob(value, targets[row], step.prompt_top))
-            if row >= len(step.token_ids) - len(samples):
-                spec = samples[len(chosen)]
-                one = SequenceResult(next_token(value, spec))
-                if spec.params.logprobs:
-                    assert one.token_id is not None
-                    one.logprob = target_logprob(value, one.token_id, spec.params.top_logprobs)
-                chosen.append(one)
-        if chosen:
-            result.token_id, result.logprob = chosen[0].token_id, chosen[0].logprob
-            result.drafted = chosen[1:]
+        if samples:
+            first, *rest = map(self._choose, values[-len(samples) :], samples)
+            result.token_id, result.logprob, result.drafted = first.token_id, first.logprob, rest
             if step.keep_logits is not None:
                 self.logits[step.keep_logits] = value
         return result
+
+    @staticmethod
+    def _choose(value: int, spec: SampleSpec) -> SequenceResult:
+        token = next_token(value, spec)
+        logprob = target_logprob(value, token, spec.params.top_logprobs) if spec.params.logprobs else None
+        return SequenceResult(token, logprob)
 
 
 class FakeTransfer:

@@ -189,7 +189,7 @@ def test_guesses_that_come_right_later_are_taken_up_again() -> None:
 
 def test_drafts_take_free_pages_and_give_them_back() -> None:
     """In a pool that is full of cached prefixes one page goes for them, before the answer needs it."""
-    driver = driver_with(num_pages=8)
+    driver = driver_with(num_pages=8, prefill_cache_size=0)
     cache = driver.core.cache
     driver.run([9] * 15, SamplingParams(max_new_tokens=5, ignore_eos=True, speculative="off"))
     assert cache.num_cached == 4 and cache.num_free == 4
