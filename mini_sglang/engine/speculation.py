@@ -28,7 +28,7 @@ TREE, MODEL = "tree", "model"
 _PRIORS = {TREE: 0.85, MODEL: 0.7, "2": 0.3, "3": 0.5, "4": 0.7, "8": 0.85, "16": 0.9}
 # Guesses turned down in a row, as not paying, after which a request counts as switched off; from then on it
 # is looked at every few tokens, and now and then one guess is tried all the same.
-_SWITCH_OFF, _LOOK_EVERY, _TRY_EVERY = 8, 4, 8
+_SWITCH_OFF, _LOOK_EVERY, _TRY_EVERY, _TRY_DEAR_EVERY = 8, 4, 8, 64
 # Tokens of an earlier answer held ready, and tokens between two looks for one.
 _GUIDE, _GUIDE_EVERY = 128, 16
 # Most guesses of all requests in one step.
@@ -255,6 +255,9 @@ class Speculator:
                 state.turned_down = 0
             elif room > 0:
                 count = self._turn_down(state)
+                # A model that would not pay if it were always right is seldom worth a try.
+                if best_length(self.costs, 1.0, room, rows, tokens, cost) == 0:
+                    count = int(state.turned_down % _TRY_DEAR_EVERY == 0)
             if count:
                 drafts.limit = count
                 wanted.append((item, drafts))
