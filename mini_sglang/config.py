@@ -435,6 +435,29 @@ class Settings:
         high=86400,
     )
     # Decode speed
+    speculation: str = setting(
+        "Decode speed",
+        "SPECULATIVE",
+        "off",
+        "guess tokens ahead and check several in one step, with the same answer: from what the text repeats, "
+        "or by DRAFT_MODEL_NAME where it does not; a request may choose for itself",
+        choices=("off", "prompt_lookup", "draft_model"),
+    )
+    speculative_max_draft_tokens: int = setting(
+        "Decode speed",
+        "SPECULATIVE_MAX_DRAFT_TOKENS",
+        15,
+        "most tokens guessed ahead for a request in one step",
+        low=1,
+        high=127,
+    )
+    draft_model_name: str | None = setting(
+        "Decode speed",
+        "DRAFT_MODEL_NAME",
+        None,
+        "a small model of the same vocabulary that guesses tokens for the large one: a repository, a local "
+        "folder, or a .gguf file",
+    )
     force_legacy_cache: bool = setting(
         "Decode speed",
         "FORCE_LEGACY_CACHE",

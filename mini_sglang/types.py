@@ -22,6 +22,7 @@ MAX_SCHEMA_DEPTH = 64
 MAX_REGEX_CHARS = 8192
 MAX_EBNF_CHARS = 1 << 16
 MAX_PRIORITY = 100
+SPECULATIVE_CHOICES = ("on", "off", "prompt_lookup", "draft_model")
 
 
 class FinishReason(StrEnum):
@@ -80,6 +81,12 @@ class SamplingParams:
     ebnf: str | None = _param(None, "answer with a text of this grammar, in Lark or GBNF notation", "GRAMMAR")
     json_object: bool = _param(False, "answer with a JSON object")
     priority: int = _param(0, "who goes first where not all can: the higher; it never changes the answer")
+    speculative: str | None = _param(
+        None,
+        "guess tokens ahead, which changes the speed and never the answer: on, off, prompt_lookup or "
+        "draft_model; the SPECULATIVE setting where not given",
+        "HOW",
+    )
 
     def __post_init__(self) -> None:
         _check_int("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS_LIMIT)
@@ -108,6 +115,7 @@ class SamplingParams:
         self._normalise_stop_token_ids()
         self._normalise_logit_bias()
         self._normalise_grammar()
+        self._normalise_speculative()
 
     @property
     def grammar(self) -> tuple[str, str] | None:
@@ -169,6 +177,15 @@ class SamplingParams:
                 raise InvalidValueError("logit_bias", value, allowed)
             checked[key] = float(value)
         object.__setattr__(self, "logit_bias", MappingProxyType(checked))
+
+    def _normalise_speculative(self) -> None:
+        given: object = self.speculative
+        if isinstance(given, bool):
+            given = "on" if given else "off"
+        if given is not None and given not in SPECULATIVE_CHOICES:
+            allowed = "true, false, or one of " + ", ".join(SPECULATIVE_CHOICES)
+            raise InvalidValueError("speculative", given, allowed)
+        object.__setattr__(self, "speculative", given)
 
     def _normalise_grammar(self) -> None:
         if self.json_schema is not None:

@@ -88,6 +88,7 @@ def load_core(
         ModelLoadError: the weights are damaged, incomplete or of a kind that is not supported.
         InvalidValueError: a setting that this model or machine cannot honour.
     """
+    from mini_sglang.api.drafting import load_draft_model
     from mini_sglang.backend.grammar import GrammarCompiler
     from mini_sglang.backend.openmp import sleeping_openmp
     from mini_sglang.engine.engine import EngineCore
@@ -106,4 +107,8 @@ def load_core(
         sorted(eos_ids),
     )
     grammars = GrammarCompiler(tokenizer.vocabulary, backend.vocab_size, eos_ids, check=check_grammars)
-    return EngineCore(backend, settings, eos_ids, description, grammars=grammars.new), grammars
+    draft_backend = load_draft_model(tokenizer, settings, notify, sharing)
+    core = EngineCore(
+        backend, settings, eos_ids, description, grammars=grammars.new, draft_backend=draft_backend
+    )
+    return core, grammars

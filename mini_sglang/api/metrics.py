@@ -41,8 +41,13 @@ _TOTALS = {
     "retractions": "requests set back because the KV pool was full",
     "capped_by_load": "requests given fewer max_new_tokens because many were in flight",
     "capped_by_context": "requests given fewer max_new_tokens because the context window ends",
+    "draft_tokens": "tokens guessed ahead",
+    "draft_tokens_accepted": "tokens guessed right, each a decode that was saved",
+    "draft_steps": "decodes that checked guesses",
+    "speculation_switched_off": "requests whose guesses were right too seldom to pay",
 }
 _GAUGES = {
+    "draft_acceptance_rate": "share of the tokens guessed ahead that were right",
     "running": "requests in the batch",
     "waiting": "requests waiting inside the engine",
     "prefixes": "prefixes in the cache",
@@ -229,8 +234,10 @@ def as_prometheus(metrics: Metrics, pool: PoolStats, model: str, implementation:
     return out.text()
 
 
-def _counters(counters: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+def _counters(counters: Mapping[str, int]) -> Iterator[tuple[str, float]]:
     yield from counters.items()
+    if counters.get("draft_tokens"):
+        yield "draft_acceptance_rate", counters["draft_tokens_accepted"] / counters["draft_tokens"]
 
 
 def _histogram_json(histogram: Histogram) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from mini_sglang.types import (
     MAX_PRIORITY,
     MAX_STOP_TOKEN_IDS,
     MAX_TOP_LOGPROBS,
+    SPECULATIVE_CHOICES,
     SamplingParams,
     sampling_param_names,
 )
@@ -170,6 +171,10 @@ def _sampling_kinds() -> dict[str, Kind]:
         "ebnf": Text(),
         "json_object": Boolean(),
         "priority": Integer(-MAX_PRIORITY, MAX_PRIORITY),
+        "speculative": AnyOf(
+            (Boolean(), Text(choices=SPECULATIVE_CHOICES)),
+            "true, false, or one of " + ", ".join(SPECULATIVE_CHOICES),
+        ),
     }
 
 

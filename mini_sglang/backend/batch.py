@@ -42,7 +42,8 @@ class Batch:
         page_table: ``[S, P]``; places past a sequence's own pages repeat its first page.
         opened_pages: pages whose first slot is written in this step and whose last is not.
         output_rows: ``[R]`` int64, the rows whose hidden state is needed; ``None`` is all of them.
-        samples: (place in the caller's list, output row) of each token to choose; ``specs`` say how.
+        samples: (place in the caller's list, output row) of each token to choose; ``specs`` say how. A
+            sequence with drafts has several, in order, and ``drafts`` is then true.
         prompts: (place in the caller's list, first output row, last + 1) of each run of prompt logprobs.
         adapters: ``[S]``, the adapter of each sequence, 0 for none; None where no sequence has one. Those of
             one adapter stand together.
@@ -62,6 +63,7 @@ class Batch:
     samples: list[tuple[int, int]]
     specs: list[SampleSpec]
     prompts: list[tuple[int, int, int]]
+    drafts: bool
     adapters: list[int] | None = None
 
     @classmethod
@@ -112,6 +114,12 @@ class Batch:
         ]
         query_starts = [0, *accumulate([counts[place] for place in order])]
         output_rows, samples, prompts = _outputs(ordered, order, query_starts)
+        specs = [step.sample for step in ordered if step.sample is not None]
+        drafts = len(samples) > len(specs)
+        if drafts:
+            sampled = [step for step in ordered if step.sample is not None]
+            pairs = zip(specs, sampled, strict=True)
+            specs = [spec for first, step in pairs for spec in (first, *step.draft_samples)]
         on_device = _tensors(token_ids, positions, slots, device)
         return cls(
             page_size=size,
@@ -126,8 +134,9 @@ class Batch:
             opened_pages=_indices(opened, device) if opened else None,
             output_rows=None if len(output_rows) == len(slots) else _indices(output_rows, device),
             samples=samples,
-            specs=[step.sample for step in ordered if step.sample is not None],
+            specs=specs,
             prompts=prompts,
+            drafts=drafts,
             adapters=adapters,
         )
 
@@ -186,7 +195,15 @@ def _outputs(
         if wanted:
             prompts.append((place, len(rows), len(rows) + wanted))
             rows.extend(range(first, first + wanted))
-        if step.sample is not None:
+        if step.draft_samples:
+            drafts = len(step.draft_samples)
+            if wanted or step.sample is None or drafts >= stop - first:
+                allowed = f"fewer than the {stop - first} tokens, with sample, without prompt_targets"
+                raise InvalidValueError("draft_samples", f"{drafts} drafts", allowed)
+            for row in range(stop - 1 - drafts, stop):
+                samples.append((place, len(rows)))
+                rows.append(row)
+        elif step.sample is not None:
             if wanted < stop - first:
                 rows.append(stop - 1)
             samples.append((place, len(rows) - 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -169,7 +169,7 @@ class ModelBackend:
             logits = self.decoder.logits(picked)
             self._kept.keep(steps, places, logits)
             chosen = self.sampler.sample(logits, batch.specs)
-            sampled = dict(zip(places, chosen, strict=True))
+            sampled = (_with_drafts if batch.drafts else dict)(zip(places, chosen, strict=True))
         results = [sampled.get(place) or SequenceResult() for place in range(len(steps))]
         for place, first, stop in batch.prompts:
             step = steps[place]
@@ -222,6 +222,16 @@ class ModelBackend:
             rows = slice(first, first + _LOGPROB_ROWS)
             logprobs += self.sampler.prompt_logprobs(self.decoder.logits(hidden[rows]), targets[rows], top)
         return logprobs
+
+
+def _with_drafts(chosen: Iterable[tuple[int, SequenceResult]]) -> dict[int, SequenceResult]:
+    """Results by place; those of a place that come after its first are what followed its drafts."""
+    sampled: dict[int, SequenceResult] = {}
+    for place, result in chosen:
+        first = sampled.setdefault(place, result)
+        if first is not result:
+            first.drafted = [*first.drafted, result]
+    return sampled
 
 
 def load_backend(

@@ -81,6 +81,9 @@ class SequenceStep:
         prompt_targets: for prompt logprobs, the token that follows each row (one fewer than
             ``token_ids`` where the last row's successor is not part of the prompt); else empty.
         prompt_top: with ``prompt_targets``, how many most probable tokens to report per row.
+        draft_samples: with ``sample``, how to choose after each of the last tokens, which are guesses
+            (drafts) then, fewer than ``token_ids``: ``sample`` belongs to the row before the first of them.
+            Not together with ``prompt_targets``.
         keep_logits: with ``sample``, keep the last row's logits under this number, for ``from_logits`` later.
         from_logits: choose the token from the logits kept under this number, as they were before this call,
             instead of running any.
@@ -93,6 +96,7 @@ class SequenceStep:
     sample: SampleSpec | None = None
     prompt_targets: Sequence[int] = ()
     prompt_top: int = 0
+    draft_samples: Sequence[SampleSpec] = ()
     keep_logits: int | None = None
     from_logits: int | None = None
     adapter: int = 0
@@ -102,13 +106,15 @@ class SequenceStep:
 class SequenceResult:
     """The outcome of one ``SequenceStep``, in the same order.
 
-    ``error`` is set, and ``token_id`` is not, where the logits of this sequence are not finite.
+    ``error`` is set, and ``token_id`` is not, where the logits of this sequence are not finite. ``drafted``
+    has what was chosen after each draft, as if the drafts before it were right.
     """
 
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     error: str | None = None
+    drafted: Sequence[SequenceResult] = ()
 
 
 class Transfer(Protocol):

@@ -18,12 +18,15 @@ from mini_sglang.backend.step import (
 from mini_sglang.config import Settings
 from mini_sglang.engine.adapters import LoadedAdapters
 from mini_sglang.engine.cache_limits import CacheLimits, check_limits
+from mini_sglang.engine.draft_model import DraftModel
+from mini_sglang.engine.drafts import Drafts
 from mini_sglang.engine.grammars import GrammarRoom
 from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.engine.kv_cache import KVCacheManager
 from mini_sglang.engine.limits import BY_CONTEXT, BY_LOAD, make_prefix_work, make_work
 from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
+from mini_sglang.engine.speculation import Speculator
 from mini_sglang.engine.warming import WarmQueue
 from mini_sglang.errors import InvalidValueError, MiniSglangError, shorten
 from mini_sglang.types import Adapter, FinishReason, SamplingParams, TokenEvent, TokenLogprob
@@ -50,6 +53,9 @@ class EngineCounters:
     prefix_hit_tokens: int = 0
     capped_by_load: int = 0
     capped_by_context: int = 0
+    draft_tokens: int = 0
+    draft_tokens_accepted: int = 0
+    draft_steps: int = 0
     prefix_miss_tokens: int = 0
     prefill_cache_hits: int = 0
     prefill_cache_misses: int = 0
@@ -71,6 +77,7 @@ class EngineCore:
         eos_ids: ids that end an answer.
         description: goes into ``info``.
         grammars: makes the grammars of requests; None refuses requests that have one.
+        draft_backend: a small model of the same vocabulary that guesses tokens ahead.
 
     Attributes:
         saved_cache: where ``close`` saves the prefix cache; None to let it go.
@@ -85,6 +92,7 @@ class EngineCore:
         eos_ids: frozenset[int],
         description: Mapping[str, str | int] | None = None,
         grammars: GrammarFactory | None = None,
+        draft_backend: Backend | None = None,
     ) -> None:
         self._backend = backend
         self._settings = settings
@@ -126,6 +134,12 @@ class EngineCore:
                 aging_seconds=settings.priority_aging_seconds,
             ),
         )
+        draft_model = None
+        if draft_backend is not None:
+            draft_model = DraftModel(draft_backend, backend.vocab_size, settings.max_prefill_tokens)
+        # What was guessed wrong must be forgotten: only pages can.
+        paged = backend.shares_prefixes
+        self.speculator = Speculator(settings, self.cache, draft_model, allowed=paged)
         self.counters = EngineCounters()
         self._requests: dict[str, Request] = {}
         self._arrivals: dict[int, float] = {}
@@ -196,7 +210,7 @@ class EngineCore:
         priority = work.params.priority
         arrival = max(time.monotonic() - work.waited, self._arrivals.get(priority, 0.0))
         self._arrivals[priority] = arrival
-        return Request(
+        request = Request(
             request_id=work.request_id,
             tokens=list(work.prompt_ids),
             num_prompt=len(work.prompt_ids),
@@ -210,6 +224,8 @@ class EngineCore:
             arrival=arrival,
             capped_by=work.capped_by,
         )
+        request.speculation = self.speculator.begin(request)
+        return request
 
     def insert_prefix(self, prompt_ids: Sequence[int]) -> int:
         """Have a prefix put in the cache by steps that no request needs; returns its tokens.
@@ -279,12 +295,16 @@ class EngineCore:
             ]
             if fresh:
                 self.on_start(fresh)
+        speculating = self.speculator.propose(plan)
+        started = time.perf_counter() if speculating else 0.0
         try:
             results = self._backend.run([self._sequence_step(item) for item in plan])
         except Exception as error:
             logger.exception("a step of %d requests failed", len(plan))
             message = f"the step failed: {shorten(str(error) or type(error).__name__)}"
             return events + [self._fail(item.request, message) for item in plan]
+        if speculating:
+            self.speculator.note_step(plan, time.perf_counter() - started)
         return events + self._postprocess(plan, results)
 
     def stats(self) -> dict[str, int]:
@@ -311,6 +331,10 @@ class EngineCore:
             "loras": len(self.adapters),
             "capped_by_load": counters.capped_by_load,
             "capped_by_context": counters.capped_by_context,
+            "draft_tokens": counters.draft_tokens,
+            "draft_tokens_accepted": counters.draft_tokens_accepted,
+            "draft_steps": counters.draft_steps,
+            "speculation_switched_off": self.speculator.switched_off,
             "kv_tokens_total": cache.num_pages * page_size,
             "kv_tokens_free": cache.num_free * page_size,
             "kv_tokens_cached": cache.num_cached * page_size,
@@ -341,6 +365,7 @@ class EngineCore:
     def check(self) -> None:
         """Verify the page invariant (free + cached + in use == total); raises AssertionError."""
         self.cache.check(self.scheduler.running)
+        self.speculator.check()
 
     def _admit_compiled(self) -> list[TokenEvent]:
         """Queue the requests whose grammars are there by now."""
@@ -364,6 +389,9 @@ class EngineCore:
             step.sample = request.sample_spec()
             if request.num_output == 0:
                 self.cache.first_token(request, step)
+            if item.drafts is not None:
+                step.token_ids = [*step.token_ids, *item.drafts.tokens]
+                step.draft_samples = item.drafts.samples
         if request.wants_prompt_logprobs:
             step.prompt_targets = request.tokens[start + 1 : min(end + 1, request.num_prompt)]
             step.prompt_top = request.params.top_logprobs
@@ -377,6 +405,9 @@ class EngineCore:
             request, num_tokens = item.request, item.num_tokens
             if result.error is not None:
                 events.append(self._fail(request, result.error))
+                continue
+            if item.drafts is not None:
+                events.extend(self._accept_drafts(request, item.drafts, result))
                 continue
             begun = request.num_output > 0
             # What a retracted request computes again is prefill, but for its newest token.
@@ -422,6 +453,48 @@ class EngineCore:
             prompt_logprobs=prompt_logprobs,
         )
 
+    def _accept_drafts(self, request: Request, drafts: Drafts, result: SequenceResult) -> list[TokenEvent]:
+        """Append what was chosen, up to the first token that was guessed otherwise."""
+        chosen = [result]
+        for draft, after in zip(drafts.tokens, result.drafted, strict=True):
+            if chosen[-1].token_id != draft:
+                break
+            chosen.append(after)
+        counters = self.counters
+        counters.draft_steps += 1
+        counters.draft_tokens += len(drafts.tokens)
+        counters.draft_tokens_accepted += len(chosen) - 1
+        taken: list[SequenceResult] = []
+        error: str | None = None
+        for one in chosen:
+            if one.token_id is None:
+                error = one.error or "no token was chosen"
+            else:
+                request.num_computed += 1
+                error = request.append(one.token_id)
+            if error is not None:
+                break
+            taken.append(one)
+            if request.finish is not None:
+                break
+        counters.decode_tokens += len(taken)
+        self.speculator.learn(request, drafts, len(chosen) - 1)
+        event = TokenEvent(
+            request.request_id,
+            tuple([one.token_id for one in taken if one.token_id is not None]),
+            tuple([one.logprob for one in taken if one.logprob is not None]),
+            request.finish,
+            request.matched_token_id,
+            prompt_tokens=request.num_prompt,
+            cached_tokens=request.num_cached or 0,
+        )
+        if error is not None:
+            # What was chosen before it counts, as it would without drafts.
+            return [event, self._fail(request, error)] if taken else [self._fail(request, error)]
+        if request.finish is not None:
+            self._end(request, request.finish, keep_kv=True)
+        return [event]
+
     def _note_start(self, request: Request, num_tokens: int) -> None:
         """Count what the caches gave to a request whose first step has run."""
         request.started = True
@@ -460,6 +533,7 @@ class EngineCore:
             self.scheduler.remove(request, keep_kv=keep_kv)
         del self._requests[request.request_id]
         self.adapters.leave(request.lora)
+        self.speculator.forget(request)
         self.counters.finished += request is not self._warm and reason in (
             FinishReason.STOP,
             FinishReason.LENGTH,

@@ -164,6 +164,32 @@ class KVCacheManager:
             request.tail_page = None
         return True
 
+    def extend_for_drafts(self, request: Request, num_tokens: int) -> int:
+        """Grow the page table towards ``num_tokens`` tokens; returns what it holds.
+
+        A guess takes free pages. Where there are none one page is evicted, which the request would soon
+        need in any case.
+        """
+        missing = self.pages_for(num_tokens) - len(request.pages)
+        missing = min(missing, max(1, self._pages.num_free), self.num_available)
+        if missing > 0:
+            self.extend(request, (len(request.pages) + missing) * self.page_size)
+        return len(request.pages) * self.page_size
+
+    def give_back(self, request: Request) -> None:
+        """Free the pages behind a request's last token, which wrong drafts were written to."""
+        kept = self.pages_for(len(request.tokens))
+        if len(request.pages) > kept:
+            self._drop_private(request.pages[kept:])
+            del request.pages[kept:]
+
+    def continuation(self, request: Request, limit: int) -> list[int]:
+        """Up to ``limit`` tokens that followed all of a running request's the last time it was asked."""
+        # Of a request that shares nothing the node may be none of the tree's.
+        node = request.node if request.num_tree_pages else None
+        behind = request.tokens[request.num_tree_pages * self.page_size :]
+        return self._tree.continuation(behind, limit, request.namespace, node)
+
     def first_token(self, request: Request, step: SequenceStep) -> None:
         """Complete the step that chooses a request's first token: from kept logits, or to be kept."""
         step.from_logits = request.from_logits

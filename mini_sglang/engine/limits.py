@@ -45,6 +45,10 @@ def make_work(
         raise InvalidValueError("prompt", prompt_ids, "at least one token long")
     _check_ids("stop_token_ids", params.stop_token_ids, info.vocab_size)
     _check_ids("logit_bias", list(params.logit_bias), info.vocab_size)
+    if params.speculative == "draft_model" and settings.draft_model_name is None:
+        raise InvalidValueError(
+            "speculative", "draft_model", "on, off or prompt_lookup: there is no DRAFT_MODEL_NAME"
+        )
     room = _cap_new_tokens(info, settings, len(prompt_ids), params, prefill_only)
     given = room if prefill_only else min(room, _under_load(settings, params.max_new_tokens, inflight))
     capped_by = None

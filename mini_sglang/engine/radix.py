@@ -11,6 +11,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+
+# Branches of one place that a continuation is looked for in.
+_CHILDREN_LOOKED_AT = 64
 
 
 class RadixNode:
@@ -109,6 +113,47 @@ class RadixCache:
             return 0
         _, length, rest = self._walk(root, tokens, False)
         return length + (rest[1] if rest is not None else 0)
+
+    def continuation(
+        self, tokens: Sequence[int], limit: int, namespace: str = "", node: RadixNode | None = None
+    ) -> list[int]:
+        """What came after a sequence the last time: up to ``limit`` tokens that lie in the tree behind it.
+
+        Changes nothing.
+
+        Args:
+            tokens: the sequence, or what of it lies beyond ``node``.
+            node: a node of the tree that the sequence passes through; the namespace's root by default.
+        """
+        node = self._roots.get(namespace) if node is None else node
+        if node is None:
+            return []
+        at = 0
+        while len(tokens) - at >= self.page_size:
+            child = node.children.get(self._key(tokens, at))
+            if child is None:
+                return []
+            length = min(len(child.tokens), len(tokens) - at)
+            if list(child.tokens[:length]) != list(tokens[at : at + length]):
+                return []
+            if length < len(child.tokens):
+                return self._behind(child, length, limit)
+            node, at = child, at + length
+        rest = tuple(tokens[at:])
+        # The latest first: its answer is the likeliest to be given again.
+        for key in islice(reversed(node.children), _CHILDREN_LOOKED_AT):
+            if key[: len(rest)] == rest:
+                return self._behind(node.children[key], len(rest), limit)
+        return []
+
+    @staticmethod
+    def _behind(node: RadixNode, at: int, limit: int) -> list[int]:
+        """Tokens from place ``at`` of an edge on, down the latest branches."""
+        found = list(node.tokens[at : at + limit])
+        while len(found) < limit and node.children:
+            node = node.children[next(reversed(node.children))]
+            found += node.tokens[: limit - len(found)]
+        return found
 
     def insert(self, tokens: Sequence[int], pages: Sequence[int], namespace: str = "") -> Insertion:
         """Put a sequence in the tree.

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from mini_sglang.backend.step import SampleSpec, TokenGrammar
 from mini_sglang.engine.order import Order
 from mini_sglang.engine.radix import RadixNode
 from mini_sglang.types import FinishReason, SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from mini_sglang.engine.speculation import Speculation
 
 
 class Phase(Enum):
@@ -41,6 +46,7 @@ class Request:
         arrival: ``time.monotonic`` seconds, from when on it ages.
         capped_by: why ``max_new_tokens`` is less than was asked for, "load" or "context"; else None.
         order: its place in the scheduler, set when it is added there.
+        speculation: what is known for guessing its tokens ahead; None where that is off.
         from_logits: kept logits that its first token is chosen from, in the step it is admitted to.
         tail_page: with ``from_logits``, the page to be copied into its own first one.
         keep_logits: where the logits of its prompt's last token are kept in the step that computes it.
@@ -80,6 +86,7 @@ class Request:
     prompt_logprobs_done: bool = False
     finish: FinishReason | None = None
     matched_token_id: int | None = None
+    speculation: Speculation | None = None
     end_ids: tuple[int, ...] = field(init=False)
     _spec: SampleSpec = field(init=False)
 
@@ -127,6 +134,31 @@ class Request:
         elif self.num_output >= self.max_new_tokens:
             self.finish = FinishReason.LENGTH
         return None
+
+    def spec_after(self, drafts: Sequence[int], grammar: TokenGrammar | None) -> SampleSpec:
+        """How to choose the token that follows ``drafts``, as if they were part of the answer.
+
+        Args:
+            drafts: guesses of the next tokens; none of them ends the answer.
+            grammar: the request's own, past the drafts.
+        """
+        params = self.params
+        index = self.num_output + len(drafts)
+        if (
+            params.greedy
+            and grammar is None
+            and not params.penalised
+            and self.num_output >= params.min_new_tokens
+        ):
+            return self._spec  # which says the same of every place
+        spec = SampleSpec(params, self.seed, index)
+        spec.banned_ids = self.end_ids if index < params.min_new_tokens else ()
+        if params.penalised:
+            spec.prompt_ids = self.tokens[: self.num_prompt]
+            spec.output_ids = [*self.tokens[self.num_prompt :], *drafts]
+        if grammar is not None:
+            spec.grammar, spec.end_ids = grammar, self.end_ids
+        return spec
 
     def sample_spec(self) -> SampleSpec:
         """How to choose the next token; the same object every time, as of now."""

@@ -11,6 +11,7 @@ from bisect import insort
 from dataclasses import dataclass
 from operator import attrgetter
 
+from mini_sglang.engine.drafts import Drafts
 from mini_sglang.engine.kv_cache import KVCacheManager
 from mini_sglang.engine.order import Line, order_of
 from mini_sglang.engine.request import Phase, Request
@@ -40,6 +41,7 @@ class Scheduled:
 
     request: Request
     num_tokens: int
+    drafts: Drafts | None = None  # with one token, its last: what is guessed to follow it
 
     @property
     def samples(self) -> bool:

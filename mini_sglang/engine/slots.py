@@ -27,6 +27,7 @@ _TOTALS = (
     *(spec.name for spec in fields(EngineCounters)),
     "prefix_evicted_tokens",
     "retractions",
+    "speculation_switched_off",
     *CACHE_TOTALS,
 )
 

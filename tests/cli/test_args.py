@@ -33,6 +33,7 @@ GIVEN = {
     "top_logprobs": ("2", 2),
     "prompt_logprobs": (None, True),
     "priority": ("-3", -3),
+    "speculative": ("prompt_lookup", "prompt_lookup"),
 }
 # An answer has one form at most.
 FORMS = {

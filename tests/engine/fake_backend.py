@@ -67,7 +67,8 @@ class FakeBackend:
 
     Attributes:
         fail_at: calls of ``run`` (counted from 0) that raise after scribbling over their new slots.
-        nan_at: calls of ``run`` whose row (the value, modulo the rows) comes back with an error.
+        nan_at: calls of ``run`` whose row (the value, modulo the rows) comes back with an error; of a row
+            with drafts what follows the last of them does.
         delay: seconds each call takes.
         checked: verify; off to measure the engine alone.
         tokens_of: gives the true tokens of the sequence that owns a page table.
@@ -87,7 +88,7 @@ class FakeBackend:
     tokens_run: int = 0
     tokens_sampled: int = 0
     rows: list[tuple[int, int]] = field(default_factory=list)
-    """(start, tokens) of each row of the latest call."""
+    """(start, tokens, without the drafts) of each row of the latest call."""
     shares_prefixes: bool = True
     chunks_prompts: bool = True
 
@@ -103,14 +104,20 @@ class FakeBackend:
 
     def run(self, steps: Sequence[SequenceStep]) -> list[SequenceResult]:
         call, self.calls = self.calls, self.calls + 1
-        self.rows = [(step.start, len(step.token_ids)) for step in steps]
+        self.rows = [(step.start, len(step.token_ids) - len(step.draft_samples)) for step in steps]
         self.tokens_run += sum(len(step.token_ids) for step in steps)
         self.tokens_sampled += sum(step.sample is not None for step in steps)
         if self.delay:
             time.sleep(self.delay)
         if not self.checked:
             token = 2 + call % (VOCAB - 2)
-            return [SequenceResult(token if step.sample else None) for step in steps]
+            return [
+                SequenceResult(
+                    token if step.sample else None,
+                    drafted=[SequenceResult(token) for _ in step.draft_samples],
+                )
+                for step in steps
+            ]
         if not steps:
             raise KVCorruption("an empty call")
         # All reads come before all writes, so that a row which reads what another one writes is caught too.
@@ -134,9 +141,15 @@ class FakeBackend:
         results = [self._write(step, value) for step, value in zip(steps, before, strict=True)]
         if call in self.nan_at:
             row = self.nan_at[call] % len(steps)
-            for p in range(steps[row].start, steps[row].start + len(steps[row].token_ids)):
-                self.slots[self._slot(steps[row], p)] = (POISON, -1, -1)
-            results[row] = SequenceResult(error="logits are not finite")
+            step, bad = steps[row], SequenceResult(error="logits are not finite")
+            drafted = list(results[row].drafted)
+            end = step.start + len(step.token_ids)
+            for p in range(end - 1 if drafted else step.start, end):
+                self.slots[self._slot(step, p)] = (POISON, -1, -1)
+            if drafted:
+                results[row].drafted = [*drafted[:-1], bad]
+            else:
+                results[row] = bad
         return results
 
     def _slot(self, step: SequenceStep, position: int) -> int:
@@ -157,11 +170,16 @@ class FakeBackend:
                 raise KVCorruption(f"position {position} of {step.start}")
             seen.append(token)
         seen.extend(step.token_ids)
-        if self.tokens_of is not None and list(self.tokens_of(step.pages)[: len(seen)]) != seen:
+        known = len(seen) - len(step.draft_samples)
+        if self.tokens_of is not None and list(self.tokens_of(step.pages)[:known]) != seen[:known]:
             raise KVCorruption("the KV of another sequence")
-        if step.sample is not None and step.sample.params.penalised:
-            told = [*step.sample.prompt_ids, *step.sample.output_ids]
-            if told != seen or len(step.sample.output_ids) != step.sample.index:
+        if step.draft_samples and (known == step.start or step.sample is None or step.prompt_targets):
+            raise KVCorruption("drafts without a token before them, in a step that they have no place in")
+        for drafts, spec in enumerate((step.sample, *step.draft_samples)):
+            if spec is None or not spec.params.penalised:
+                continue
+            told = [*spec.prompt_ids, *spec.output_ids]
+            if told != seen[: known + drafts] or len(spec.output_ids) != spec.index:
                 raise KVCorruption("prompt_ids and output_ids are not what ran")
         return value
 
@@ -170,19 +188,27 @@ class FakeBackend:
         if targets and len(step.token_ids) - len(targets) not in (0, 1):
             raise KVCorruption(f"{len(targets)} prompt targets for {len(step.token_ids)} rows")
         result = SequenceResult()
+        samples = [] if step.sample is None else [step.sample, *step.draft_samples]
+        values = [value] if step.from_logits is not None else []
         for row, token in enumerate(step.token_ids):
             position = step.start + row
             value = mix(value, token, position)
+            values.append(value)
             self.slots[self._slot(step, position)] = (value, token, position)
             if row < len(targets):
                 result.prompt_logprobs.append(target_logprob(value, targets[row], step.prompt_top))
-        if step.sample is not None:
-            result.token_id = next_token(value, step.sample)
+        if samples:
+            first, *rest = map(self._choose, values[-len(samples) :], samples)
+            result.token_id, result.logprob, result.drafted = first.token_id, first.logprob, rest
             if step.keep_logits is not None:
                 self.logits[step.keep_logits] = value
-            if step.sample.params.logprobs:
-                result.logprob = target_logprob(value, result.token_id, step.sample.params.top_logprobs)
         return result
+
+    @staticmethod
+    def _choose(value: int, spec: SampleSpec) -> SequenceResult:
+        token = next_token(value, spec)
+        logprob = target_logprob(value, token, spec.params.top_logprobs) if spec.params.logprobs else None
+        return SequenceResult(token, logprob)
 
 
 class FakeTransfer:
@@ -327,10 +353,12 @@ def reference(
     return answer
 
 
-def make_core(backend: FakeBackend, **overrides: object) -> EngineCore:
+def make_core(
+    backend: FakeBackend, *, draft_backend: FakeBackend | None = None, **overrides: object
+) -> EngineCore:
     """An engine over ``backend`` whose every step is checked against the true tokens."""
     overrides.setdefault("max_context_margin", 0)
-    core = EngineCore(backend, Settings.resolve(overrides, {}), EOS_IDS)
+    core = EngineCore(backend, Settings.resolve(overrides, {}), EOS_IDS, draft_backend=draft_backend)
 
     def tokens_of(pages: array[int]) -> Sequence[int]:
         return next(r.tokens for r in core.scheduler.running if r.pages is pages)

@@ -115,13 +115,16 @@ class EngineMachine(RuleBasedStateMachine):
         self.backend = FakeBackend(pool_tokens // page_size, page_size, CONTEXT)
         if background:
             self.backend._store.page_bytes = 64 << 20
-        self.core = make_core(self.backend, **settings)
+        self.core = self.make_core(settings)
         self.answers: dict[str, Answer] = {}
         self.requests: dict[str, Request] = {}
         self.aborted: set[str] = set()
         # Prompts that later prompts begin with: two that share their first 20 tokens, then whole answers.
         base = [2 + i % 7 for i in range(CONTEXT)]
         self.stems = [base, base[:20] + base[30:]]
+
+    def make_core(self, settings: dict[str, Any]) -> EngineCore:
+        return make_core(self.backend, **settings)
 
     @rule(burst=st.lists(arrivals, min_size=1, max_size=6))
     def add(self, burst: list[tuple[int, int, int | None, list[int], int, str]]) -> None:

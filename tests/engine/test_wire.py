@@ -100,6 +100,7 @@ def test_every_sampling_parameter_is_carried() -> None:
         "seed": 5, "stop": ("x",), "stop_token_ids": (3,), "ignore_eos": True, "logprobs": True,
         "top_logprobs": 2, "prompt_logprobs": True, "json_schema": '{"type": "object"}',
         "priority": -7,
+        "speculative": "off",
     }  # fmt: skip
     exclusive = {"regex": "a+", "ebnf": 'start: "a"', "json_object": True}  # only one grammar at a time
     names = {spec.name for spec in dataclasses.fields(SamplingParams)}

@@ -147,7 +147,7 @@ def _sampling() -> dict[str, Field]:
     own = {name: replace(field, nullable=True) for name, field in sampling_fields().items()}
     kept = (
         "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
-        "seed", "stop", "stop_token_ids", "ignore_eos", "priority",
+        "seed", "stop", "stop_token_ids", "ignore_eos", "priority", "speculative",
     )  # fmt: skip
     return {
         "temperature": replace(own["temperature"], default=1.0),

@@ -13,7 +13,7 @@ from mini_sglang.types import MAX_NEW_TOKENS_LIMIT, SamplingParams
 
 _SAME_NAME = (
     "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed",
-    "stop", "stop_token_ids", "ignore_eos", "priority",
+    "stop", "stop_token_ids", "ignore_eos", "priority", "speculative",
 )  # fmt: skip
 _CONSTRAINTS = {
     "json_schema": "json_schema", "guided_json": "json_schema", "regex": "regex", "guided_regex": "regex",
