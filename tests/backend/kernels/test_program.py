@@ -125,13 +125,13 @@ def test_decodes_beyond_a_span(kv_dtype: str, window: int | None, tmp_path: Path
 @pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
 def test_a_step_of_many_rows_goes_through_in_pieces(kv_dtype: str, tmp_path: Path) -> None:
     save_tiny_model(tmp_path)
-    backend = load(tmp_path, max_batch_size=70, max_prefill_tokens=100, kv_dtype=kv_dtype if FAST else "auto")
+    backend = load(tmp_path, max_batch_size=70, max_prefill_tokens=130, kv_dtype=kv_dtype if FAST else "auto")
     program, kv = backend.program, backend.kv
     assert (program is not None) == FAST
     if program is None:
         return
-    assert program.max_rows == 100
-    prompts = [[3 + (7 * i + 5 * j) % 90 for j in range(n)] for i, n in enumerate((1, 300, 64, 65, 250))]
+    assert program.max_rows == 130
+    prompts = [[3 + (7 * i + 5 * j) % 90 for j in range(n)] for i, n in enumerate((1, 300, 128, 129, 250))]
     tables = page_ranges(backend, [len(prompt) for prompt in prompts])
     steps = []
     for prompt, table in zip(prompts, tables, strict=True):
