@@ -66,6 +66,7 @@ class Row:
 
 SECTIONS = {1: "Model and device", 2: "Caches", 3: "Scheduling", 4: "Decode speed"}
 ONE = {"requests": 1, "prompt": 64, "new": 64}
+LOOPING = {"requests": 1, "prompt": 64, "new": 256}
 EIGHT = {"requests": 8, "prompt": 64, "new": 48}
 LONG = {"requests": 8, "prompt": 1000, "new": 32}
 TWO_ENGINES = {"num_engines": 2, "num_threads": 1}
@@ -159,6 +160,11 @@ ROWS = (
         EIGHT, ("tokens_per_s", "first"), pool=True),
     Row(4, {"engine_fast_decode": False}, {"engine_fast_decode": True}, "one answer, plain weights", "burst",
         ONE, ("tokens_per_s", "first"), plain=True),
+    Row(4, {"speculation": "off"}, {"speculation": "prompt_lookup"},
+        "one answer of 256 tokens to random ids, which comes to repeat itself", "burst", LOOPING),
+    Row(4, {"speculative_max_draft_tokens": 3}, {"speculative_max_draft_tokens": 15},
+        "one answer of 256 tokens to random ids, guessed by prompt_lookup", "burst", LOOPING,
+        base={"speculation": "prompt_lookup"}),
 )  # fmt: skip
 
 _WHICH_MODEL = "says which model, not how fast"
@@ -170,6 +176,11 @@ NOT_LEVERS: Mapping[str, str] = {
     "model_revision": _WHICH_MODEL,
     "device": "there is one device here",
     "trust_remote_code": "permits code, changes no step",
+    "draft_model_name": _WHICH_MODEL + "; there is no smaller one of the same vocabulary here",
+    "lora_adapters": "says which adapters; benchmarks/lora_bench.py times them",
+    "max_loras": "a bound of what is loaded",
+    "max_lora_rank": "a bound of what is loaded",
+    "lora_root": "permits loading over HTTP, changes no step",
     "context_length": "a limit of what may be asked",
     "compile_mode": "how COMPILE_MODEL goes about it; the row on that runs the default",
     "force_legacy_cache": "only for models with one cache per request, which these rows do not run",
