@@ -169,7 +169,8 @@ def test_the_same_answer_under_any_load(tmp_path: Path, name: str) -> None:
         return answers, engine
 
     expected, _ = run(False, prefix_cache=False, kv_token_budget=512)
-    for batch, budget, chunked in ((8, 224, True), (32, 8192, False)):
+    retractions = 0
+    for batch, budget, chunked in (*((8, tight, True) for tight in (176, 192, 224)), (32, 8192, False)):
         found, engine = run(
             True,
             max_batch_size=batch,
@@ -178,5 +179,6 @@ def test_the_same_answer_under_any_load(tmp_path: Path, name: str) -> None:
             prefill_chunk_size=24,
         )
         assert found == expected
-        assert budget > 224 or engine.scheduler.num_retractions > 0
+        retractions += engine.scheduler.num_retractions
         assert engine.counters.prefix_hit_tokens > 0
+    assert retractions > 0

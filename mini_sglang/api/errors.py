@@ -23,7 +23,7 @@ from mini_sglang.errors import (
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGE_CHARS = 600
+MAX_MESSAGE_CHARS = 1000
 _OPENAI_PREFIX = "/v1"
 
 

@@ -150,8 +150,10 @@ def test_a_full_queue_refuses_at_once_and_the_rest_completes(tiny_model: Path) -
             thread.start()
         for thread in threads:
             thread.join()
-        assert statuses.count(200) == 3 and statuses.count(429) == 9
-        assert sum('"finish_reason":"length"' in body for body in bodies) == 3
+        # Where one has ended before the last was asked, more than three are taken.
+        taken = statuses.count(200)
+        assert taken >= 3 and 0 < statuses.count(429) == 12 - taken
+        assert sum('"finish_reason":"length"' in body for body in bodies) == taken
         many = client.post("/generate", json={"prompt": ["x"] * 4})
         assert many.status_code == 429
         assert client.ask(prompt=["x"] * 3, max_new_tokens=1)["outputs"][2]["completion_tokens"] == 1

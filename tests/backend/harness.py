@@ -54,8 +54,8 @@ def step_logits(backend: ModelBackend, steps: Sequence[SequenceStep]) -> list[Te
     ]
     limits = Limits(backend.page_size, backend.num_pages, backend.vocab_size, backend.context_length)
     batch = Batch.build(everything, limits, torch.device("cpu"))
-    adapters = backend.adapters.begin(batch) if backend.adapters and batch.adapters else None
-    hidden = backend.decoder.forward(batch, backend.kv, backend.attention, adapters)
+    chosen = [backend.adapters.begin(batch)] if backend.adapters and batch.adapters else []
+    hidden = backend.decoder.forward(batch, backend.kv, backend.attention, *chosen)
     logits = backend.decoder.logits(hidden)
     result: list[Tensor] = [logits] * len(steps)
     for place, first, stop in batch.prompts:

@@ -96,6 +96,7 @@ def test_together_cached_chunked_and_retracted_as_transformers_generates(
         "chunked_prefill": True,
         "prefill_chunk_size": 7,
         "max_batch_size": 8,
+        "prefill_cache_size": 0,
         "device": "cpu",
     }
     engine = EngineCore(backend, Settings.resolve(settings, env={}), frozenset({2}))
