@@ -102,9 +102,8 @@ class Pool:
         self._made += 1
         job.sent = time.perf_counter()
         with self.pool.reserve() as ticket:
-            inflight = self.pool.in_flight
             work = make_work(
-                self.pool.info, self.settings, f"lever{self._made}", job.ids, params, inflight=inflight
+                self.pool.info, self.settings, f"lever{self._made}", job.ids, params, inflight=ticket.inflight
             )
             self.pool.submit(work, job.take, ticket)
 

@@ -163,11 +163,10 @@ class Service:
         adapter: Adapter | None,
     ) -> ServedStream:
         own = self.reserve() if ticket is None else None
+        place = cast("Ticket", ticket or own)
         try:
             work_id = f"{request_id}.{next(self._ids)}"
             info = self.info
-
-            inflight = self.pool.in_flight
 
             def prepare() -> Work:
                 ids = self._ids_of(prompt, template or {})
@@ -179,7 +178,7 @@ class Service:
                     params,
                     namespace=namespace,
                     adapter=adapter,
-                    inflight=inflight,
+                    inflight=place.inflight,
                 )
 
             work = await self._run(prepare, small=_is_short_ids(prompt))
@@ -189,7 +188,7 @@ class Service:
             stream = ServedStream(self, work, started)
             self._streams.add(stream)
             try:
-                self.pool.submit(work, stream.sink, cast("Ticket", ticket or own))
+                self.pool.submit(work, stream.sink, place)
             except BaseException:
                 self.forget(stream)
                 raise

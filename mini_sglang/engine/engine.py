@@ -67,8 +67,9 @@ class EngineCounters:
 class EngineCore:
     """Add requests, call ``step`` until ``has_work`` is false, abort at any moment in between.
 
-    Not thread-safe: one thread drives it (``worker.EngineThread`` does). ``info``, ``make_request`` and
-    ``request_of`` read only what never changes, and ``stats`` only numbers: any thread may call them.
+    Not thread-safe: one thread drives it (``worker.EngineThread`` does). ``info``, ``make_request``,
+    ``request_of`` and ``stats`` any thread may call: they read what never changes and numbers, and note the
+    latest arrival of each priority, where two at one moment may come in either order.
 
     A request with a grammar waits beside the queue while that is compiled in another thread; one from
     ``make_request`` has it compiled already, in the thread that called.

@@ -38,10 +38,16 @@ class PoolStats:
 
 
 class Ticket:
-    """Places taken before the work of preparing requests. A context manager; what is unused goes back."""
+    """Places taken before the work of preparing requests. A context manager; what is unused goes back.
 
-    def __init__(self, count: int, give_back: Callable[[Ticket], None]) -> None:
+    Attributes:
+        remaining: places that no ``submit`` has used.
+        inflight: requests that had a place when these were taken, these included.
+    """
+
+    def __init__(self, count: int, inflight: int, give_back: Callable[[Ticket], None]) -> None:
         self.remaining = count
+        self.inflight = inflight
         self._give_back = give_back
 
     def release(self) -> None:

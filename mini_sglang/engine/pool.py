@@ -171,7 +171,7 @@ class EnginePool:
             except OverloadedError:
                 self._totals["refused"] += count
                 raise
-        return Ticket(count, self._give_back)
+            return Ticket(count, self.in_flight, self._give_back)
 
     def submit(self, work: Work, sink: Sink, ticket: Ticket) -> None:
         """Give a request one of the ticket's places; ``sink`` hears of it in threads of the engines.

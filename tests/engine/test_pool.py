@@ -36,6 +36,8 @@ def test_a_request_goes_to_an_engine_and_its_events_come_back() -> None:
 def test_places_are_taken_before_the_work_and_given_back_once() -> None:
     bench = Bench(max_inflight_per_engine=1, max_queue=2).open()  # 2 run, 2 wait
     one, three = bench.pool.reserve(), bench.pool.reserve(3)
+    # What ADAPTIVE_MAX_NEW_TOKENS goes by: each request of a ticket counts all of them, whichever end first.
+    assert (one.inflight, three.inflight) == (1, 4)
     with pytest.raises(OverloadedError, match="takes 4 requests at a time") as caught:
         bench.pool.reserve()
     assert 1 <= caught.value.retry_after <= 60
