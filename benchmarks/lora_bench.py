@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.lora.files import open_adapter
-from mini_sglang.backend.model_backend import ModelBackend, load_backend
+from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.models.loader import expected_tensors
 from mini_sglang.backend.step import SampleSpec, SequenceStep
 from mini_sglang.config import Settings

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.batch import Batch, Limits
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.loading.source import resolve_model
-from mini_sglang.backend.model_backend import ModelBackend, load_backend
+from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.step import SequenceStep
 from mini_sglang.config import Settings
 from mini_sglang.text.tokenizer import load_tokenizer

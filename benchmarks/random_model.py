@@ -25,10 +25,10 @@ from torch import Tensor
 
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
 from mini_sglang.backend.loading.gguf import read_gguf
 from mini_sglang.backend.loading.starter import starter_model
-from mini_sglang.backend.model_backend import load_backend
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.loader import expected_tensors
 from mini_sglang.backend.models.quantization import block_formats

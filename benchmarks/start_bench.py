@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _MB = 1e6
 _SERVE_SECONDS = 120.0
 # What the timeline shows: modules whose import it times, and functions, by module.
-_TIMED_MODULES = ("numpy", "torch", "tokenizers", "jinja2", "llguidance", "mini_sglang.backend.model_backend")
+_TIMED_MODULES = ("numpy", "torch", "tokenizers", "jinja2", "llguidance", "mini_sglang.backend.loader")
 _TIMED_FUNCTIONS = {
     "mini_sglang.cli.args": {"command_parser": "arguments"},
     "mini_sglang.backend.loading.source": {"resolve_model": "find the model"},
@@ -44,7 +44,7 @@ _TIMED_FUNCTIONS = {
         "Tokenizer.encode_chat": "encode the prompt",
     },
     "mini_sglang.api.loading": {"load_core": "load_core"},
-    "mini_sglang.backend.model_backend": {
+    "mini_sglang.backend.loader": {
         "load_backend": "load_backend",
         "open_kernels": "kernels",
         "open_checkpoint": "file header",

@@ -25,8 +25,9 @@ from mini_sglang import SamplingParams
 from mini_sglang.backend.kernels.jobs import Entry, Job
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kernels.program import StepProgram
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.loading.source import resolve_model
-from mini_sglang.backend.model_backend import ModelBackend, load_backend
+from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.text.tokenizer import load_tokenizer

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mini_sglang.backend.device import choose_threads
-from mini_sglang.backend.model_backend import load_backend
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.types import SamplingParams

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mini_sglang import CacheFileError, Engine, InvalidValueError, SamplingParams
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.loading.fingerprint import weights_fingerprint
-from mini_sglang.backend.model_backend import ModelBackend, load_backend
+from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
 from tests.backend.kernels.twins import VARIANTS

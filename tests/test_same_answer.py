@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import pytest
 
-from mini_sglang.backend.model_backend import load_backend
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.types import FinishReason, SamplingParams

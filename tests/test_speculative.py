@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mini_sglang import Engine, InvalidValueError, SamplingParams
-from mini_sglang.backend.model_backend import load_backend
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.step import SampleSpec, SequenceResult, SequenceStep
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mini_sglang import Engine, SamplingParams
-from mini_sglang.backend.model_backend import load_backend
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.config import Settings
 from tests.backend.harness import page_ranges, step, step_logits
 

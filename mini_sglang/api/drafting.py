@@ -33,8 +33,8 @@ def load_draft_model(
         if settings.speculation == "draft_model":
             raise InvalidValueError("DRAFT_MODEL_NAME", None, "given where SPECULATIVE is draft_model")
         return None
+    from mini_sglang.backend.loader import load_backend
     from mini_sglang.backend.loading.source import resolve_model
-    from mini_sglang.backend.model_backend import load_backend
     from mini_sglang.text.tokenizer import load_tokenizer
 
     # Its context may be shorter than the one asked for, and no revision is meant for it.

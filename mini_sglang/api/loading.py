@@ -95,7 +95,7 @@ def load_core(
 
     # torch takes a second or more to import: only once the model is found and its tokenizer reads.
     with sleeping_openmp():
-        from mini_sglang.backend.model_backend import load_backend
+        from mini_sglang.backend.loader import load_backend
 
     files, tokenizer = model.files, model.tokenizer
     backend = load_backend(files.path, settings, notify=notify, sharing=sharing)

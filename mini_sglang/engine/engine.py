@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mini_sglang.backend.step import (
@@ -18,6 +17,7 @@ from mini_sglang.backend.step import (
 from mini_sglang.config import Settings
 from mini_sglang.engine.adapters import LoadedAdapters
 from mini_sglang.engine.cache_limits import CacheLimits, check_limits
+from mini_sglang.engine.counters import EngineCounters
 from mini_sglang.engine.draft_model import DraftModel
 from mini_sglang.engine.drafts import Drafts
 from mini_sglang.engine.grammars import GrammarRoom
@@ -35,33 +35,6 @@ logger = logging.getLogger(__name__)
 
 # Seconds a step with nothing to run waits for a grammar; commands wait as long.
 _COMPILE_WAIT = 0.002
-
-
-@dataclass(slots=True)
-class EngineCounters:
-    """Totals since the start. Tokens are counted where they are computed or saved."""
-
-    requests: int = 0
-    finished: int = 0
-    aborted: int = 0
-    failed: int = 0
-    steps: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    prefix_hits: int = 0
-    prefix_misses: int = 0
-    prefix_hit_tokens: int = 0
-    capped_by_load: int = 0
-    capped_by_context: int = 0
-    draft_tokens: int = 0
-    draft_tokens_accepted: int = 0
-    draft_steps: int = 0
-    prefix_miss_tokens: int = 0
-    prefill_cache_hits: int = 0
-    prefill_cache_misses: int = 0
-    prefill_cache_hit_tokens: int = 0
-    prefill_cache_miss_tokens: int = 0
-    lora_requests: int = 0
 
 
 class EngineCore:
@@ -310,41 +283,21 @@ class EngineCore:
 
     def stats(self) -> dict[str, int]:
         """Counters and gauges; KV figures in tokens."""
-        cache, page_size, counters = self.cache, self._backend.page_size, self.counters
+        cache, page_size = self.cache, self._backend.page_size
         return {
-            "requests": counters.requests,
-            "finished": counters.finished,
-            "aborted": counters.aborted,
-            "failed": counters.failed,
+            **self.counters.figures(),
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting) + len(self._grammars),
-            "steps": counters.steps,
-            "prefill_tokens": counters.prefill_tokens,
-            "decode_tokens": counters.decode_tokens,
-            "prefix_hits": counters.prefix_hits,
-            "prefix_misses": counters.prefix_misses,
-            "prefix_hit_tokens": counters.prefix_hit_tokens,
             "prefix_evicted_tokens": cache.evicted_tokens,
             "prefixes": cache.num_prefixes,
             "prefix_reuse": int(cache.limits.enabled),
             "retractions": self.scheduler.num_retractions,
-            "lora_requests": counters.lora_requests,
             "loras": len(self.adapters),
-            "capped_by_load": counters.capped_by_load,
-            "capped_by_context": counters.capped_by_context,
-            "draft_tokens": counters.draft_tokens,
-            "draft_tokens_accepted": counters.draft_tokens_accepted,
-            "draft_steps": counters.draft_steps,
             "speculation_switched_off": self.speculator.switched_off,
             "kv_tokens_total": cache.num_pages * page_size,
             "kv_tokens_free": cache.num_free * page_size,
             "kv_tokens_cached": cache.num_cached * page_size,
             "kv_tokens_private": cache.num_private * page_size,
-            "prefill_cache_hits": counters.prefill_cache_hits,
-            "prefill_cache_misses": counters.prefill_cache_misses,
-            "prefill_cache_hit_tokens": counters.prefill_cache_hit_tokens,
-            "prefill_cache_miss_tokens": counters.prefill_cache_miss_tokens,
-            "prefix_miss_tokens": counters.prefix_miss_tokens,
             **cache.stats(),
             "warm_prefixes": self.warming.total,
             "warm_prefixes_done": self.warming.done,
@@ -501,18 +454,8 @@ class EngineCore:
         request.started = True
         if request is self._warm:
             return
-        cached, counters = request.num_cached or 0, self.counters
-        if cached == request.num_prompt:  # else the last token, at least, is computed
-            counters.prefill_cache_hits += 1
-            counters.prefill_cache_hit_tokens += cached
-        else:
-            # The prefix cache is asked for what the exact-prompt cache has not.
-            counters.prefill_cache_misses += 1
-            counters.prefill_cache_miss_tokens += request.num_prompt
-            counters.prefix_hits += cached > 0
-            counters.prefix_misses += cached == 0
-            counters.prefix_hit_tokens += cached
-            counters.prefix_miss_tokens += request.num_prompt - cached
+        cached = request.num_cached or 0
+        self.counters.note_start(request.num_prompt, cached)
         logger.info(
             "prefill request=%s prompt=%d cached=%d computing=%d",
             request.request_id, request.num_prompt, cached, num_tokens,

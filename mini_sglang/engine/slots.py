@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 from mini_sglang.engine.cache_limits import CACHE_TOTALS
-from mini_sglang.engine.engine import EngineCounters
+from mini_sglang.engine.counters import EngineCounters
 from mini_sglang.engine.handle import EngineHandle, EngineInfo
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.batch import Batch, Limits
-from mini_sglang.backend.model_backend import ModelBackend, load_backend
+from mini_sglang.backend.loader import load_backend
+from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.step import SampleSpec, SequenceStep
 from mini_sglang.config import Settings
 from mini_sglang.types import SamplingParams

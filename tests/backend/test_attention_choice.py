@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mini_sglang.backend.attention import paged
-from mini_sglang.backend.model_backend import load_backend
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError
 from tests.backend.harness import greedy, load, page_ranges, step, step_logits

@@ -10,7 +10,7 @@ import torch
 
 from mini_sglang.backend import compiling
 from mini_sglang.backend.compiling import choose_compiler
-from mini_sglang.backend.model_backend import load_backend
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.models.compiled import CompiledDecoder
 from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError
@@ -191,7 +191,7 @@ def test_what_cannot_be_compiled_is_refused_by_name_and_left_by_default(
     with pytest.raises(InvalidValueError, match="no graph"):
         load(folder, kernels="reference", compile_model=1)
     monkeypatch.setattr(
-        "mini_sglang.backend.model_backend.choose_compiler", lambda *_: compiling.Compiler("default", False)
+        "mini_sglang.backend.loader.choose_compiler", lambda *_: compiling.Compiler("default", False)
     )
     settings = resolved(kernels="reference", dtype="fp32", device="cpu")
     assert load_backend(folder, settings).describe()["compile"] == "off: the compiled model failed: no graph"

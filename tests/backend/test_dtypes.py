@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mini_sglang.backend import device
-from mini_sglang.backend.model_backend import ModelBackend, load_backend
+from mini_sglang.backend.loader import load_backend
+from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError
 from tests.backend.kernels.twins import VARIANTS

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mini_sglang.backend import model_backend
-from mini_sglang.backend.model_backend import ModelBackend, load_backend
+from mini_sglang.backend.loader import load_backend
+from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.step import SequenceStep
 from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError, ModelLoadError

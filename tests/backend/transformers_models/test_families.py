@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mini_sglang import Engine
-from mini_sglang.backend.model_backend import ModelBackend, load_backend
+from mini_sglang.backend.loader import load_backend
+from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.types import SamplingParams

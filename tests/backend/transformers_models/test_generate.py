@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mini_sglang import Engine
-from mini_sglang.backend.model_backend import load_backend
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.transformers_models.generate import GenerateBackend
 from mini_sglang.errors import InvalidValueError
 from mini_sglang.types import FinishReason, SamplingParams

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mini_sglang.backend.model_backend import load_backend
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.transformers_models.kinds import choose_kind
 from mini_sglang.backend.transformers_models.loading import load_model
 from mini_sglang.config import Settings

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mini_sglang.backend.model_backend import load_backend
+from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.step import SampleSpec, SequenceStep
 from mini_sglang.backend.transformers_models.per_request import RequestBackend
 from mini_sglang.config import Settings
