@@ -17,13 +17,13 @@ from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import SampleSpec, SequenceResult, SequenceStep
 from mini_sglang.backend.transformers_models.decoder import TransformersConfig
 from mini_sglang.backend.transformers_models.runner import said
-from mini_sglang.backend.transformers_models.steps import check_steps
+from mini_sglang.backend.transformers_models.steps import OwnCacheBackend, check_steps
 from mini_sglang.errors import InvalidValueError
 
 _JOIN_SECONDS = 10.0
 
 
-class GenerateBackend:
+class GenerateBackend(OwnCacheBackend):
     """Implements ``Backend``: a sequence's one page names the call of ``generate`` that answers it.
 
     ``generate`` runs the model, keeps its cache and goes on; our ``Sampler`` chooses, as one of its logits
@@ -41,7 +41,6 @@ class GenerateBackend:
         about: what ``describe`` adds.
     """
 
-    shares_prefixes = False
     chunks_prompts = False
 
     def __init__(
@@ -54,44 +53,16 @@ class GenerateBackend:
         about: Mapping[str, str | int],
     ) -> None:
         self._model = model
-        self._config = config
-        self._num_pages = num_pages
-        self._about = dict(about)
-        self._sampler = Sampler(config.vocab_size)
+        super().__init__(config, num_pages, config.context_length, about)
         self._answers: dict[int, _Answer] = {}
         # At the interpreter's end too, which must not find a thread within torch.
         weakref.finalize(self, _end_all, self._answers)
         model.generation_config = _generation_config(config.context_length, fixed_shape, compiler)
 
-    @property
-    def page_size(self) -> int:
-        return self._config.context_length
-
-    @property
-    def num_pages(self) -> int:
-        return self._num_pages
-
-    @property
-    def vocab_size(self) -> int:
-        return self._config.vocab_size
-
-    @property
-    def context_length(self) -> int:
-        return self._config.context_length
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer."""
-        return self._config.eos_ids
-
     def describe(self) -> dict[str, str | int]:
         """What is loaded, for logs and ``stats``; sizes in bytes."""
         return {
-            **self._about,
-            "context_length": self.context_length,
-            "vocab_size": self.vocab_size,
-            "page_size": self.page_size,
-            "kv_tokens": self.num_pages * self.page_size,
+            **super().describe(),
             "prefix_reuse": "off: transformers' generate",
             "chunked_prefill": "off: transformers' generate",
             "batched_decode": "one by one: transformers' generate",

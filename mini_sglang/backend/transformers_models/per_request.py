@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import SequenceResult, SequenceStep
 from mini_sglang.backend.transformers_models.caches import Past, stack, take
 from mini_sglang.backend.transformers_models.decoder import TransformersConfig
 from mini_sglang.backend.transformers_models.runner import Abilities, Runner
-from mini_sglang.backend.transformers_models.steps import check_steps
+from mini_sglang.backend.transformers_models.steps import OwnCacheBackend, check_steps
 from mini_sglang.types import TokenLogprob
 
 # Rows of prompt logprobs at a time, as in ``ModelBackend``.
@@ -40,7 +39,7 @@ class _Together:
     past: Past
 
 
-class RequestBackend:
+class RequestBackend(OwnCacheBackend):
     """Implements ``Backend`` without a pool: a page stands for memory that a sequence's cache takes.
 
     A sequence that starts at position 0 gets a fresh cache, and one whose page another one comes to hold has
@@ -55,8 +54,6 @@ class RequestBackend:
         about: what ``describe`` adds.
     """
 
-    shares_prefixes = False
-
     def __init__(
         self,
         runner: Runner,
@@ -68,33 +65,8 @@ class RequestBackend:
     ) -> None:
         self._runner = runner
         self._abilities = abilities
-        self._config = config
-        self._num_pages = num_pages
-        self._page_size = page_size
-        self._about = dict(about)
-        self._sampler = Sampler(config.vocab_size)
+        super().__init__(config, num_pages, page_size, about)
         self._owners: dict[int, _Live] = {}
-
-    @property
-    def page_size(self) -> int:
-        return self._page_size
-
-    @property
-    def num_pages(self) -> int:
-        return self._num_pages
-
-    @property
-    def vocab_size(self) -> int:
-        return self._config.vocab_size
-
-    @property
-    def context_length(self) -> int:
-        return self._config.context_length
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer."""
-        return self._config.eos_ids
 
     @property
     def chunks_prompts(self) -> bool:
@@ -104,11 +76,7 @@ class RequestBackend:
     def describe(self) -> dict[str, str | int]:
         """What is loaded, for logs and ``stats``; sizes in bytes."""
         return {
-            **self._about,
-            "context_length": self.context_length,
-            "vocab_size": self.vocab_size,
-            "page_size": self.page_size,
-            "kv_tokens": self.num_pages * self.page_size,
+            **super().describe(),
             "kv_bytes_per_token": self._abilities.token_bytes,
             "state_bytes": self._abilities.fixed_bytes,
             "prefix_reuse": "off: one cache per request",

@@ -2,10 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import Backend, SequenceStep
+from mini_sglang.backend.transformers_models.decoder import TransformersConfig
 from mini_sglang.errors import InvalidValueError
+
+
+class OwnCacheBackend:
+    """What such backends have in common.
+
+    Args:
+        num_pages, page_size: how many tokens the sequences may have together, in what portions.
+        about: what ``describe`` adds.
+    """
+
+    shares_prefixes = False
+
+    def __init__(
+        self, config: TransformersConfig, num_pages: int, page_size: int, about: Mapping[str, str | int]
+    ) -> None:
+        self._config = config
+        self._num_pages = num_pages
+        self._page_size = page_size
+        self._about = dict(about)
+        self._sampler = Sampler(config.vocab_size)
+
+    @property
+    def page_size(self) -> int:
+        return self._page_size
+
+    @property
+    def num_pages(self) -> int:
+        return self._num_pages
+
+    @property
+    def vocab_size(self) -> int:
+        return self._config.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        return self._config.context_length
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self._config.eos_ids
+
+    def describe(self) -> dict[str, str | int]:
+        """What is loaded, for logs and ``stats``; sizes in bytes."""
+        return {
+            **self._about,
+            "context_length": self.context_length,
+            "vocab_size": self.vocab_size,
+            "page_size": self.page_size,
+            "kv_tokens": self.num_pages * self.page_size,
+        }
 
 
 def check_steps(
