@@ -35,6 +35,11 @@ def choose_device(setting: str) -> torch.device:
     return torch.device(setting)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without torch's prefix: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_dtype(setting: str, device: torch.device) -> torch.dtype:
     """``auto`` takes bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU.
 

@@ -17,7 +17,14 @@ from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Limits
 from mini_sglang.backend.compiling import Compiler, choose_compiler
-from mini_sglang.backend.device import KV_DTYPES, choose_device, choose_dtype, choose_threads, free_memory
+from mini_sglang.backend.device import (
+    KV_DTYPES,
+    choose_device,
+    choose_dtype,
+    choose_threads,
+    dtype_name,
+    free_memory,
+)
 from mini_sglang.backend.kernels.adapters import NativeAdapters
 from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
 from mini_sglang.backend.kernels.operations import NativeOperations
@@ -27,7 +34,7 @@ from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
 from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.loading.progress import progress_bar
 from mini_sglang.backend.lora.store import AdapterMath, Adapters, TorchAdapters
-from mini_sglang.backend.model_backend import ModelBackend, dtype_name
+from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.models.compiled import CompiledDecoder, prove
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder

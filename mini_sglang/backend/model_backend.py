@@ -14,6 +14,7 @@ from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
+from mini_sglang.backend.device import dtype_name
 from mini_sglang.backend.kept_logits import KeptLogits
 from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool
@@ -217,7 +218,3 @@ def _attention_name(attention: Attention) -> str:
     if isinstance(attention, NativeAttention):
         return "paged, compiled"
     return f"paged, {'sdpa' if isinstance(attention, PagedAttention) and attention.fused else 'eager'}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

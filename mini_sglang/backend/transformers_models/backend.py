@@ -16,7 +16,7 @@ from mini_sglang.backend.attention.choice import torch_attention
 from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.compiling import Compiler, warm_up
-from mini_sglang.backend.device import KV_DTYPES, choose_dtype, free_memory
+from mini_sglang.backend.device import KV_DTYPES, choose_dtype, dtype_name, free_memory
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.layered import kv_pool
 from mini_sglang.backend.kv.pool import kv_pages_for
@@ -71,7 +71,7 @@ def load_transformers_backend(
     _refuse_settings(settings, dtype, kind)
     count = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     if notify is not None:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         notify(f"Loading {count / 1e6:,.0f} M parameters as {name} on {machine.device} through transformers")
     # Imported here: it imports this module.
     from mini_sglang.backend.transformers_models.request_loading import generate_backend, request_backend

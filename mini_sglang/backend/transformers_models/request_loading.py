@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mini_sglang.backend.compiling import Compiler
-from mini_sglang.backend.device import free_memory
+from mini_sglang.backend.device import dtype_name, free_memory
 from mini_sglang.backend.loading.checkpoint import Checkpoint
 from mini_sglang.backend.transformers_models import rotations
 from mini_sglang.backend.transformers_models.backend import Machine, read_transformers_config
@@ -169,7 +169,7 @@ def about_model(model: Any, family: str) -> dict[str, str | int]:
     return {
         "model_type": family,
         "parameters": sum(part.numel() for part in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "quantization": "none",
         "device": str(model.device),
         "threads": torch.get_num_threads(),
