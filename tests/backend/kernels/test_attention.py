@@ -94,7 +94,7 @@ def test_a_row_has_the_same_bits_in_a_chunk_as_a_decode_and_among_others(
     whole = [attend(kernels, [(s, 0, len(s.query))], 16, window, seed=1)[0] for s in sequences]
     assert all(bool(out.isfinite().all()) for out in whole)
     decodes: list[Part] = [(s, len(s.query) - 1, len(s.query)) for s in sequences]
-    for page_size in (1, 16):
+    for page_size in (1, 16, 48):
         for out, expected in zip(attend(kernels, decodes, page_size, window, 2), whole, strict=True):
             assert torch.equal(out[-1], expected[-1])
         for start, stop in pairwise([0, 1, 30, 33, 97, 131]):
