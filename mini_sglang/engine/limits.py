@@ -82,7 +82,7 @@ def make_prefix_work(
     """Work that only puts its prompt in the prefix cache.
 
     Raises:
-        InvalidValueError: as ``make_work``, or the cache is off or does not take this length: a whole page at least.
+        InvalidValueError: as ``make_work``, or the cache is off or it takes none of this length.
     """
     if not settings.prefix_cache:
         raise InvalidValueError("PREFIX_CACHE", int(settings.prefix_cache), "1 for insert_prefix")
