@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import openvino
 import openvino_genai as genai
-from protocol import Answer, Ids, serve
+from worker_protocol import Answer, Ids, serve
 
 
 class OpenVino:

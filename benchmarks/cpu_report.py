@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peers.rows import Ids, Reply, Row, Side
+from cpu_rows import Ids, Reply, Row, Side
 
 OVERHEAD_BYTES = 400e6
 """What memory may take beside the model's file and the KV pool."""

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol import serve
+from worker_protocol import serve
 
 from mini_sglang import Engine, SamplingParams
 from mini_sglang.api.starting import Model

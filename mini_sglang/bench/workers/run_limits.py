@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import serve
+from worker_protocol import serve
 
 READ_BYTES = 256 << 20
 SIZES = ((1000, 576, 1536), (1024, 1024, 1024), (2048, 2048, 2048))

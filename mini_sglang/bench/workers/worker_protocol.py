@@ -1,9 +1,12 @@
 """The worker's end: an engine in a process of its own, asked over a pipe.
 
+Standard library only: each worker runs as a script, by the interpreter of its engine's own environment.
+
 The process is started with one argument, its options as a JSON object. Once it has loaded it writes
 ``{"about": …}``, then answers each line of its input with one line: ``{"ids": [[…], …], "new": n, "cold":
 true}`` with what ``Answer`` has, ``cpu_seconds`` and ``peak_bytes``. ``"do"`` names another method than
-``run``. A request that fails is answered with ``{"error": …}``. Between requests the process waits in a read.
+``run``. A request that fails is answered with ``{"error": …}``, as is an engine that does not load. Between
+requests the process waits in a read.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +29,8 @@ class Answer:
     """``ids``: the new ids of each prompt. ``seconds``: from the request to the last id of all.
 
     ``first``: seconds to the first id, where the engine shows it. ``firsts`` and ``ends``: the same of each
-    prompt, where it was asked for.
+    prompt, where it was asked for. ``times``: of each prompt, seconds from the request to each of its ids as
+    the engine hands them over (ids that come together have one time); None where it only shows the end.
     """
 
     ids: Ids
@@ -33,10 +38,11 @@ class Answer:
     first: float | None = None
     firsts: list[float] | None = None
     ends: list[float] | None = None
+    times: list[list[float]] | None = None
 
 
 class Engine(Protocol):
-    """``about`` says what runs: versions, and whatever else belongs to a figure."""
+    """``about`` says what runs: ``versions``, and whatever else belongs to a figure."""
 
     about: dict[str, Any]
 
@@ -70,7 +76,11 @@ def serve(load: Callable[[dict[str, Any]], Any]) -> None:
 
 def peak_bytes() -> int:
     """The most memory this process has had resident."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

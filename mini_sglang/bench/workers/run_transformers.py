@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import transformers
-from protocol import Answer, Ids, serve
 from transformers.generation.streamers import BaseStreamer
+from worker_protocol import Answer, Ids, serve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Clock(BaseStreamer):  # type: ignore[misc]
+class Clock(BaseStreamer):
     """When the first new id came: ``generate`` puts the prompt first, then each id."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The table's end: starts an engine's process and asks it."""
+"""This end of a worker: starts an engine's process and asks it."""
 
 from __future__ import annotations
 
@@ -6,33 +6,50 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+from mini_sglang.errors import MiniSglangError
+
+WORKERS = Path(__file__).parent / "workers"
+ROOT = Path(__file__).parents[2]
 
 
-class PeerError(Exception):
+class PeerError(MiniSglangError):
     """A peer that cannot be started or that failed, in one sentence."""
 
 
 class Process:
     """An engine in a process of its own; it waits in a read while it is not asked.
 
+    Args:
+        worker: ``openvino`` for ``workers/run_openvino.py``, or the path of a script.
+        python: the interpreter that runs it.
+        options: what the worker's engine is made with.
+        env: variables beside those of this process.
+
     Raises:
         PeerError: the interpreter is missing, or the engine did not load.
     """
 
     def __init__(
-        self, module: str, python: str, options: Mapping[str, Any], env: Mapping[str, str] | None = None
+        self,
+        worker: str | Path,
+        python: str,
+        options: Mapping[str, Any],
+        env: Mapping[str, str] | None = None,
     ) -> None:
-        self.name = module
+        script = worker if isinstance(worker, Path) else WORKERS / f"run_{worker}.py"
+        self.name = script.stem.removeprefix("run_")
         self._python = python
-        command = [python, str(HERE / f"run_{module}.py"), json.dumps(options)]
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        command = [python, str(script), json.dumps(options)]
+        path = [str(WORKERS)]
+        if python == sys.executable:
+            # Another environment must find its own packages, never those beside this one.
+            path += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         try:
             self._process = subprocess.Popen(
@@ -41,10 +58,12 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=self._said,
                 text=True,
-                env={**os.environ, "PYTHONPATH": path, **(env or {})},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **(env or {})},
             )
         except OSError as error:
-            raise PeerError(f"{module}: {python!r} cannot be run as a Python interpreter: {error}") from None
+            raise PeerError(
+                f"{self.name}: {python!r} cannot be run as a Python interpreter: {error}"
+            ) from None
         self.about: dict[str, Any] = self._hear()["about"]
 
     def ask(self, **request: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from protocol import Answer, Ids, serve
+from worker_protocol import Answer, Ids, serve
 
 
 class VLLM:

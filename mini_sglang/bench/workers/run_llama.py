@@ -11,7 +11,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from protocol import Answer, Ids, serve
+from worker_protocol import Answer, Ids, serve
 
 BATCH = 2048
 Row = tuple[int, int, int, bool]

@@ -7,7 +7,7 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from protocol import Answer, Ids, serve
+from worker_protocol import Answer, Ids, serve
 
 from mini_sglang import Engine, SamplingParams
 from mini_sglang.config import VERSION
@@ -32,18 +32,20 @@ class Ours:
         if len(ids) > 1:
             outputs = self.engine.generate(ids, params)
             return Answer([list(one.token_ids) for one in outputs], time.perf_counter() - start)
-        first, tokens = None, []
+        tokens: list[int] = []
+        times: list[float] = []
         for delta in self.engine.stream(ids[0], params):
-            first = first or time.perf_counter() - start
             tokens += delta.token_ids
-        return Answer([tokens], time.perf_counter() - start, first)
+            times += [time.perf_counter() - start] * len(delta.token_ids)
+        return Answer([tokens], time.perf_counter() - start, times[0], times=[times])
 
     async def _spread(self, ids: Ids, params: SamplingParams) -> Answer:
         """As ``run``, with when each request had its first and its last id."""
         start = time.perf_counter()
 
         async def one(prompt: list[int]) -> tuple[list[int], float, float]:
-            first, tokens = 0.0, []
+            first = 0.0
+            tokens: list[int] = []
             async for delta in self.engine.astream(prompt, params):
                 first = first or time.perf_counter() - start
                 tokens += delta.token_ids
