@@ -43,7 +43,7 @@ def make_wheel(index: Path) -> MakeWheel:
         files = {
             **files,
             f"{info}/METADATA": metadata + "\nA text: with a colon.\n",
-            f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         }
         record = "".join(f"{path},sha256={digest(text)},{len(text)}\n" for path, text in files.items())
         files[f"{info}/RECORD"] = record + f"{info}/RECORD,,\n"

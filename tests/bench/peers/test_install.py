@@ -82,7 +82,9 @@ def test_what_is_there_is_left_as_it_is_unless_asked_or_the_recipe_changed(tiny,
 def test_a_failing_pip_leaves_nothing_and_its_reason(tiny, make_wheel):
     make_wheel("tiny", "1.2", {"tiny.py": ""}, needs=("nobody-has-this>=4",))
     peer = tiny()
-    with pytest.raises(PeerError, match=r"^tiny: pip install --no-index .* failed with status 1: ERROR: ") as said:
+    with pytest.raises(
+        PeerError, match=r"^tiny: pip install --no-index .* failed with status 1: ERROR: "
+    ) as said:
         Install(peer).run()
     assert "nobody-has-this>=4" in str(said.value)
     assert not environment(peer).exists()
@@ -196,13 +198,17 @@ def test_a_full_disk_is_told_before_anything_is_fetched(tiny, monkeypatch):
     monkeypatch.setattr(
         install_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 3 * 10**8)
     )
-    with pytest.raises(PeerError, match=r"tiny takes 5 GB on disk, and .* has 0\.3 GB left; MINI_SGLANG_CACHE"):
+    with pytest.raises(
+        PeerError, match=r"tiny takes 5 GB on disk, and .* has 0\.3 GB left; MINI_SGLANG_CACHE"
+    ):
         Install(tiny(disk_gb=5.0), pip=("/nowhere/pip",)).run()
 
 
 def test_a_python_without_wheels_is_told_before_anything_is_fetched(tiny, tmp_path):
     minor = sys.version_info.minor
-    with pytest.raises(PeerError, match=rf"tiny is installed with Python 3\.7 to 3\.8, .* is 3\.{minor}; --python"):
+    with pytest.raises(
+        PeerError, match=rf"tiny is installed with Python 3\.7 to 3\.8, .* is 3\.{minor}; --python"
+    ):
         Install(tiny(python=(7, 8)), pip=("/nowhere/pip",)).run()
     missing = str(tmp_path / "python9")
     with pytest.raises(PeerError, match=r"python9' cannot be run as a Python interpreter"):
