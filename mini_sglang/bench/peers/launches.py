@@ -24,7 +24,8 @@ def ours() -> Launch:
         words += ["--host", HOST, "--port", str(port), "--num-threads", str(threads)]
         return [python, "-m", "mini_sglang", *words]
 
-    return Launch(command)
+    # /health answers while the engine still loads.
+    return Launch(command, ready="/ready")
 
 
 def sglang() -> Launch:
@@ -45,7 +46,10 @@ def vllm() -> Launch:
     def command(python: str, model: Path, port: int, threads: int) -> list[str]:
         words = ["serve", str(model), "--host", HOST, "--port", str(port), "--dtype", dtype_of(model)]
         words += ["--max-model-len", "2048", "--max-num-seqs", str(MAX_REQUESTS)]
-        return [python, "-m", "vllm.entrypoints.cli.main", *words]
+        # It asks for Intel's OpenMP, loaded before torch's, which its environment has on x86.
+        library = Path(python).parents[1] / "lib" / "libiomp5.so"
+        first = ["env", f"LD_PRELOAD={library}"] if library.exists() else []
+        return [*first, python, "-m", "vllm.entrypoints.cli.main", *words]
 
     def env(threads: int) -> dict[str, str]:
         cores = sorted(os.sched_getaffinity(0))[:threads]

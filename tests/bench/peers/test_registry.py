@@ -22,6 +22,8 @@ PEERS = list(all_peers().values())
 OWN_LIBRARY = {
     "sglang": {"sglang", "sgl_kernel", "torch"},
     "transformers": {"transformers", "torch"},
+    "dequantize": {"transformers", "torch"},
+    "reference": {"transformers", "torch"},
     "hf_batching": {"transformers", "torch"},
     "vllm": {"vllm", "torch"},
     "llama": {"llama_cpp", "numpy"},
@@ -101,6 +103,16 @@ def test_a_server_of_ours_takes_what_it_is_given(tmp_path: Path):
         assert (settings.host, settings.port, settings.num_threads) == ("127.0.0.1", 4321, 3)
         assert settings.model_local_dir == model
     assert "fp32" in launches.ours().command("python", folder, 4321, 3)
+
+
+def test_vllms_server_has_intels_openmp_first_where_its_environment_has_it(tmp_path: Path):
+    launch = launches.vllm()
+    python = str(tmp_path / "bin" / "python")
+    plain = launch.command(python, tmp_path, 1, 1)
+    library = tmp_path / "lib" / "libiomp5.so"
+    library.parent.mkdir()
+    library.touch()
+    assert launch.command(python, tmp_path, 1, 1) == ["env", f"LD_PRELOAD={library}", *plain]
 
 
 def test_the_dtype_is_the_folders_own(tmp_path: Path):
