@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mini_sglang.bench.peers import launches, recipes
-from mini_sglang.bench.peers.base import Peer
+from mini_sglang.bench.peers.base import Peer, Recipe
 from mini_sglang.bench.peers.registry import all_peers, chosen_peers, environment, interpreter, version
 from mini_sglang.bench.process import WORKERS, PeerError
 from mini_sglang.config import VERSION
@@ -150,9 +150,13 @@ def test_peers_of_one_environment_share_its_variable(monkeypatch, tmp_path):
 
 
 def test_what_this_python_has_can_be_used_as_it_is():
-    here = Peer("here", "Here", "pytest", "gguf", recipe=recipes.openvino())
+    here = Peer("here", "Here", "pytest", "gguf", recipe=Recipe((("pytest",),), module="pytest.some"))
     assert interpreter(here) == sys.executable
     assert version(here) == pytest.__version__
+    half = Peer(
+        "half", "Half", "pytest", "gguf", recipe=Recipe((("pytest[all]",),), module="nobody_has_this")
+    )
+    assert version(half) is None
     ours = all_peers()["ours"]
     assert interpreter(ours) == sys.executable and version(ours) == VERSION
 
