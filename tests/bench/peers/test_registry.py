@@ -120,10 +120,24 @@ def test_the_dtype_is_the_folders_own(tmp_path: Path):
     config = tmp_path / "config.json"
     config.write_text("not JSON")
     assert launches.dtype_of(tmp_path) == "bfloat16"
+    config.write_text("[1]")
+    assert launches.dtype_of(tmp_path) == "bfloat16"
     config.write_text('{"torch_dtype": "float16"}')
     assert launches.dtype_of(tmp_path) == "float16"
     config.write_text('{"dtype": "float32", "torch_dtype": "float16"}')
     assert launches.dtype_of(tmp_path) == "float32"
+
+
+def test_vllm_is_asked_for_no_more_context_than_the_model_has(tmp_path: Path):
+    def asked() -> str:
+        command = launches.vllm().command("python", tmp_path, 1, 1)
+        return command[command.index("--max-model-len") + 1]
+
+    config = tmp_path / "config.json"
+    assert asked() == "4096"
+    for own, expected in ((512, "512"), (131072, "4096"), (None, "4096")):
+        config.write_text(json.dumps({"max_position_embeddings": own}))
+        assert asked() == expected
 
 
 def test_an_interpreter_of_the_users_choosing_goes_first(monkeypatch, tmp_path):
