@@ -20,10 +20,12 @@ def draw_bars(chart: BarChart, frame: Frame) -> Figure:
     ends = [max((bar.value, *bar.points)) for bar in chart.bars if bar.value is not None]
     if chart.limit:
         ends.append(chart.limit[1])
-    # Figures stand at the ends of the bars, in a narrow picture above them.
-    rows.axes.set_xlim(0, (max(ends, default=0) or 1) * (1.04 if rows.narrow else 1.42))
+    # Figures stand at the ends of the bars, in a narrow picture above them, and clear of a line.
+    rows.axes.set_xlim(0, (max(ends, default=0) or 1) * (1.04 if rows.narrow or chart.limit else 1.42))
+    alone = all(bar.ours for bar in chart.bars)
     for place, bar in enumerate(chart.bars):
-        rows.label(place, bar.label, bar.detail, bar.ours)
+        strong = bar.ours and not alone
+        rows.label(place, bar.label, bar.detail, strong)
         if bar.value is None:
             rows.reason(place, bar.reason)
             continue
@@ -35,9 +37,9 @@ def draw_bars(chart: BarChart, frame: Frame) -> Figure:
         rows.axes.barh(width=bar.value, fill=False, edgecolor=edge, linewidth=1, zorder=2, **where)
         _runs(rows.axes, bar, rows.y(place), rows.half)
         end = max((bar.value, *bar.points))
-        rows.figure_of(place, end, number(bar.value, chart.decimals), bar.ours, bar.note)
+        rows.figure_of(place, end, number(bar.value, chart.decimals), strong, bar.note)
     if chart.limit:
-        _limit(rows.axes, frame, *chart.limit)
+        rows.limit(*chart.limit)
     return rows.figure
 
 
@@ -89,7 +91,9 @@ class _Rows:
         self._pitch = self._head + 22 + 12 if self.narrow else 48.0
         self.half = (11 if self.narrow else 15) / self._pitch
         left = layout.labels + 8 if layout.labels else 8.0
-        self.figure, self.axes = frame.axes(count * self._pitch, left, 12, below=46)
+        self._column = limit and not self.narrow
+        right = 176 if self._column else 12
+        self.figure, self.axes = frame.axes(count * self._pitch, left, right, below=46)
         axes = self.axes
         axes.set_ylim(count - 0.5, -0.5)
         axes.set_yticks([])
@@ -97,6 +101,7 @@ class _Rows:
         axes.grid(axis="x", color=style.RULE, linewidth=0.8)
         axes.set_xlabel(axis, size=points(layout.small), loc="left")
         axes.xaxis.get_major_locator().set_params(nbins=4 if self.narrow else 7)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
 
     def y(self, place: int) -> float:
         """The middle of what is drawn."""
@@ -122,18 +127,45 @@ class _Rows:
         self._text(0, place, text, 0 if self.narrow else 8, down, **how)
 
     def figure_of(self, place: int, x: float, text: str, ours: bool, note: str = "") -> None:
-        """A figure right of ``x``, or in a narrow picture at the right above it, with a note."""
+        """A figure with a note: right of ``x``, in a column where a line is, above in a narrow picture."""
         layout, weight = self.layout, "bold" if ours else "normal"
         below: dict[str, Any] = {"size": points(layout.small), "color": style.QUIET}
         if self.narrow:
             self._text(1, place, text, down=12, size=points(layout.text), weight=weight, ha="right")
             self._text(1, place, note, down=30, ha="right", **below)
             return
+        if self._column:
+            middle = self._pitch / 2
+            size = points(layout.text)
+            self._text(1, place, text, 62, middle, size=size, weight=weight, ha="right")
+            self._text(1, place, note, 72, middle, **below)
+            return
         how = {"xytext": (points(9), 0), "textcoords": "offset points", "va": "center"}
         y = self.y(place)
         value = self.axes.annotate(text, (x, y), size=points(layout.text), weight=weight, **how)
         if note:
             self.axes.annotate(note, (1, 0.5), xycoords=value, **how, **below)
+
+    def limit(self, name: str, value: float) -> None:
+        """A broken line from top to bottom, in a narrow picture only where no text stands."""
+        axes = self.axes
+        places = range(round(axes.get_ylim()[0] + 0.5))
+        beyond = self.half + 5 / self._pitch
+        spans = [(self.y(place) - beyond, self.y(place) + beyond) for place in places]
+        for top, bottom in spans if self.narrow else [(-0.5, len(places) - 0.5)]:
+            axes.plot(
+                [value] * 2, [top, bottom], color=style.INK, linewidth=1.3, linestyle=(0, (5, 3)), zorder=3
+            )
+        axes.annotate(
+            f"{name} {number(value, 0 if value >= 100 else 1)}",
+            (value, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, points(5)),
+            textcoords="offset points",
+            size=points(self.layout.small),
+            ha="right" if value > axes.get_xlim()[1] * 0.4 else "left",
+            va="bottom",
+        )
 
     def _text(self, x: float, place: int, text: str, right: float = 0, down: float = 0, **how: Any) -> None:
         """Text at ``x``, a share of the axes, and so many pixels from there and below the row's top."""
@@ -168,18 +200,4 @@ def _runs(axes: Any, bar: Bar, y: float, half: float) -> None:
         markeredgecolor=style.INK,
         markeredgewidth=1,
         zorder=4,
-    )
-
-
-def _limit(axes: Any, frame: Frame, name: str, value: float) -> None:
-    axes.axvline(value, color=style.INK, linewidth=1.3, linestyle=(0, (5, 3)), zorder=3)
-    axes.annotate(
-        f"{name} {number(value, 0 if value >= 100 else 1)}",
-        (value, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, points(5)),
-        textcoords="offset points",
-        size=points(frame.layout.small),
-        ha="right" if value > axes.get_xlim()[1] * 0.4 else "left",
-        va="bottom",
     )

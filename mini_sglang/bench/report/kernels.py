@@ -56,7 +56,7 @@ def _reading(source: Source) -> BarChart:
                 share = row.number("share")
                 note = "" if share is None else f"{share:.0%}"
                 label = f"{kernel}, {row.text('weights')}"
-                bars.append(Bar(label, rate, len(bars) + 1, note=note, detail=_rows(row)))
+                bars.append(Bar(label, rate, 0, note=note, detail=_rows(row), ours=True))
     bandwidth = source.limits.number("bandwidth_gb_s")
     return BarChart(
         slug="bandwidth",

@@ -273,57 +273,58 @@ def _saturation(rows: Sequence[Fields]) -> list[str]:
     ]
 
 
+_COUNTS = (
+    (Column("requests"), "requests", 0),
+    (Column("finished"), "completed", 0),
+    (Column("failed"), "errors", 0),
+    (Column("time", "s"), "duration", 1),
+    (Column("input", "tokens"), "input_tokens", 0),
+    (Column("output", "tokens"), "output_tokens", 0),
+    (Column("finished", "requests/s"), "request_throughput", 2),
+    (Column("in target", "requests/s"), "goodput", 2),
+    (Column("output", "tokens/s"), "output_throughput", 1),
+    (Column("in and out", "tokens/s"), "total_throughput", 1),
+)
+
+
 def _tables(rows: Sequence[Fields]) -> list[Table]:
-    counts = (
-        Column("load", figure=False),
-        Column("requests"),
-        Column("finished"),
-        Column("failed"),
-        Column("time", "s"),
-        Column("input", "tokens"),
-        Column("output", "tokens"),
-        Column("finished", "requests/s"),
-        Column("within target", "requests/s"),
-        Column("output", "tokens/s"),
-        Column("in and out", "tokens/s"),
-    )
-    latencies = (
-        Column("load", figure=False),
-        *(Column(f"{title} {part}", "ms") for _, title in _LATENCIES for part in PERCENTILES),
-    )
-    first, second = [], []
+    rates = all("request_rate" in row for row in rows)
+    first = Column("asked for", "requests/s") if rates else Column("load")
+    counts, waits = [], []
     for row in rows:
         reason = "" if row.number("completed") else "no request was finished"
-        figures = (
-            *((name, 0) for name in ("requests", "completed", "errors")),
-            ("duration", 1),
-            *((name, 0) for name in ("input_tokens", "output_tokens")),
-            *((name, 2) for name in ("request_throughput", "goodput")),
-            *((name, 1) for name in ("output_throughput", "total_throughput")),
-        )
-        load = _load(row)
-        cells = (load, *(number(row.number(name), decimals) for name, decimals in figures))
-        first.append(Row(cells, invalid=reason))
-        waits = (
-            scaled(row.part(name).number(part), 1e3, 0 if name in ("ttft", "e2e") else 1)
-            for name, _ in _LATENCIES
-            for part in PERCENTILES
-        )
-        second.append(Row((load, *waits), invalid=reason))
-    return [
-        Table("Requests and throughput", counts, tuple(first)),
-        Table("Latency", latencies, tuple(second)),
-    ]
+        load = _load(row, rates)
+        figures = (number(row.number(name), decimals) for _, name, decimals in _COUNTS)
+        counts.append(Row((load, *figures), invalid=reason))
+        latencies = (_milliseconds(row, name, part) for name, _ in _LATENCIES for part in PERCENTILES)
+        waits.append(Row((load, *latencies), invalid=reason))
+    columns = [Column(f"{title} {part}", "ms") for _, title in _LATENCIES for part in PERCENTILES]
+    latency = Table("Latency", (first, *columns), tuple(waits))
+    if len(rows) == 1 and rows[0].number("completed"):
+        latency = _one_latency(rows[0])
+    columns = [column for column, _, _ in _COUNTS]
+    return [Table("Requests and throughput", (first, *columns), tuple(counts)), latency]
 
 
-def _load(row: Fields) -> str:
+def _one_latency(row: Fields) -> Table:
+    parts = ("mean", *PERCENTILES)
+    rows = (Row((title, *(_milliseconds(row, name, part) for part in parts))) for name, title in _LATENCIES)
+    return Table("Latency", (Column(""), *(Column(part, "ms") for part in parts)), tuple(rows))
+
+
+def _milliseconds(row: Fields, name: str, part: str) -> str:
+    return scaled(row.part(name).number(part), 1e3, 0 if name in ("ttft", "e2e") else 1)
+
+
+def _load(row: Fields, rates: bool) -> str:
     rate, concurrency = row.number("request_rate"), row.number("concurrency")
     if rate is not None:
-        return f"{rate:g} requests/s"
-    return f"{concurrency:.0f} at a time" if concurrency else "as fast as it goes"
+        return f"{rate:g}" if rates else f"{rate:g} requests/s"
+    return f"{concurrency:.0f} at a time" if concurrency else "all at once"
 
 
 def _errors(runs: Sequence[Fields]) -> list[str]:
     """Each kind of error once, with how often it came."""
     errors = [error for run in runs if (error := run.text("error"))]
-    return [f"{errors.count(error)} times: {error}" for error in dict.fromkeys(errors)]
+    counts = {error: errors.count(error) for error in errors}
+    return [f"{count} request{'s' * (count > 1)} failed: {error}" for error, count in counts.items()]
