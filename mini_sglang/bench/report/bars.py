@@ -153,9 +153,9 @@ class _Rows:
         beyond = self.half + 5 / self._pitch
         spans = [(self.y(place) - beyond, self.y(place) + beyond) for place in places]
         for top, bottom in spans if self.narrow else [(-0.5, len(places) - 0.5)]:
-            axes.plot(
-                [value] * 2, [top, bottom], color=style.INK, linewidth=1.3, linestyle=(0, (5, 3)), zorder=3
-            )
+            # Light beneath, so that it shows on a dark bar too.
+            axes.plot([value] * 2, [top, bottom], color=style.PAPER, linewidth=3, zorder=3)
+            axes.plot([value] * 2, [top, bottom], "--", color=style.INK, linewidth=1.3, zorder=3)
         axes.annotate(
             f"{name} {number(value, 0 if value >= 100 else 1)}",
             (value, 1),

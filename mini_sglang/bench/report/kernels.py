@@ -55,7 +55,7 @@ def _reading(source: Source) -> BarChart:
             if row.number("rows") == fewest and rate is not None:
                 share = row.number("share")
                 note = "" if share is None else f"{share:.0%}"
-                label = f"{kernel}, {row.text('weights')}"
+                label = f"{kernel.partition(',')[0]}, {row.text('weights')}"
                 bars.append(Bar(label, rate, 0, note=note, detail=_rows(row), ours=True))
     bandwidth = source.limits.number("bandwidth_gb_s")
     return BarChart(
