@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mini_sglang.bench.report.content import (
@@ -33,8 +33,9 @@ class Side:
     """One peer's row in a group, with its valid runs.
 
     Attributes:
-        rates: ids a second of each run; ``firsts``: seconds to the first id of each prompt of each run.
-        dropped: why runs of it were left out.
+        reason: why it has no figure; empty where it has one.
+        runs: all of it; ``dropped``: why some of them do not count.
+        rates: tokens a second of each round of which every run counts.
     """
 
     row: Fields
@@ -43,14 +44,19 @@ class Side:
     ours: bool
     style: int
     reason: str
+    runs: list[Fields] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
-    firsts: list[float] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
 
     @property
     def rate(self) -> float | None:
         """The row's tokens a second; None where the row is not valid."""
         return None if self.reason else self.row.number("tokens_per_s")
+
+    @property
+    def firsts(self) -> list[float]:
+        """Seconds to the first token of every answer that counts."""
+        return [first for run in self.runs if run.flag("valid") is not False for first in _firsts_of(run)]
 
     @property
     def agree(self) -> float | None:
@@ -68,11 +74,18 @@ def compare(source: Source) -> Section:
     for place, (name, sides) in enumerate(groups.items(), 1):
         end = f"-{place}" if len(groups) > 1 else ""
         of = f": {name}" if name else ""
-        section.findings.extend(findings(sides, name))
-        charts: list[Chart] = [_rates(sides, f"throughput{end}", of), _firsts(sides, f"ttft{end}", of)]
+        found = findings(sides, name)
+        section.findings.extend([" ".join(found)] if len(groups) > 1 else found)
+        # How to read them is said once.
+        bars, dots = (_BARS, _DOTS) if place == 1 else ("", "")
+        charts: list[Chart] = [
+            _rates(sides, f"throughput{end}", of, bars),
+            _firsts(sides, f"ttft{end}", of, dots),
+        ]
         section.charts.extend(chart for chart in charts if not chart.empty)
         section.tables.append(_table(sides, name))
         section.notes.extend(_notes(sides, name))
+    section.notes.extend(source.settings.texts("notes"))
     return section
 
 
@@ -80,7 +93,7 @@ def read_sides(source: Source) -> dict[str, list[Side]]:
     """The rows of each group, the fastest first. A style belongs to a peer, in all groups."""
     styles: dict[str, int] = {}
     groups: dict[str, list[Side]] = {}
-    places: dict[str, set[str]] = {}
+    sides: dict[str, list[Side]] = {}
     for row in source.rows:
         peer, group = row.text("peer"), row.text("group")
         ours = is_ours(row)
@@ -89,36 +102,64 @@ def read_sides(source: Source) -> dict[str, list[Side]]:
         reason = ""
         if row.flag("valid") is False or row.number("tokens_per_s") is None:
             reason = row.text("reason") or "no figure and no reason in the file"
-        groups.setdefault(group, []).append(Side(row, row.text("title") or peer, group, ours, style, reason))
-        places.setdefault(peer, set()).add(group)
-    for run in source.runs:
-        peer = run.text("peer")
-        # A run without a group belongs to its peer's only one, or nobody can say to which.
-        group = run.text("group") if "group" in run else next(iter(places.get(peer, {""})))
-        if "group" not in run and len(places.get(peer, ())) > 1:
-            continue
-        for side in groups.get(group, []):
-            if side.row.text("peer") == peer:
-                _add(side, run)
-    return {name: sorted(sides, key=lambda side: -(side.rate or 0)) for name, sides in groups.items()}
+        side = Side(row, row.text("title") or peer, group, ours, style, reason)
+        groups.setdefault(group, []).append(side)
+        sides.setdefault(peer, []).append(side)
+    rounds: dict[tuple[int, str], list[Fields]] = {}
+    for place, run in enumerate(source.runs):
+        side_of = _side_of(run, sides.get(run.text("peer"), []))
+        if side_of is not None:
+            side_of.runs.append(run)
+            key = id(side_of), run.text("round") or f"run {place}"
+            rounds.setdefault(key, []).append(run)
+            if run.flag("valid") is False:
+                side_of.dropped.append(run.text("reason") or "no reason in the file")
+    for side in (side for found in groups.values() for side in found):
+        side.rates.extend(
+            rate for (owner, _), runs in rounds.items() if owner == id(side) and (rate := _rate(runs))
+        )
+    return {name: sorted(found, key=lambda side: -(side.rate or 0)) for name, found in groups.items()}
+
+
+def _side_of(run: Fields, sides: Sequence[Side]) -> Side | None:
+    """The peer's row that a run belongs to; None where nobody can say which.
+
+    Rows may tell parts of a group of runs apart: of ``bf16`` the burst is ``bf16, 8 at once``.
+    """
+    if "group" in run:
+        group = run.text("group")
+        exact = [side for side in sides if side.group == group]
+        burst = run.text("turn") == "burst"
+        sides = exact or [
+            side
+            for side in sides
+            if side.group.startswith(f"{group}, ") and side.group.endswith("at once") is burst
+        ]
+    return sides[0] if len(sides) == 1 else None
+
+
+def _rate(runs: Sequence[Fields]) -> float | None:
+    """Tokens a second of the turns of one round; None where one of them does not count."""
+    if any(run.flag("valid") is False for run in runs):
+        return None
+    tokens = sum(run.count("ids") or run.number("output_tokens") or 0 for run in runs)
+    seconds = sum(run.number("seconds") or 0 for run in runs)
+    return tokens / seconds if tokens and seconds else None
+
+
+def _firsts_of(run: Fields) -> list[float]:
+    """Seconds to the first token of each prompt, from whichever of the fields has it."""
+    firsts = [times[0] for times in run.lists("times") if times]
+    first = run.number("first")
+    return firsts or ([] if first is None else [first])
 
 
 def is_ours(row: Fields) -> bool:
     return row.text("peer").lower() in OURS or row.text("title").lower().startswith("mini-sglang")
 
 
-def _add(side: Side, run: Fields) -> None:
-    if run.flag("valid") is False:
-        side.dropped.append(run.text("reason") or "no reason in the file")
-        return
-    seconds, tokens = run.number("seconds"), run.count("ids")
-    if seconds and tokens:
-        side.rates.append(tokens / seconds)
-    side.firsts.extend(times[0] for times in run.lists("times") if times)
-
-
 def findings(sides: list[Side], group: str) -> list[str]:
-    """Who is faster, also where it is not us; what lies within the spread of the runs is called so."""
+    """Who is faster, also where it is not us; what lies within the spread of the rounds is called so."""
     ours = next((side for side in sides if side.ours and side.rate), None)
     start = f"{group}: " if group else ""
     failed = [side.title for side in sides if side.reason]
@@ -142,7 +183,7 @@ def findings(sides: list[Side], group: str) -> list[str]:
     if slower:
         said.append(f"That is {several(slower)}.")
     if close:
-        said.append(f"Not clearly apart from {several(close)}: runs of both overlap.")
+        said.append(f"Not clearly apart from {several(close)}: rounds of both overlap.")
     if faster:
         said.append(f"Behind {several(faster)}.")
     return [*said, *missing]
@@ -152,7 +193,15 @@ def _overlap(a: list[float], b: list[float]) -> bool:
     return bool(a and b) and min(a) <= max(b) and min(b) <= max(a)
 
 
-def _rates(sides: list[Side], slug: str, of: str) -> BarChart:
+_BARS = (
+    "The longer the better. A bar is the table's figure, a dot one round, and the line through the dots goes "
+    "from the slowest to the fastest. “Ids agree”: the share of greedy ids that the float32 reference chooses "
+    "too. What has no valid figure has no bar, but its reason."
+)
+_DOTS = "The further left the better. A dot is one answer, the upright stroke is the median."
+
+
+def _rates(sides: list[Side], slug: str, of: str, caption: str) -> BarChart:
     bars = []
     for side in sides:
         ratio = side.row.number("ratio")
@@ -171,15 +220,13 @@ def _rates(sides: list[Side], slug: str, of: str) -> BarChart:
     return BarChart(
         slug=slug,
         title=f"Throughput{of}",
-        caption="The longer the better. A bar is the table's figure, a dot one run, and the line through the "
-        "dots goes from the slowest to the fastest. “Ids agree”: the share of greedy ids that the float32 "
-        "reference chooses too. What has no valid figure has no bar, but its reason.",
+        caption=caption,
         axis="output tokens per second",
         bars=tuple(bars),
     )
 
 
-def _firsts(sides: list[Side], slug: str, of: str) -> StripChart:
+def _firsts(sides: list[Side], slug: str, of: str, caption: str) -> StripChart:
     strips = [
         Strip(side.title, tuple(1e3 * first for first in side.firsts), side.style, side.ours)
         for side in sides
@@ -188,7 +235,7 @@ def _firsts(sides: list[Side], slug: str, of: str) -> StripChart:
     return StripChart(
         slug=slug,
         title=f"Time to first token{of}",
-        caption="The further left the better. A dot is one request, the upright stroke is the median.",
+        caption=caption,
         axis="time to first token, ms",
         strips=tuple(strips),
         log=wide_apart([value for strip in strips for value in strip.values]),
@@ -200,7 +247,7 @@ _COLUMNS = (
     Column("tokens"),
     Column("time", "s"),
     Column("rate", "tokens/s"),
-    Column("runs", "min – max"),
+    Column("rounds", "min – max"),
     Column("TTFT", "ms"),
     Column("ITL", "ms"),
     Column("ours", "÷ peer"),
@@ -246,7 +293,7 @@ def _notes(sides: Iterable[Side], group: str) -> list[str]:
         rate = side.rate
         if rate and side.rates and not 0.98 * min(side.rates) <= rate <= 1.02 * max(side.rates):
             found.append(
-                f"{name}: its row says {number(rate, 1)} tokens/s, which is outside of what its runs give, "
+                f"{name}: its row says {number(rate, 1)} tokens/s, which is outside of what its rounds give, "
                 f"{number(min(side.rates), 1)} to {number(max(side.rates), 1)}"
             )
     return found

@@ -42,7 +42,7 @@ class Bar:
     Attributes:
         detail: beside or under its label.
         value: its length; None where there is no figure, and then ``reason`` says why.
-        points: each run's own figure.
+        points: each round's own figure.
         note: what follows the figure.
         ours: whether it is mini-sglang's.
         style: which hatch; bars of one chart differ in it.
@@ -76,7 +76,7 @@ class BarChart(Chart):
             runs = ""
             if bar.points:
                 low, high = (number(end, self.decimals) for end in (min(bar.points), max(bar.points)))
-                runs = f" ({len(bar.points)} runs, {low} to {high})"
+                runs = f" ({len(bar.points)} rounds, {low} to {high})"
             parts.append(f"{bar.label}: {number(bar.value, self.decimals)}{runs}")
         limit = f" {self.limit[0]}: {number(self.limit[1], self.decimals)}." if self.limit else ""
         return f"Bar chart of {self.axis}. {'; '.join(parts)}.{limit}"

@@ -1,4 +1,4 @@
-"""Records of kind ``serve`` and ``sweep``: a server under load, at one rate or at several."""
+"""Records of kind ``serve`` and ``sweep``, a server under load at one rate or at several: the charts."""
 
 from __future__ import annotations
 
@@ -7,22 +7,13 @@ from itertools import accumulate
 
 from mini_sglang.bench.report.content import (
     Chart,
-    Column,
     Line,
     LineChart,
-    Row,
     Section,
-    Table,
-    number,
-    scaled,
     wide_apart,
 )
+from mini_sglang.bench.report.load_tables import PERCENTILES, errors, rate_of, saturation, tables, totals
 from mini_sglang.bench.report.reading import Fields, Source
-
-PERCENTILES = ("p50", "p90", "p99")
-_LATENCIES = (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2e", "whole answer"))
-# Below this share of what is asked for, a server does not keep up.
-_KEEPS_UP = 0.9
 
 
 def serve(source: Source) -> Section:
@@ -30,16 +21,16 @@ def serve(source: Source) -> Section:
     section = Section(title=_title(source), kicker="Under load", file=source.file)
     charts: list[Chart] = [_waits(source), *_cache(source)]
     section.charts.extend(chart for chart in charts if not chart.empty)
-    section.tables.extend(_tables(source.rows))
-    section.findings.extend(_totals(row) for row in source.rows)
-    section.notes.extend(_errors(source.runs))
+    section.tables.extend(tables(source.rows))
+    section.findings.extend(totals(row) for row in source.rows)
+    section.notes.extend([*source.settings.texts("notes"), *errors(source.runs)])
     return section
 
 
 def sweep(source: Source) -> Section:
     """Several rates: what becomes of latency and throughput."""
     section = Section(title=_title(source), kicker="Latency against load", file=source.file)
-    rows = sorted(source.rows, key=lambda row: row.number("request_rate") or 0)
+    rows = sorted(source.rows, key=lambda row: rate_of(row) or 0)
     charts: list[Chart] = [
         _percentiles(rows, "ttft", "Time to first token against load", "time to first token, ms"),
         _percentiles(
@@ -48,9 +39,10 @@ def sweep(source: Source) -> Section:
         *_throughputs(rows),
     ]
     section.charts.extend(chart for chart in charts if not chart.empty)
-    section.tables.extend(_tables(rows))
-    section.findings.extend(_saturation(rows))
-    section.notes.extend(_errors(source.runs))
+    section.tables.extend(tables(rows))
+    end = source.settings.text("end")
+    section.findings.append(f"{end[0].upper()}{end[1:]}." if end else saturation(rows))
+    section.notes.extend([*source.settings.texts("notes"), *errors(source.runs)])
     return section
 
 
@@ -81,7 +73,7 @@ def sweeps_together(sources: Sequence[Source]) -> list[Chart]:
     for slug, title, axis, value in pick:
         lines = []
         for style, source in enumerate(sources):
-            rows = sorted(source.rows, key=lambda row: row.number("request_rate") or 0)
+            rows = sorted(source.rows, key=lambda row: rate_of(row) or 0)
             lines.append(_over_rate(rows, source.label, style, value))
         charts.append(_load_chart(slug, title, "A line for each file.", axis, lines, slug != "throughput"))
     return [chart for chart in charts if not chart.empty]
@@ -89,7 +81,7 @@ def sweeps_together(sources: Sequence[Source]) -> list[Chart]:
 
 def _title(source: Source) -> str:
     settings = source.settings
-    parts = [settings.text(name) for name in ("model", "dataset", "dialect", "target")]
+    parts = [settings.text(name) for name in ("model", "dataset", "dialect")]
     return ", ".join(part for part in parts if part) or source.label
 
 
@@ -137,8 +129,7 @@ def _waits(source: Source) -> LineChart:
 
 
 def _cache(source: Source) -> list[Chart]:
-    """From the server's own /metrics, and from what each answer said of its prompt."""
-    caption = "How much of the prompts' tokens the cache gave, {}, over the time of the run."
+    """The file's samples, and what each answer said of its prompt."""
     lines = []
     samples = sorted(
         (point for row in source.rows for point in row.parts("cache")),
@@ -147,7 +138,7 @@ def _cache(source: Source) -> list[Chart]:
     pairs = [(point.number("t"), point.number("hit_rate")) for point in samples]
     known = [(t, 100 * rate) for t, rate in pairs if t is not None and rate is not None]
     if known:
-        lines.append(Line("server's /metrics", *_split(known), 0, plain=len(known) > 40))
+        lines.append(Line("window by window", *_split(known), 0, plain=len(known) > 40))
     asked = sorted(
         (sent, run.number("cached_tokens") or 0.0, run.number("prompt_tokens") or 0.0)
         for run in source.runs
@@ -164,12 +155,11 @@ def _cache(source: Source) -> list[Chart]:
         lines.append(Line("one request", tuple(times), tuple(single), 2, dots=True))
     if not lines:
         return []
-    how = "as the server counts them" if len(lines) == 1 and known else "request by request and all together"
     return [
         LineChart(
             slug="cache",
             title="Cache hit rate over time",
-            caption=caption.format(how),
+            caption="How much of the prompts' tokens the cache gave: the higher, the less was computed.",
             axis="prompt tokens from the cache, %",
             x_axis="time since the start, s",
             lines=tuple(lines),
@@ -195,7 +185,7 @@ def _over_rate(
     rows: Sequence[Fields], label: str, style: int, value: Callable[[Fields], float | None]
 ) -> Line:
     """A row without a finished request has no figure, and makes a gap."""
-    points = [(rate, value(row)) for row in rows if (rate := row.number("request_rate")) is not None]
+    points = [(rate, value(row)) for row in rows if (rate := rate_of(row)) is not None]
     return Line(label, tuple(x for x, _ in points), tuple(y for _, y in points), style)
 
 
@@ -246,85 +236,3 @@ def _throughputs(rows: Sequence[Fields]) -> list[Chart]:
             diagonal="keeps up",
         ),
     ]
-
-
-def _totals(row: Fields) -> str:
-    completed, requests, errors = (
-        number(row.number(name), 0) for name in ("completed", "requests", "errors")
-    )
-    half, most = (scaled(row.part("ttft").number(part), 1e3, 0) for part in ("p50", "p99"))
-    return (
-        f"{completed} of {requests} requests were answered in {number(row.number('duration'), 1)} s, "
-        f"{number(row.number('output_throughput'), 1)} output tokens/s; the first token came after {half} ms "
-        f"(p50) to {most} ms (p99)" + (f"; {errors} failed." if row.number("errors") else ".")
-    )
-
-
-def _saturation(rows: Sequence[Fields]) -> list[str]:
-    for row in rows:
-        asked, done = row.number("request_rate"), row.number("request_throughput")
-        if asked and done is not None and done < _KEEPS_UP * asked:
-            return [
-                f"Asked for {asked:g} requests a second, the server finishes {done:.2f}, less than "
-                f"{_KEEPS_UP:.0%} of them: from there on it does not keep up."
-            ]
-    return [
-        "At every rate the server finishes at least 90 % of the requests asked for: it was not saturated."
-    ]
-
-
-_COUNTS = (
-    (Column("requests"), "requests", 0),
-    (Column("finished"), "completed", 0),
-    (Column("failed"), "errors", 0),
-    (Column("time", "s"), "duration", 1),
-    (Column("input", "tokens"), "input_tokens", 0),
-    (Column("output", "tokens"), "output_tokens", 0),
-    (Column("finished", "requests/s"), "request_throughput", 2),
-    (Column("in target", "requests/s"), "goodput", 2),
-    (Column("output", "tokens/s"), "output_throughput", 1),
-    (Column("in and out", "tokens/s"), "total_throughput", 1),
-)
-
-
-def _tables(rows: Sequence[Fields]) -> list[Table]:
-    rates = all("request_rate" in row for row in rows)
-    first = Column("asked for", "requests/s") if rates else Column("load")
-    counts, waits = [], []
-    for row in rows:
-        reason = "" if row.number("completed") else "no request was finished"
-        load = _load(row, rates)
-        figures = (number(row.number(name), decimals) for _, name, decimals in _COUNTS)
-        counts.append(Row((load, *figures), invalid=reason))
-        latencies = (_milliseconds(row, name, part) for name, _ in _LATENCIES for part in PERCENTILES)
-        waits.append(Row((load, *latencies), invalid=reason))
-    columns = [Column(f"{title} {part}", "ms") for _, title in _LATENCIES for part in PERCENTILES]
-    latency = Table("Latency", (first, *columns), tuple(waits))
-    if len(rows) == 1 and rows[0].number("completed"):
-        latency = _one_latency(rows[0])
-    columns = [column for column, _, _ in _COUNTS]
-    return [Table("Requests and throughput", (first, *columns), tuple(counts)), latency]
-
-
-def _one_latency(row: Fields) -> Table:
-    parts = ("mean", *PERCENTILES)
-    rows = (Row((title, *(_milliseconds(row, name, part) for part in parts))) for name, title in _LATENCIES)
-    return Table("Latency", (Column(""), *(Column(part, "ms") for part in parts)), tuple(rows))
-
-
-def _milliseconds(row: Fields, name: str, part: str) -> str:
-    return scaled(row.part(name).number(part), 1e3, 0 if name in ("ttft", "e2e") else 1)
-
-
-def _load(row: Fields, rates: bool) -> str:
-    rate, concurrency = row.number("request_rate"), row.number("concurrency")
-    if rate is not None:
-        return f"{rate:g}" if rates else f"{rate:g} requests/s"
-    return f"{concurrency:.0f} at a time" if concurrency else "all at once"
-
-
-def _errors(runs: Sequence[Fields]) -> list[str]:
-    """Each kind of error once, with how often it came."""
-    errors = [error for run in runs if (error := run.text("error"))]
-    counts = {error: errors.count(error) for error in errors}
-    return [f"{count} request{'s' * (count > 1)} failed: {error}" for error, count in counts.items()]

@@ -12,6 +12,8 @@ from mini_sglang.bench.report.load import serve, sweep, sweeps_together, waits_o
 from mini_sglang.bench.report.reading import Source
 
 TITLE = "mini-sglang benchmarks"
+_TOLD = ("notes", "end")
+"""Of the settings, what stands elsewhere in the section."""
 _SECTIONS: Mapping[str, Callable[[Source], Section]] = MappingProxyType(
     {"local": compare, "server": compare, "serve": serve, "sweep": sweep, "kernels": kernels}
 )
@@ -86,7 +88,7 @@ def facts(source: Source) -> list[tuple[str, str]]:
         ("Machine", _joined(source.machine.items())),
         ("Machine's limits", ", ".join(measured) or "not measured"),
         ("Versions", _joined(top.part("versions").items())),
-        ("Settings", _joined(source.settings.items())),
+        ("Settings", _joined([item for item in source.settings.items() if item[0] not in _TOLD])),
     ]
 
 

@@ -67,9 +67,12 @@ class Fields:
         return self._numbers(name, self._list(name))
 
     def lists(self, name: str) -> list[list[float]]:
-        """A list of lists of finite numbers."""
-        found = []
+        """A list of lists of finite numbers; null is an empty one."""
+        found: list[list[float]] = []
         for i, value in enumerate(self._list(name)):
+            if value is None:
+                found.append([])
+                continue
             if not isinstance(value, list):
                 raise self._wrong(f"{name}[{i}]", value, "a list of numbers")
             found.append(self._numbers(f"{name}[{i}]", value))
