@@ -92,7 +92,8 @@ class _Rows:
         self.half = (11 if self.narrow else 15) / self._pitch
         left = layout.labels + 8 if layout.labels else 8.0
         self._column = limit and not self.narrow
-        right = 176 if self._column else 12
+        right = 176 if self._column else 28
+        self._width = layout.width - left - right
         self.figure, self.axes = frame.axes(count * self._pitch, left, right, below=46)
         axes = self.axes
         axes.set_ylim(count - 0.5, -0.5)
@@ -109,8 +110,11 @@ class _Rows:
 
     def label(self, place: int, label: str, detail: str, ours: bool) -> None:
         layout, weight = self.layout, "bold" if ours else "normal"
-        name = fit(label, layout.chars)
         below: dict[str, Any] = {"size": points(layout.small), "color": style.QUIET}
+        # In a narrow picture figure and note stand on the same lines.
+        room = self._width * 0.64 if self.narrow else layout.labels - 8
+        name = fit(label, room, layout.text, weight)
+        detail = fit(detail, self._width * 0.6 if self.narrow else room, layout.small)
         if self.narrow:
             self._text(0, place, name, down=12, size=points(layout.text), weight=weight)
             self._text(0, place, detail, down=30, **below)
@@ -121,7 +125,7 @@ class _Rows:
         self._text(0, place, detail, -8, middle + 9, ha="right", **below)
 
     def reason(self, place: int, reason: str) -> None:
-        text = fit(f"no figure: {reason}", 46 if self.narrow else 74)
+        text = fit(f"no figure: {reason}", self._width - 12, self.layout.small)
         how: dict[str, Any] = {"size": points(self.layout.small), "color": style.QUIET, "style": "italic"}
         down = self._head + 11 if self.narrow else self._pitch / 2
         self._text(0, place, text, 0 if self.narrow else 8, down, **how)
@@ -131,6 +135,7 @@ class _Rows:
         layout, weight = self.layout, "bold" if ours else "normal"
         below: dict[str, Any] = {"size": points(layout.small), "color": style.QUIET}
         if self.narrow:
+            note = fit(note, self._width * 0.38, layout.small)
             self._text(1, place, text, down=12, size=points(layout.text), weight=weight, ha="right")
             self._text(1, place, note, down=30, ha="right", **below)
             return

@@ -76,15 +76,12 @@ def compare(source: Source) -> Section:
         of = f": {name}" if name else ""
         found = findings(sides, name)
         section.findings.extend([" ".join(found)] if len(groups) > 1 else found)
-        # How to read them is said once.
-        bars, dots = (_BARS, _DOTS) if place == 1 else ("", "")
-        charts: list[Chart] = [
-            _rates(sides, f"throughput{end}", of, bars),
-            _firsts(sides, f"ttft{end}", of, dots),
-        ]
+        charts: list[Chart] = [_rates(sides, f"throughput{end}", of), _firsts(sides, f"ttft{end}", of)]
         section.charts.extend(chart for chart in charts if not chart.empty)
         section.tables.append(_table(sides, name))
         section.notes.extend(_notes(sides, name))
+    if any(side.agree is not None for sides in groups.values() for side in sides):
+        section.notes.append("“Ids agree”: the share of greedy ids that the float32 reference chooses too.")
     section.notes.extend(source.settings.texts("notes"))
     return section
 
@@ -193,15 +190,7 @@ def _overlap(a: list[float], b: list[float]) -> bool:
     return bool(a and b) and min(a) <= max(b) and min(b) <= max(a)
 
 
-_BARS = (
-    "The longer the better. A bar is the table's figure, a dot one round, and the line through the dots goes "
-    "from the slowest to the fastest. “Ids agree”: the share of greedy ids that the float32 reference chooses "
-    "too. What has no valid figure has no bar, but its reason."
-)
-_DOTS = "The further left the better. A dot is one answer, the upright stroke is the median."
-
-
-def _rates(sides: list[Side], slug: str, of: str, caption: str) -> BarChart:
+def _rates(sides: list[Side], slug: str, of: str) -> BarChart:
     bars = []
     for side in sides:
         ratio = side.row.number("ratio")
@@ -220,13 +209,14 @@ def _rates(sides: list[Side], slug: str, of: str, caption: str) -> BarChart:
     return BarChart(
         slug=slug,
         title=f"Throughput{of}",
-        caption=caption,
+        caption="The longer the better. A bar is the table's figure, a dot one round, and the line through "
+        "the dots goes from the slowest to the fastest. What has no valid figure has no bar, but its reason.",
         axis="output tokens per second",
         bars=tuple(bars),
     )
 
 
-def _firsts(sides: list[Side], slug: str, of: str, caption: str) -> StripChart:
+def _firsts(sides: list[Side], slug: str, of: str) -> StripChart:
     strips = [
         Strip(side.title, tuple(1e3 * first for first in side.firsts), side.style, side.ours)
         for side in sides
@@ -235,7 +225,7 @@ def _firsts(sides: list[Side], slug: str, of: str, caption: str) -> StripChart:
     return StripChart(
         slug=slug,
         title=f"Time to first token{of}",
-        caption=caption,
+        caption="The further left the better. A dot is one answer, the upright stroke is the median.",
         axis="time to first token, ms",
         strips=tuple(strips),
         log=wide_apart([value for strip in strips for value in strip.values]),

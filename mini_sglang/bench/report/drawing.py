@@ -119,7 +119,7 @@ class Frame:
             figure.text(
                 8 / width,
                 1 - 12 / total,
-                fit(self.title, 76 if not self.layout.narrow else 34),
+                fit(self.title, width - 16, self.layout.text + 2.5, "bold"),
                 size=points(self.layout.text + 2.5),
                 weight="bold",
                 va="top",
@@ -128,7 +128,7 @@ class Frame:
             figure.text(
                 8 / width,
                 9 / total,
-                fit(self.source, 120 if not self.layout.narrow else 50),
+                fit(self.source, width - 16, 11),
                 size=points(11),
                 color=style.QUIET,
                 va="bottom",
@@ -140,9 +140,25 @@ def points(pixels: float) -> float:
     return pixels * 0.75
 
 
-def fit(text: str, chars: int) -> str:
-    """Cut to what there is room for."""
-    return text if len(text) <= chars else text[: chars - 1].rstrip() + "…"
+def length(text: str, size: float, weight: str = "normal") -> float:
+    """Of text in letters of ``size``, both in pixels, at most."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=points(size), weight=weight)
+    width, _, _ = text_to_path.get_text_width_height_descent(text, font, False)
+    # Letters that are fitted to a PNG's pixels are wider.
+    return 1.06 * float(width) / points(1)
+
+
+def fit(text: str, room: float, size: float, weight: str = "normal") -> str:
+    """Cut to the pixels there are."""
+    if length(text, size, weight) <= room:
+        return text
+    text = text[: int(4 * room / size)]  # no more even of the thinnest letters
+    while text and length(f"{text}…", size, weight) > room:
+        text = text[:-1].rstrip()
+    return f"{text}…"
 
 
 def plain_numbers(axis: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mini_sglang.bench.report import style
 from mini_sglang.bench.report.content import Line, LineChart
-from mini_sglang.bench.report.drawing import CSS_PIXELS, Frame, fit, plain_numbers, points
+from mini_sglang.bench.report.drawing import CSS_PIXELS, Frame, fit, length, plain_numbers, points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,19 +15,20 @@ if TYPE_CHECKING:
 _HEIGHT_WIDE, _HEIGHT_NARROW = 340.0, 250.0
 _LEFT = 58.0
 _SAMPLE, _NAME_HEIGHT = 34.0, 20.0
-_CHARS = 24
+_NAMES_WIDTH = 170.0
 
 
 def draw_lines(chart: LineChart, frame: Frame) -> Figure:
     layout = frame.layout
     lines = [line for line in chart.lines if any(y is not None for y in line.y)]
     named = len(lines) > 1 or bool(chart.diagonal)
-    longest = max((len(fit(line.label, _CHARS)) for line in lines), default=0)
-    right = 14.0
+    room = layout.width - _SAMPLE - 40 if layout.narrow else _NAMES_WIDTH
+    names = [fit(line.label, room, layout.small) for line in lines]
+    right = 28.0
     if named and layout.narrow:
         frame.top += _NAME_HEIGHT * len(lines) + 2
     elif named:
-        right += _SAMPLE + 14 + longest * layout.small * 0.62
+        right = _SAMPLE + 28 + max(length(name, layout.small) for name in names)
     # The name of the y axis lies above it, so that it need not be read sideways.
     frame.top += 24
     height = _HEIGHT_NARROW if layout.narrow else _HEIGHT_WIDE
@@ -41,7 +42,7 @@ def draw_lines(chart: LineChart, frame: Frame) -> Figure:
     if chart.diagonal:
         _diagonal(axes, chart, frame)
     if named:
-        _names(axes, lines, frame, (layout.width - _LEFT - right, height))
+        _names(axes, lines, names, frame, (layout.width - _LEFT - right, height))
     return figure
 
 
@@ -101,7 +102,7 @@ def _diagonal(axes: Any, chart: LineChart, frame: Frame) -> None:
     )
 
 
-def _names(axes: Any, lines: list[Line], frame: Frame, size: tuple[float, float]) -> None:
+def _names(axes: Any, lines: list[Line], names: list[str], frame: Frame, size: tuple[float, float]) -> None:
     """Each line's name with a piece of it: in a narrow picture above, else where the line ends."""
     width, height = size
     if frame.layout.narrow:
@@ -114,14 +115,14 @@ def _names(axes: Any, lines: list[Line], frame: Frame, size: tuple[float, float]
             low = axes.transAxes.transform((0, 0))[1]
             ends.append(float(axes.transData.transform(point)[1] - low) / axes.figure.dpi * CSS_PIXELS)
         ups, begin = apart(ends, frame.layout.small * 1.4, height), width + 10
-    for line, up in zip(lines, ups, strict=True):
+    for line, name, up in zip(lines, names, ups, strict=True):
         sample = Line(line.label, (0.0, 1.0), (0.0, 0.0), line.style, plain=line.plain, dots=line.dots)
         xs = [(begin + along * _SAMPLE) / width for along in ((0.5,) if line.dots else (0, 0.5, 1))]
         (drawn,) = axes.plot(xs, [up / height] * len(xs), transform=axes.transAxes, **_look(sample))
         drawn.set_clip_on(False)
         if not line.dots:
             drawn.set_markevery([1])
-        _note(axes, fit(line.label, _CHARS), begin + _SAMPLE + 7, up, frame, va="center", color=style.INK)
+        _note(axes, name, begin + _SAMPLE + 7, up, frame, va="center", color=style.INK)
 
 
 def _note(axes: Any, text: str, right: float, up: float, frame: Frame, **how: Any) -> None:

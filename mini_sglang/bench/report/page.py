@@ -94,8 +94,7 @@ def _figure(chart: Chart, draw: Draw) -> Markup:
     source = tag("source", media="(max-width: 600px)", srcset=_data(narrow), width=width, height=height)
     width, height = _size(wide)
     image = tag("img", src=_data(wide), alt=chart.alt, width=width, height=height)
-    words = [tag("h3", chart.title), *([tag("p", chart.caption)] if chart.caption else [])]
-    caption = tag("figcaption", *words)
+    caption = tag("figcaption", tag("h3", chart.title), tag("p", chart.caption))
     return tag("figure", caption, tag("picture", source, image))
 
 

@@ -9,7 +9,7 @@ from mini_sglang.bench.report.comparison import compare
 from mini_sglang.bench.report.content import Report, Section, several
 from mini_sglang.bench.report.kernels import kernels
 from mini_sglang.bench.report.load import serve, sweep, sweeps_together, waits_of_all
-from mini_sglang.bench.report.reading import Source
+from mini_sglang.bench.report.reading import Source, clean
 
 TITLE = "mini-sglang benchmarks"
 _TOLD = ("notes", "end")
@@ -36,7 +36,7 @@ def prepare(sources: Sequence[Source], title: str = TITLE) -> Report:
     files = f"{len(sources)} files" if len(sources) > 1 else sources[0].file
     where = machines[0] if len(machines) == 1 else f"{len(machines)} machines"
     commit = f"commit {commits[0]}" if len(commits) == 1 else f"{len(commits)} commits"
-    return Report(title, f"{where} · {commit} · {files}", notices(machines, commits), sections)
+    return Report(clean(title), f"{where} · {commit} · {files}", notices(machines, commits), sections)
 
 
 def notices(machines: Sequence[str], commits: Sequence[str]) -> list[str]:

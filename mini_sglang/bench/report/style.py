@@ -62,19 +62,17 @@ class Layout:
         width: of the picture.
         text, small: heights of letters.
         labels: room for the names left of bars; 0 where they stand above them.
-        chars: as many fit into a name.
     """
 
     width: float
     text: float
     small: float
     labels: float
-    chars: int
 
     @property
     def narrow(self) -> bool:
         return self.labels == 0
 
 
-WIDE = Layout(width=860, text=14.5, small=13, labels=216, chars=26)
-NARROW = Layout(width=340, text=13.5, small=12.5, labels=0, chars=24)
+WIDE = Layout(width=860, text=14.5, small=13, labels=216)
+NARROW = Layout(width=340, text=13.5, small=12.5, labels=0)
