@@ -201,12 +201,17 @@ def test_ecdf_is_the_share_of_values_at_or_below(values: list[float]) -> None:
 
 def test_waits_under_load_leave_failed_requests_out(tmp_path: Path) -> None:
     record = serve_record()
+    # One that failed before its first token, and one after it.
+    record["runs"].append(request(61, 1.0, 90.0, error="reset"))
     first, whole = chart(report(tmp_path, a=record), "ttft").lines
     good = [run for run in record["runs"] if run["error"] is None]
-    assert len(good) == len(record["runs"]) - 1
+    assert len(good) == len(record["runs"]) - 2
     assert list(first.x[1:]) == pytest.approx(sorted(1e3 * (run["first"] - run["sent"]) for run in good))
     assert list(whole.x[1:]) == pytest.approx(sorted(1e3 * (run["end"] - run["sent"]) for run in good))
-    assert report(tmp_path, a=record).sections[0].notes == ["1 request failed: 503 Service Unavailable"]
+    assert report(tmp_path, a=record).sections[0].notes == [
+        "1 request failed: 503 Service Unavailable",
+        "1 request failed: reset",
+    ]
 
 
 def test_cache_hit_rate_over_time(tmp_path: Path) -> None:
