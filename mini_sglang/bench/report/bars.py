@@ -155,7 +155,7 @@ class _Rows:
         """A broken line from top to bottom, in a narrow picture only where no text stands."""
         axes = self.axes
         places = range(round(axes.get_ylim()[0] + 0.5))
-        beyond = self.half + 5 / self._pitch
+        beyond = self.half + 1 / self._pitch
         spans = [(self.y(place) - beyond, self.y(place) + beyond) for place in places]
         for top, bottom in spans if self.narrow else [(-0.5, len(places) - 0.5)]:
             # Light beneath, so that it shows on a dark bar too.

@@ -62,7 +62,7 @@ def _reading(source: Source) -> BarChart:
         slug="bandwidth",
         title="Bytes read, against what the machine gives",
         caption="The longer the better. The broken line is the machine's read bandwidth, measured in the "
-        "same run. Above it, some of the data came from the CPU's caches.",
+        "same run, and each percentage a share of it. Above it, some of the data came from the CPU's caches.",
         axis="GB/s of weights or KV",
         bars=tuple(bars),
         limit=("read bandwidth", bandwidth) if bandwidth else None,
