@@ -94,7 +94,7 @@ def _run(argv: Sequence[str] | None, terminal: Terminal) -> int:
         record.runs.append(run)
         terminal.write(line(row) + "\n")
     others = statistics.median(run["others"] for run in record.runs)
-    terminal.notice(f"Others kept {others:.1f} of the cores busy meanwhile (median).")
+    terminal.notice(f"Others kept {others:.1f} cores busy meanwhile (median); torch's figures suffer most.")
     if options.json:
         record.write(options.json)
     return 0

@@ -297,7 +297,12 @@ def test_kernels_beside_the_machines_limits(tmp_path: Path) -> None:
     assert [bar.value for bar in products.bars if bar.ours] == [row["gflop_s"] for row in most]
     assert [bar.value for bar in products.bars if not bar.ours] == [row["torch_gflop_s"] for row in most]
     assert len(cells(found)) == len(record["rows"])
-    assert found.sections[0].notes == ["Other processes kept 0.4 cores busy meanwhile (median of the rows)."]
+    assert "NOT QUIET: Other processes kept 0.4 cores busy meanwhile" in found.sections[0].findings[-1]
+    for run in record["runs"]:
+        run["others"] = 0.1
+    found = report(tmp_path, a=record)
+    assert found.sections[0].notes == ["Other processes kept 0.1 cores busy meanwhile (median of the rows)."]
+    assert len(found.sections[0].findings) == 1
 
 
 def test_every_row_is_in_a_table(tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ from mini_sglang.bench.report.content import (
 )
 from mini_sglang.bench.report.reading import Fields, Source
 
+# Cores that others may keep busy. With more, factors to torch say little.
+_QUIET = 0.15
+
 
 def kernels(source: Source) -> Section:
     title = source.settings.text("variant") or source.label
@@ -35,7 +38,13 @@ def kernels(source: Source) -> Section:
     others = [other for run in source.runs if (other := run.number("others")) is not None]
     if others:
         busy = statistics.median(others)
-        section.notes.append(f"Other processes kept {busy:.1f} cores busy meanwhile (median of the rows).")
+        said = f"Other processes kept {busy:.1f} cores busy meanwhile (median of the rows)"
+        if busy > _QUIET:
+            section.findings.append(
+                f"NOT QUIET: {said}; torch, whose threads wait by spinning, suffers most."
+            )
+        else:
+            section.notes.append(f"{said}.")
     return section
 
 
