@@ -19,12 +19,12 @@ SUITE = (
 """The turns where no prompt is given."""
 
 SCRIPT = (
-    "A rolling bicycle falls a little to one side all the time, and each time its front wheel steers to that "
-    "side. The wheels roll back under the rider's weight, and the bicycle stands again. You can see it in the "
-    "track of a wet wheel: it is never straight, but swings gently from left to right and back again.",
-    "Ada and Tom had trained all summer. On the day of the race the road was wet, and most riders held their "
-    "handlebars as if they were made of stone. Ada had learned to let the wheel find its way. She leaned, the "
-    "wheel followed, Tom stayed close behind her, and they crossed the line before anyone else.",
+    "A rolling bicycle falls a little to one side all the time, and each time its front wheel steers to "
+    "that side. The wheels roll back under the rider's weight, and the bicycle stands again. You can see it "
+    "in the track of a wet wheel: it is never straight, but swings gently from left to right and back again.",
+    "Ada and Tom had trained all summer. On the day of the race the road was wet, and most riders held "
+    "their handlebars as if they were made of stone. Ada had learned to let the wheel find its way. She "
+    "leaned, the wheel followed, Tom stayed close behind her, and they crossed the line before anyone else.",
 )
 """The answers that turns after the first build on, where no reference gives its own."""
 
@@ -102,5 +102,7 @@ def check_room(conversation: Conversation, tokenizer: Tokenizer, new: int, conte
         turns = f"{last + 1} turns" if last else "the prompt"
         allowed = f"so small that {turns} and the answers fit the model's context of {context} tokens"
         raise ContextLengthError("max_new_tokens", new, allowed)
-    allowed = f"at most {room - new}, what the model's context of {context} tokens leaves beside {new} new ones"
+    allowed = (
+        f"at most {room - new}, what the model's context of {context} tokens leaves beside {new} new ones"
+    )
     raise ContextLengthError("the prompt's length in tokens", needed - new, allowed)

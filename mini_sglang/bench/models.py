@@ -1,4 +1,4 @@
-"""One model in the forms that peers read: the GGUF as it is, and a folder of the same weights in one dtype."""
+"""One model in the forms that peers read: the GGUF as it is, and a folder of the same weights."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ def find_bench_model(settings: Settings, notify: Callable[[str], None]) -> Bench
     return BenchModel(files.name, path, found.tokenizer, context, blocks)
 
 
-def dequantized(
-    gguf: Path, dtype: str, cache_path: Path, python: str, notify: Callable[[str], None]
-) -> Path:
+def dequantized(gguf: Path, dtype: str, cache_path: Path, python: str, notify: Callable[[str], None]) -> Path:
     """A Hugging Face folder of a GGUF's weights in the cache, made by transformers where it is not there.
 
     It is there whole or not at all, and under a name that another file's weights cannot have. Of several

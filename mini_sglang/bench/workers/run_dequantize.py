@@ -30,7 +30,7 @@ class Dequantizer:
         config = loaded.config.to_dict()
         # What came from quantised blocks counts as quantised, and is not saved.
         config.pop("quantization_config", None)
-        model = type(loaded)(type(loaded.config)(**config))
+        model: Any = type(loaded)(type(loaded.config)(**config))
         model.load_state_dict(loaded.state_dict())
         model.to(DTYPES[dtype]).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(self.path.parent, **place).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""transformers in float32, by which answers are judged. Options: model (a folder or a .gguf file), threads."""
+"""transformers in float32, which judges answers. Options: model (a folder or a .gguf file), threads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from worker_protocol import Ids, serve
+from worker_protocol import serve
 
 
 class Reference:
@@ -42,8 +42,8 @@ class Reference:
         tokens = torch.tensor([prompt + ids[:-1]])
         with torch.inference_mode():
             logits = self.model(tokens, logits_to_keep=len(ids), use_cache=False).logits
-        choices: Ids = logits.argmax(-1).tolist()
-        return choices[0]
+        choices: list[int] = logits.argmax(-1)[0].tolist()
+        return choices
 
 
 if __name__ == "__main__":
