@@ -17,7 +17,7 @@ from mini_sglang.bench.record import Record
 from mini_sglang.bench.reference import Reference
 from mini_sglang.bench.runs import Run, row, set_ratios
 from mini_sglang.bench.sides import OURS, Seating, Side
-from mini_sglang.bench.table import table
+from mini_sglang.bench.table import sentence, table
 from mini_sglang.config import Settings
 
 
@@ -153,6 +153,7 @@ class Bench:
                 seat.reason,
                 answers=outcome.answers or None,
                 start_seconds=seat.start_seconds,
+                notes=seat.about.get("notes", ()),
             )
             outcome.rows.append(made)
             for name, version in seat.about.get("versions", {}).items():
@@ -180,7 +181,7 @@ def report(plan: Plan, model: BenchModel, outcome: Outcome) -> Iterator[str]:
     yield ""
     yield from table(outcome.rows)
     for note in outcome.notes:
-        yield f"{note[:1].upper()}{note[1:]}."
+        yield from sentence(f"{note}.")
     about = machine()
     line = f"Machine: {about['cpu']}, {about['cores']} cores, {about['memory_gb']} GB"
     if outcome.limits:
@@ -188,8 +189,9 @@ def report(plan: Plan, model: BenchModel, outcome: Outcome) -> Iterator[str]:
             f"; reads {outcome.limits.bandwidth_gb_s:.1f} GB/s, multiplies "
             f"{outcome.limits.matrix_gflop_s:.0f} GFLOP/s in bf16"
         )
-    yield f"{line}."
-    yield "Versions: " + ", ".join(f"{name} {version}" for name, version in outcome.versions.items()) + "."
+    yield from sentence(f"{line}.")
+    versions = ", ".join(f"{name} {version}" for name, version in outcome.versions.items())
+    yield from sentence(f"Versions: {versions}.")
 
 
 def record(plan: Plan, model: BenchModel, outcome: Outcome) -> Record:

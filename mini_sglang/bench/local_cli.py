@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="local_bench.py",
         usage="python local_bench.py [options] [PROMPT]",
         description="The real sglang, Hugging Face and others beside mini-sglang, each in a process of its "
-        "own, on the same model, dtype, token ids and counts. Without a prompt: 3 chat turns of one conversation.",
+        "own, on the same model, dtype, token ids and counts. Without a prompt: 3 turns of one conversation.",
     )
     _add_options(parser)
     return app.run(parser, argv, None, lambda options: _run)

@@ -46,8 +46,8 @@ class Reference:
             for turn in range(len(conversation.turns)):
                 step(f"float32 reference, turn {turn + 1}")
                 prompt = conversation.with_answers(tokenizer, answers).prompt(tokenizer, 1, turn)
-                reply = process.ask(self._seconds, do="answer", prompt=prompt, new=new)
-                answers.append([int(token) for token in reply["answer"]])
+                reply = process.ask(self._seconds, ids=[prompt], new=new, cold=True)
+                answers.append([int(token) for token in reply["ids"][0]])
         finally:
             process.close()
         return answers
@@ -79,14 +79,14 @@ class Reference:
                 key = (run.round, run.turn, tuple(run.ids))
                 if key not in seen:
                     ids = prompt(run.round, run.turn - 1)
-                    seen[key] = process.ask(self._seconds, do="judge", prompt=ids, ids=run.ids)["answer"]
+                    seen[key] = process.ask(self._seconds, do="choose", prompt=ids, ids=run.ids)["answer"]
                 run.choices = seen[key]
         finally:
             process.close()
 
     def _start(self) -> Process:
-        options = {"model": str(self._model), "threads": self._threads}
+        options = {"model": str(self._model), "threads": self._threads, "dtype": "fp32"}
         env = {"OMP_NUM_THREADS": str(self._threads)}
-        process = Process("reference", self._python, options, env, START_SECONDS)
+        process = Process("transformers", self._python, options, env, START_SECONDS)
         self.versions = process.about["versions"]
         return process

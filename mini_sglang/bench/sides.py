@@ -118,12 +118,10 @@ class Seating:
             "tokens": self.tokens,
             **peer.options,
         }
-        notes = [peer.recipe.note] if peer.recipe and peer.recipe.note else []
-        if peer.name == OURS:
-            options["settings"] = {"dtype": self.dtype} if path.is_dir() else {}
-            if given := self.settings.chosen - _QUIET_SETTINGS:
-                names = (s.metadata["env"][0] for s in setting_fields() if s.name in given)
-                notes.append(f"runs with settings of the environment: {', '.join(names)}")
+        notes = []
+        if peer.name == OURS and (given := self.settings.chosen - _QUIET_SETTINGS):
+            names = (spec.metadata["env"][0] for spec in setting_fields() if spec.name in given)
+            notes.append(f"runs with settings of the environment: {', '.join(names)}")
         env = {"OMP_NUM_THREADS": str(self.threads)}
         return Side(peer.name, peer.title, group, peer.worker, python, options, env, None, tuple(notes))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -78,7 +79,13 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{title}  invalid: {row['reason']}"
     if any(row["valid"] for row in rows):
         yield ""
-        yield from LEGEND
+        for line in LEGEND:
+            yield from sentence(line)
     for row in rows:
         for note in row["notes"]:
-            yield f"{row['title']} ({row['group']}): {note}."
+            yield from sentence(f"{row['title']} ({row['group']}): {note}.")
+
+
+def sentence(text: str) -> list[str]:
+    """A note in lines that fit beside the table."""
+    return textwrap.wrap(f"{text[:1].upper()}{text[1:]}", 120, subsequent_indent="  ")

@@ -36,10 +36,11 @@ def all_peers() -> dict[str, Peer]:
         ),
         Peer(
             "hf",
-            "Hugging Face generate",
+            "Hugging Face streaming",
             "transformers",
             "folder",
             "transformers",
+            {"text": True},
             recipe=recipes.transformers(),
         ),
         Peer(
