@@ -1,9 +1,10 @@
 """A peer whose figures are known: it says which ids, when, and what goes wrong.
 
 Options: start (seconds to load), first and gap (seconds it sleeps before its first id and each other one),
-token (what it answers), more (ids beyond those asked for), claim (seconds it says it took), times (what it says
-of each id), log (a file that gets a line per request: name, new ids, cold, its own CPU time, the prompt), spin
-(a thread that never sleeps), and do: ``die``, ``hang``, ``refuse`` or ``junk``, from request ``at`` on.
+token (what it answers), more (ids beyond those asked for), claim (seconds it says it took), times (what it
+says of each id), log (a file that gets a line per request: name, new ids, cold, its own CPU time, the
+prompt), spin (a thread that never sleeps), and do, from request ``at`` on: ``die``, ``hang``, ``refuse``,
+``junk`` or ``leave`` (a child that keeps the pipe open, and die).
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ class Fake:
     def _misbehave(self, how: str) -> None:
         if how == "die":
             print("a last word", file=sys.stderr, flush=True)
+            os._exit(3)
+        if how == "leave":
+            if os.fork() == 0:
+                time.sleep(600)
             os._exit(3)
         if how == "hang":
             time.sleep(600)
