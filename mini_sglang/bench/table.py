@@ -79,8 +79,8 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{title}  invalid: {row['reason']}"
     if any(row["valid"] for row in rows):
         yield ""
-        for line in LEGEND:
-            yield from sentence(line)
+        for words in LEGEND:
+            yield from sentence(words)
     for row in rows:
         for note in row["notes"]:
             yield from sentence(f"{row['title']} ({row['group']}): {note}.")

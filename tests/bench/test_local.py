@@ -18,6 +18,7 @@ from mini_sglang.bench.compare import Comparison
 from mini_sglang.bench.conversation import SUITE, Conversation
 from mini_sglang.bench.machine import Limits
 from mini_sglang.bench.models import find_bench_model
+from mini_sglang.bench.peers import registry
 from mini_sglang.bench.peers.base import Peer
 from mini_sglang.bench.peers.registry import all_peers
 from mini_sglang.bench.record import read_record
@@ -40,7 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No peers but those of this Python, and no pauses."""
-    monkeypatch.setenv("MINI_SGLANG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(registry, "environment", lambda peer, settings=None: tmp_path / "peers" / peer.name)
+    for peer in all_peers():
+        monkeypatch.delenv(f"BENCH_{peer.upper().replace('-', '_')}_PYTHON", raising=False)
     monkeypatch.setattr(compare, "REST", 0.0)
     monkeypatch.setattr(local, "measure_limits", lambda threads: Limits(1.0, 2.0, threads))
 
