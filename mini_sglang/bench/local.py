@@ -175,13 +175,13 @@ def report(plan: Plan, model: BenchModel, outcome: Outcome) -> Iterator[str]:
     plural = "" if plan.rounds == 1 else "s"
     threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
     yield (
-        f"{model.name}: {what}, greedy, {threads}, {plan.rounds} round{plural} in alternating order after a "
-        f"warm-up of at most {WARM_NEW} tokens a turn"
+        f"{model.name}: {what}, greedy, {threads}, {plan.rounds} round{plural} in alternating order after "
+        f"one to warm up, of {min(plan.new, WARM_NEW)} tokens a turn"
     )
     yield ""
     yield from table(outcome.rows)
     for note in outcome.notes:
-        yield from sentence(f"{note}.")
+        yield from sentence(f"{note[:1].upper()}{note[1:]}.")
     about = machine()
     line = f"Machine: {about['cpu']}, {about['cores']} cores, {about['memory_gb']} GB"
     if outcome.limits:

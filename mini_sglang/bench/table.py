@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mini_sglang.bench.runs import QUIET
+
 Row = Mapping[str, Any]
 NONE = "-"
 
@@ -46,10 +48,10 @@ COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ("peak MB", _number("peak_mb", 0)),
 )
 LEGEND = (
-    "tokens, seconds: of one round; medians over the rounds. ratio: tokens/s of mini-sglang over this peer's "
-    "in the same group, above 1 mini-sglang is faster.",
+    "Tokens and seconds are a round's; all but start and peak are medians over the rounds. ratio: tokens/s "
+    "of mini-sglang over this peer's in the same group; above 1 mini-sglang is faster.",
     "agree: ids that the float32 reference would choose too after the same ids. same until: leading ids "
-    "equal to the reference's own answers of round 1.",
+    "equal to the reference's own answers of round 1. peak: resident memory of all the peer's processes, added up.",
 )
 
 
@@ -74,7 +76,9 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{group}:".ljust(width) + "  " + heads
         title = row["title"].ljust(width)
         if row["valid"]:
-            yield title + "  " + "  ".join(one.rjust(size) for one, size in zip(line, widths, strict=True))
+            shown = "  ".join(one.rjust(size) for one, size in zip(line, widths, strict=True))
+            flag = "  NOT QUIET" if row["others"] > QUIET else ""
+            yield f"{title}  {shown}{flag}"
         else:
             yield f"{title}  invalid: {row['reason']}"
     if any(row["valid"] for row in rows):
@@ -87,5 +91,5 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def sentence(text: str) -> list[str]:
-    """A note in lines that fit beside the table."""
-    return textwrap.wrap(f"{text[:1].upper()}{text[1:]}", 120, subsequent_indent="  ")
+    """A note in lines about as wide as the table."""
+    return textwrap.wrap(text, 120, subsequent_indent="  ")
