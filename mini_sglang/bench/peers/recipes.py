@@ -46,10 +46,10 @@ def vllm() -> Recipe:
     )
 
 
-def transformers() -> Recipe:
+def transformers(module: str = "transformers") -> Recipe:
     return Recipe(
         steps=(TORCH, ("transformers[serving]==5.24.0", "accelerate", "gguf")),
-        module="transformers",
+        module=module,
         disk_gb=2.0,
         python=(10, 14),
     )

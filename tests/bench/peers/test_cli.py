@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 import types
 
@@ -91,3 +92,25 @@ def test_install_says_what_it_did(capsys, tiny, make_wheel, monkeypatch):
     assert "tiny: 1 of 1: pip install" in first.err and "\x1b" not in first.err
     assert main(["bench", "install", "tiny"]) == 0
     assert capsys.readouterr().out == f"tiny 1.2 was installed already in {environment(peer)}\n"
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_pips_words_take_each_others_place(monkeypatch):
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "40")
+    progress = install_cli.Progress()
+    with progress:
+        progress.say("begun")
+        progress.show("Collecting " + "x" * 100)
+        progress.show("evil \x1b[2J\ttitle")
+        progress.say("done")
+    lines = [part for line in screen.getvalue().split("\n") for part in line.split(install_cli.CLEAR)]
+    assert [line for line in lines if line in ("begun", "done")] == ["begun", "done"]
+    assert all(len(line) < 40 and "\x1b" not in line for line in lines)
+    assert any(line.endswith("evil  [2J title") for line in lines)
+    assert screen.getvalue().endswith(install_cli.CLEAR)

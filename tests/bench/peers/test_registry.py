@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mini_sglang.bench.peers import launches, recipes
-from mini_sglang.bench.peers.base import Peer
+from mini_sglang.bench.peers.base import Peer, Recipe
 from mini_sglang.bench.peers.registry import all_peers, chosen_peers, environment, interpreter, version
 from mini_sglang.bench.process import WORKERS, PeerError
 from mini_sglang.config import VERSION
@@ -120,10 +120,24 @@ def test_the_dtype_is_the_folders_own(tmp_path: Path):
     config = tmp_path / "config.json"
     config.write_text("not JSON")
     assert launches.dtype_of(tmp_path) == "bfloat16"
+    config.write_text("[1]")
+    assert launches.dtype_of(tmp_path) == "bfloat16"
     config.write_text('{"torch_dtype": "float16"}')
     assert launches.dtype_of(tmp_path) == "float16"
     config.write_text('{"dtype": "float32", "torch_dtype": "float16"}')
     assert launches.dtype_of(tmp_path) == "float32"
+
+
+def test_vllm_is_asked_for_no_more_context_than_the_model_has(tmp_path: Path):
+    def asked() -> str:
+        command = launches.vllm().command("python", tmp_path, 1, 1)
+        return command[command.index("--max-model-len") + 1]
+
+    config = tmp_path / "config.json"
+    assert asked() == "4096"
+    for own, expected in ((512, "512"), (131072, "4096"), (None, "4096")):
+        config.write_text(json.dumps({"max_position_embeddings": own}))
+        assert asked() == expected
 
 
 def test_an_interpreter_of_the_users_choosing_goes_first(monkeypatch, tmp_path):
@@ -150,9 +164,13 @@ def test_peers_of_one_environment_share_its_variable(monkeypatch, tmp_path):
 
 
 def test_what_this_python_has_can_be_used_as_it_is():
-    here = Peer("here", "Here", "pytest", "gguf", recipe=recipes.openvino())
+    here = Peer("here", "Here", "pytest", "gguf", recipe=Recipe((("pytest",),), module="pytest.some"))
     assert interpreter(here) == sys.executable
     assert version(here) == pytest.__version__
+    half = Peer(
+        "half", "Half", "pytest", "gguf", recipe=Recipe((("pytest[all]",),), module="nobody_has_this")
+    )
+    assert version(half) is None
     ours = all_peers()["ours"]
     assert interpreter(ours) == sys.executable and version(ours) == VERSION
 
