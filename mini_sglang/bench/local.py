@@ -73,22 +73,20 @@ class Bench:
     """Measures a plan on a model.
 
     Args:
-        step: is told what begins, for a progress bar.
-        notify: is given lines for a person.
+        step: is told what begins, for a person who watches.
     """
 
     plan: Plan
     model: BenchModel
     settings: Settings
     step: Callable[[str], None]
-    notify: Callable[[str], None]
 
     def run(self) -> Outcome:
         """Raises: ContextLengthError or InvalidValueError, for a prompt that does not fit or is none."""
         plan, outcome = self.plan, Outcome()
         conversation = plan.conversation
         tokens = check_room(conversation, self.model.tokenizer, plan.new, self.model.context)
-        seating = Seating(self.model, plan.dtype, plan.threads, tokens, self.settings, self.notify)
+        seating = Seating(self.model, plan.dtype, plan.threads, tokens, self.settings, self.step)
         groups = seating.groups(plan.peers)
         reference = self._reference(outcome)
         if reference is not None:
@@ -136,13 +134,13 @@ class Bench:
     def _judge(self, reference: Reference, conversation: Conversation, outcome: Outcome) -> None:
         tokenizer = self.model.tokenizer
         try:
-            reference.judge(
-                outcome.runs,
-                lambda number, turn: conversation.prompt(tokenizer, number, turn),
-                self.step,
+            unjudged = reference.judge(
+                outcome.runs, lambda number, turn: conversation.prompt(tokenizer, number, turn), self.step
             )
         except PeerError as error:
-            outcome.notes.append(f"the float32 reference judged nobody: {error}")
+            unjudged = {"all": str(error)}
+        for peer, why in unjudged.items():
+            outcome.notes.append(f"the float32 reference could not judge {peer}: {why}")
         outcome.versions["reference transformers"] = reference.versions.get("transformers", "unknown")
 
     def _finish(self, seats: Sequence[Seat], outcome: Outcome) -> None:

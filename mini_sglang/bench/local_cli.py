@@ -69,7 +69,7 @@ def _add_options(parser: Parser) -> None:
         "--limit",
         type=float,
         metavar="SECONDS",
-        help="how long an answer may take; by default 60 + 2 a token",
+        help="how long an answer may take; by default 120 + 5 a token",
     )
     parser.add_argument(
         "--wait", type=float, default=0.0, metavar="SECONDS", help="before each answer, for a quiet machine"
@@ -89,7 +89,7 @@ def _run(options: Namespace, terminal: Terminal, open_engine: Callable[[], Engin
 
     model = find_bench_model(settings, notify)
     with _progress() as step:
-        outcome = Bench(plan, model, settings, step, notify).run()
+        outcome = Bench(plan, model, settings, step).run()
     terminal.write("\n".join(report(plan, model, outcome)) + "\n")
     if options.json is not None:
         record(plan, model, outcome).write(options.json)
@@ -136,7 +136,7 @@ def _plan(options: Namespace, settings: Settings) -> Plan:
         threads=threads,
         peers=_peers(options.peers),
         reference=not options.no_reference,
-        limit=options.limit or 60 + 2.0 * new,
+        limit=options.limit or 120 + 5.0 * new,
         wait=options.wait,
     )
 

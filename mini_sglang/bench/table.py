@@ -51,7 +51,7 @@ LEGEND = (
     "Tokens and seconds are a round's; all but start and peak are medians over the rounds. ratio: tokens/s "
     "of mini-sglang over this peer's in the same group; above 1 mini-sglang is faster.",
     "agree: ids that the float32 reference would choose too after the same ids. same until: leading ids "
-    "equal to the reference's own answers of round 1. peak: resident memory of all the peer's processes, added up.",
+    "equal to the reference's own answers of round 1. peak: memory of all the peer's processes, added up.",
 )
 
 

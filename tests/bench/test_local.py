@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,9 @@ def test_wrong_ids_show_in_agree(folder: Path) -> None:
     (seat,) = Comparison(prompt, turns=1, new=new, rounds=2, answer_seconds=60.0).run([side])
     reference = Reference(folder, sys.executable, 1, 120.0)
     assert reference.answers(conversation, found.tokenizer, new, lambda line: None) == [answer]
-    reference.judge(seat.runs, prompt, lambda line: None)
+    strange = replace(seat.runs[0], peer="strange", ids=[10**6] * new)
+    unjudged = reference.judge([strange, *seat.runs], prompt, lambda line: None)
+    assert unjudged.keys() == {"strange"} and strange.choices is None
     ids = [answer[0]] * new
     expected = [[choice(prompt(n, 0) + ids[:place]) for place in range(new)] for n in (1, 2)]
     assert [run.choices for run in seat.runs] == expected

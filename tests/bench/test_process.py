@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from mini_sglang.bench.process import PeerError, Process
 
 FAKE = Path(__file__).parent / "fake_worker.py"
+ROOT = Path(__file__).parents[2]
 
 
 def started(**options: Any) -> Process:
@@ -62,6 +64,30 @@ def test_close_ends_a_process_that_is_held() -> None:
     assert not psutil.pid_exists(pid)
     # It saw the end of its input, and was not ended for being late.
     assert time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_process_ends_with_whom_it_works_for(held: bool) -> None:
+    script = f"""
+import sys, time
+from pathlib import Path
+from mini_sglang.bench.process import Process
+process = Process(Path({str(FAKE)!r}), sys.executable, {{}})
+if {held}:
+    process.usage.hold()
+print(process.usage.pid, flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert parent.stdout is not None
+    worker = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 30
+    while _runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(worker)
 
 
 def test_usage_counts_what_a_process_works() -> None:
