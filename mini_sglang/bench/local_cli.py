@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -159,11 +160,12 @@ def _progress() -> Iterator[Callable[[str], None]]:
         return
     from tqdm import tqdm
 
-    with tqdm(file=sys.stderr, unit=" steps", leave=False, bar_format="{desc} [{elapsed}, {n} steps]") as bar:
+    # A terminal that does not tell its size says 0, for which tqdm would draw nothing.
+    columns = shutil.get_terminal_size().columns
+    line = "{desc} [{elapsed}]"
+    with tqdm(file=sys.stderr, leave=False, bar_format=line, ncols=columns, nrows=2) as bar:
 
-        def step(line: str) -> None:
-            bar.set_description_str(line, refresh=False)
-            bar.update()
-            bar.refresh()
+        def step(what: str) -> None:
+            bar.set_description_str(what)
 
         yield step
