@@ -66,11 +66,23 @@ class HuggingFace:
             self._generate(ids, new, Clock(stream, None))
             return stream.answer()
         text = transformers.TextIteratorStreamer(self.tokenizer, skip_prompt=True)
-        thread = Thread(target=self._generate, args=(ids, new, Clock(stream, text)))
+        failed: list[Exception] = []
+
+        def work() -> None:
+            try:
+                self._generate(ids, new, Clock(stream, text))
+            except Exception as error:
+                failed.append(error)
+                # Else its reader would wait for ever.
+                text.end()
+
+        thread = Thread(target=work)
         thread.start()
         for _ in text:
             pass
         thread.join()
+        if failed:
+            raise failed[0]
         return stream.answer()
 
     def choose(self, prompt: list[int], ids: list[int]) -> list[int]:
