@@ -37,7 +37,7 @@ def all_peers() -> dict[str, Peer]:
         ),
         Peer(
             "hf",
-            "Hugging Face generate",
+            "Hugging Face streaming",
             "transformers",
             "folder",
             "transformers",

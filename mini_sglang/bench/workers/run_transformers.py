@@ -89,7 +89,8 @@ class HuggingFace:
         """The model's own greedy choice at each place of an answer, given the prompt and the ids before."""
         given = torch.tensor([prompt + ids[:-1]])
         with torch.inference_mode():
-            logits = self.model(given).logits[0, len(prompt) - 1 :]
+            # Of every place of a long prompt they would take more memory than the weights.
+            logits = self.model(given, logits_to_keep=len(ids), use_cache=False).logits[0, -len(ids) :]
         chosen: list[int] = logits.argmax(-1).tolist()
         return chosen
 
