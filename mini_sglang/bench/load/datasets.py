@@ -18,7 +18,7 @@ KINDS = ("random", "shared-prefix", "multi-turn", "repeat")
 FIRST_ID = 300
 """Ids below are special tokens and single bytes in many vocabularies."""
 
-WORDS = (
+_TEXT = (
     "about after again air all along also always animal answer apple around back bank bird blue boat book "
     "bread bridge bring build call carry chair change child city clear close cloud cold come corn count "
     "country cross dark deep door draw dream dry each early earth east easy field fire first fish floor "
@@ -32,7 +32,8 @@ WORDS = (
     "sleep slow small snow song soon sound south space stand star start step stone story street strong sun "
     "table talk tall tell thin thing think time town trade tree turn under valley voice walk wall warm "
     "watch water wave west wheel white whole wide wind window winter wood word work world write year"
-).split()
+)
+WORDS = tuple(_TEXT.split())
 
 
 @dataclass(frozen=True)

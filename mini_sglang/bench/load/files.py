@@ -81,7 +81,7 @@ def _session(
         if type(given) is int and given > 0:
             if prompt and (isinstance(prompt, str) or _are_ids(prompt)):
                 return Session((Turn(prompt, given),))
-            if _are_messages(messages):
+            if isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages):
                 return Session((Turn(messages, given),))
             asked = _asked(entry.get("conversations"))
             if asked:
@@ -93,10 +93,6 @@ def _session(
 
 def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
-
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _asked(value: Any) -> list[str]:

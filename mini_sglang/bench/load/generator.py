@@ -147,7 +147,7 @@ class Generator:
             while self._tasks:
                 done, _ = await asyncio.wait({*self._tasks, waiting}, return_when=asyncio.FIRST_COMPLETED)
                 for task in done - {waiting}:
-                    self._tasks.discard(task)  # type: ignore[arg-type]
+                    self._tasks.discard(task)
                     task.result()
                 if waiting in done:
                     break
