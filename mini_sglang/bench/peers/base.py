@@ -31,13 +31,19 @@ class Recipe:
 
     Attributes:
         steps: arguments of ``pip install`` one call after the other; empty where it needs nothing more.
+        module: what must be importable at the end.
         finish: mends what pip leaves wrong, given the environment's site-packages; says what it did.
         note: what is unusual about it, in one sentence; shown by ``bench peers`` and under results.
+        disk_gb: the space it takes, pip's own passing files included.
+        python: the oldest and the newest minor version of CPython 3 that its wheels are for.
     """
 
     steps: tuple[tuple[str, ...], ...]
+    module: str = ""
     finish: Callable[[Path], list[str]] | None = None
     note: str = ""
+    disk_gb: float = 1.0
+    python: tuple[int, int] = (10, 14)
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,13 @@ class Peer:
         name: on the command line, ``--peers sglang,llama``.
         title: in tables.
         distribution: whose installed version is reported; None for one that is only reached by URL.
-        weights: ``folder`` (safetensors, in the dtype asked for) or ``gguf`` (the file as it is).
+        weights: ``folder`` (safetensors, in the dtype asked for), ``gguf`` (the file as it is), or ``any``.
         worker: ``sglang`` for ``workers/run_sglang.py``; None where it only runs as a server.
         options: of the worker, beside model, threads, dtype, requests, tokens and prefix_cache.
         launch: how its server is started; None where it has none, or only a URL reaches it.
         wire: the name of the dialect its server speaks, see ``bench/wire.py``.
         recipe: None where there is nothing to install.
+        environment: the peer whose environment it shares; by default it has its own.
         runs_here: a sentence why it cannot run on this machine, or None where it may.
     """
 
@@ -66,4 +73,5 @@ class Peer:
     launch: Launch | None = None
     wire: str = "openai"
     recipe: Recipe | None = None
+    environment: str = ""
     runs_here: Callable[[], str | None] = lambda: None

@@ -1,0 +1,84 @@
+"""The rows of a comparison as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+NONE = "-"
+
+
+def _number(name: str, digits: int, scale: float = 1.0) -> Callable[[Row], str]:
+    def shown(row: Row) -> str:
+        value = row[name]
+        return NONE if value is None else f"{value * scale:.{digits}f}"
+
+    return shown
+
+
+def _spread(row: Row) -> str:
+    low, high = row["spread"]
+    return f"{low:.1f} to {high:.1f}"
+
+
+def _agree(row: Row) -> str:
+    # Rounded down, so that 100 % is what it says.
+    return NONE if row["agree"] is None else f"{int(row['agree'] * 1000) / 10:.1f}%"
+
+
+def _ratio(row: Row) -> str:
+    return "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+
+
+COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
+    ("tokens", _number("tokens", 0)),
+    ("seconds", _number("seconds", 2)),
+    ("tokens/s", _number("tokens_per_s", 1)),
+    ("(rounds)", _spread),
+    ("ratio", _ratio),
+    ("TTFT ms", _number("ttft", 0, 1e3)),
+    ("ITL ms", _number("itl", 1, 1e3)),
+    ("agree", _agree),
+    ("same until", _number("same_until", 0)),
+    ("start s", _number("start_seconds", 1)),
+    ("peak MB", _number("peak_mb", 0)),
+)
+LEGEND = (
+    "tokens, seconds: of one round; medians over the rounds. ratio: tokens/s of mini-sglang over this peer's "
+    "in the same group, above 1 mini-sglang is faster.",
+    "agree: ids that the float32 reference would choose too after the same ids. same until: leading ids "
+    "equal to the reference's own answers of round 1.",
+)
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for each row under its group's, the notes under all.
+
+    ``rows`` are as ``runs.row`` makes them; ``-`` stands for what a peer does not show.
+    """
+    width = max([len("peer"), *(len(row["title"]) for row in rows)])
+    cells = [[show(row) for _, show in COLUMNS] if row["valid"] else [] for row in rows]
+    widths = [
+        max([len(name), *(len(line[column]) for line in cells if line)])
+        for column, (name, _) in enumerate(COLUMNS)
+    ]
+    heads = "  ".join(name.rjust(size) for (name, _), size in zip(COLUMNS, widths, strict=True))
+    group = None
+    for row, line in zip(rows, cells, strict=True):
+        if row["group"] != group:
+            if group is not None:
+                yield ""
+            group = row["group"]
+            yield f"{group}:".ljust(width) + "  " + heads
+        title = row["title"].ljust(width)
+        if row["valid"]:
+            yield title + "  " + "  ".join(one.rjust(size) for one, size in zip(line, widths, strict=True))
+        else:
+            yield f"{title}  invalid: {row['reason']}"
+    if any(row["valid"] for row in rows):
+        yield ""
+        yield from LEGEND
+    for row in rows:
+        for note in row["notes"]:
+            yield f"{row['title']} ({row['group']}): {note}."
