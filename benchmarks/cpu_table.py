@@ -129,7 +129,7 @@ class Table:
         }
         if side.engine == "ours":
             given = dict(pair.split("=", 1) for pair in self.args.setting)
-            options["settings"] = {**settings_of(row.weights), **task.setting, **given}
+            options["settings"] = {"prefix_cache": True, **settings_of(row.weights), **task.setting, **given}
         if side.engine == "openvino":
             options["properties"] = dict(pair.split("=", 1) for pair in self.args.openvino_property)
         env = {"OMP_NUM_THREADS": str(self.args.threads)}

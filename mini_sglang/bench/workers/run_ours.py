@@ -1,13 +1,13 @@
-"""mini-sglang. Options: model, threads, settings (of ``Engine``)."""
+"""mini-sglang. Options: model, threads, dtype, prefix_cache, settings (of ``Engine``, over those)."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from worker_protocol import Answer, Ids, serve
+from worker_protocol import Answer, Ids, Stream, serve
 
 from mini_sglang import Engine, SamplingParams
 from mini_sglang.config import VERSION
@@ -15,9 +15,12 @@ from mini_sglang.config import VERSION
 
 class Ours:
     def __init__(self, options: dict[str, Any]) -> None:
-        self.engine = Engine(options["model"], num_threads=options["threads"], **options["settings"])
+        settings = {"num_threads": options["threads"], "prefix_cache": options.get("prefix_cache", True)}
+        if "dtype" in options and Path(options["model"]).is_dir():
+            settings["dtype"] = options["dtype"]
+        self.engine = Engine(options["model"], **{**settings, **options.get("settings", {})})
         versions = {"mini-sglang": VERSION, "torch": version("torch")}
-        self.about = {"versions": versions, **self.engine.description}
+        self.about = {"versions": versions, "notes": [], **self.engine.description}
 
     def encode(self, text: str) -> list[int]:
         return self.engine.encode(text)
@@ -26,34 +29,22 @@ class Ours:
         if cold:
             self.engine.clear_cache()
         params = SamplingParams(max_new_tokens=new, temperature=0, ignore_eos=True)
-        if spread:
-            return asyncio.run(self._spread(ids, params))
-        start = time.perf_counter()
-        if len(ids) > 1:
-            outputs = self.engine.generate(ids, params)
-            return Answer([list(one.token_ids) for one in outputs], time.perf_counter() - start)
-        tokens: list[int] = []
-        times: list[float] = []
+        if spread or len(ids) > 1:
+            return asyncio.run(self._together(ids, params))
+        stream = Stream(1)
         for delta in self.engine.stream(ids[0], params):
-            tokens += delta.token_ids
-            times += [time.perf_counter() - start] * len(delta.token_ids)
-        return Answer([tokens], time.perf_counter() - start, times[0], times=[times])
+            stream.add(0, list(delta.token_ids))
+        return stream.answer()
 
-    async def _spread(self, ids: Ids, params: SamplingParams) -> Answer:
-        """As ``run``, with when each request had its first and its last id."""
-        start = time.perf_counter()
+    async def _together(self, ids: Ids, params: SamplingParams) -> Answer:
+        stream = Stream(len(ids))
 
-        async def one(prompt: list[int]) -> tuple[list[int], float, float]:
-            first = 0.0
-            tokens: list[int] = []
+        async def one(index: int, prompt: list[int]) -> None:
             async for delta in self.engine.astream(prompt, params):
-                first = first or time.perf_counter() - start
-                tokens += delta.token_ids
-            return tokens, first, time.perf_counter() - start
+                stream.add(index, list(delta.token_ids))
 
-        answers = await asyncio.gather(*(one(prompt) for prompt in ids))
-        tokens, firsts, ends = (list(column) for column in zip(*answers, strict=True))
-        return Answer(tokens, max(ends), min(firsts), firsts, ends)
+        await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(ids)))
+        return stream.answer()
 
 
 if __name__ == "__main__":
