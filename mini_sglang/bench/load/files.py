@@ -14,20 +14,20 @@ from mini_sglang.errors import MiniSglangError
 _ASKING = ("human", "user")
 _LENGTHS = ("output_len", "max_tokens", "max_new_tokens")
 FORMS = (
-    'an object with "prompt" (a text or token ids), "messages", or ShareGPT\'s "conversations", '
+    'an object with "prompt" (a text), "messages", or ShareGPT\'s "conversations", '
     'and "output_len" if need be'
 )
 
 
 def read_sessions(
-    path: Path, output: tuple[int, int], turns: int, think: float, seed: int, *, text_only: bool
+    path: Path, output: tuple[int, int], turns: int, think: float, seed: int, *, form: str
 ) -> Iterator[Session]:
     """Endless sessions: the file's, in an order that the seed gives, again and again.
 
     Args:
         output: least and most new tokens of an entry that does not say how many.
         turns: of a conversation, at most so many questions are asked.
-        text_only: the server takes no token ids.
+        form: in which prompts are given, ``text`` or ``messages``.
 
     Raises:
         MiniSglangError: the file cannot be read, or an entry is of no known form.
@@ -39,9 +39,10 @@ def read_sessions(
         raise MiniSglangError(f"{str(path)!r} has no entries; each must be {FORMS}.")
     for (number, _), session in zip(entries, sessions, strict=True):
         content = session.turns[0].content
-        if text_only and isinstance(content, list) and isinstance(content[0], int):
+        if not (isinstance(content, str) or (form == "messages" and isinstance(content[0], dict))):
             raise MiniSglangError(
-                f"{str(path)!r}, entry {number}, is token ids, and this API takes text only."
+                f"{str(path)!r}, entry {number}: this API takes {form}, and cannot be given this prompt; "
+                "--dialect openai-chat takes messages."
             )
     draw.shuffle(sessions)
     return _again(sessions)
@@ -79,7 +80,7 @@ def _session(
         given = next((entry[name] for name in _LENGTHS if name in entry), new)
         prompt, messages = entry.get("prompt"), entry.get("messages")
         if type(given) is int and given > 0:
-            if prompt and (isinstance(prompt, str) or _are_ids(prompt)):
+            if prompt and isinstance(prompt, str):
                 return Session((Turn(prompt, given),))
             if isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages):
                 return Session((Turn(messages, given),))
@@ -89,10 +90,6 @@ def _session(
                     tuple(Turn(text, given, think if n else 0.0) for n, text in enumerate(asked[:turns]))
                 )
     raise MiniSglangError(f"{str(path)!r}, entry {number}: it must be {FORMS}.")
-
-
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
 def _asked(value: Any) -> list[str]:
