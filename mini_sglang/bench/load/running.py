@@ -25,6 +25,8 @@ from mini_sglang.bench.wire.detect import Found
 
 SAMPLE = 1000
 """Sessions that are looked at for how many requests one has on average."""
+LATE = 0.01
+"""Seconds; what a busy machine's timers are off by is less."""
 OWN_CPU = 0.7
 """Of a core: with more, this client itself may be what is slow."""
 
@@ -127,20 +129,16 @@ def warnings(server: Found, work: Work, measured: Measured) -> list[str]:
     if figures["itl_of"] == "pieces" or not server.dialect.gives_ids:
         found.append(server.dialect.note or "gaps are those between pieces of text")
     if work.form(server.dialect) != "ids" and not work.is_file:
-        found.append(
-            "this API, or its history, takes text: lengths asked for are words, prompt tokens are the server's count"
-        )
+        found.append("prompts are texts: lengths asked for are words, prompt tokens are the server's count")
     if figures["short"]:
         found.append(f"{figures['short']} answers ended before the tokens that were asked for")
     lag = figures["lag"]
-    if lag is not None and figures["concurrency"] is None and lag["p99"] > 0.01:
-        found.append(
-            f"the generator fell behind: p99 {lag['p99'] * 1e3:.0f} ms late; believe the figures from planned times"
-        )
-    if measured.load.duration and measured.cpu_seconds / measured.load.duration > OWN_CPU:
-        found.append(
-            f"this client worked {measured.cpu_seconds / measured.load.duration:.0%} of a core and may be the limit"
-        )
+    if lag is not None and figures["concurrency"] is None and lag["p99"] > LATE:
+        late = f"p99 {lag['p99'] * 1e3:.0f} ms"
+        found.append(f"the generator fell behind, {late}; believe the figures from planned times")
+    share = measured.cpu_seconds / measured.load.duration if measured.load.duration else 0.0
+    if share > OWN_CPU:
+        found.append(f"this client worked {share:.0%} of a core, and may be the limit itself")
     if measured.load.interrupted:
         found.append(f"stopped before its end; {figures['unfinished']} requests were given up")
     return found

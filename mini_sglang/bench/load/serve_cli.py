@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mini_sglang.bench.load.generator import Generator
 from mini_sglang.bench.load.options import MOST_REQUESTS, Work, add_options, checked, rate
 from mini_sglang.bench.load.running import Measured, Pace, measure, stopped_by_ctrl_c, warnings
 from mini_sglang.bench.load.table import lines
 from mini_sglang.bench.record import Record
 from mini_sglang.bench.server_process import start_ours
 from mini_sglang.bench.wire.client import Client
-from mini_sglang.bench.wire.detect import AUTO, Found, detect
+from mini_sglang.bench.wire.detect import Found, detect
 from mini_sglang.cli.args import Parser
 from mini_sglang.errors import InvalidValueError, MiniSglangError
 
@@ -113,7 +114,7 @@ def server_of(options: Namespace) -> Iterator[str]:
     print("Starting mini-sglang serve …", file=sys.stderr)
     words = []
     if options.model is not None:
-        words = ["--model-name", options.model]
+        words = ["--model", options.model]
     server = start_ours(words)
     try:
         yield server.url
@@ -159,10 +160,15 @@ async def warm(server: Found, client: Client, work: Work, count: int) -> Measure
 
 
 @contextmanager
-def stopper() -> Iterator[Callable[[Any], None]]:
+def stopper() -> Iterator[Callable[[Generator], None]]:
     """Gives what takes a generator, which the first Ctrl-C stops."""
-    generators: list[Any] = []
-    with stopped_by_ctrl_c(lambda: [one.stop() for one in generators] and None):
+    generators: list[Generator] = []
+
+    def stop() -> None:
+        for generator in generators:
+            generator.stop()
+
+    with stopped_by_ctrl_c(stop):
         yield generators.append
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import statistics
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mini_sglang.bench.load.generator import Load
 from mini_sglang.bench.load.options import Work, add_options, checked, rate
 from mini_sglang.bench.load.running import Measured, Pace, measure, warnings
 from mini_sglang.bench.load.serve_cli import (
@@ -87,7 +89,7 @@ async def _run(options: Namespace, work: Work, speeds: Sequence[float], url: str
                     title=f"{speed:g}/s",
                     on_generator=attach,
                 )
-            row = {**measured.row, "followed": followed(measured, alone)}
+            row = {**measured.row, "followed": followed(measured.load, alone, work.shape.think)}
             rows.append(row)
             runs += [{"rate": speed, **request.as_json()} for request in measured.load.requests]
             told = [*warnings(server, work, measured), *failures(measured)]
@@ -117,19 +119,20 @@ def unloaded(measured: Measured) -> float:
     return statistics.median(r.end - r.sent for r in measured.load.requests if r.error is None)
 
 
-def followed(measured: Measured, alone: float) -> float | None:
-    """The output per second, of what it would be at most if every answer took ``alone`` seconds.
+def followed(load: Load, alone: float, think: float = 0.0) -> float | None:
+    """The output per second, of what it would be if every answer took ``alone`` seconds; None of nothing.
 
-    Then all output would be there ``alone`` seconds after the last request was due. None of no request.
+    Then all output would be there ``alone`` seconds after the last request was due; in sessions of several
+    turns, that time and ``think`` seconds later for each turn.
     """
-    requests = measured.load.requests
-    if not requests:
+    if not load.requests:
         return None
-    offered = sum(request.asked_tokens for request in requests)
-    got = sum(request.output_tokens or 0 for request in requests if request.error is None)
-    ideal = max(request.planned for request in requests) + alone
-    duration = max(measured.load.duration, ideal)
-    return (got / duration) / (offered / ideal)
+    starts = {request.session: request.planned for request in reversed(load.requests) if request.turn == 0}
+    turns = Counter(request.session for request in load.requests)
+    ideal = max(at + turns[one] * alone + (turns[one] - 1) * think for one, at in starts.items())
+    got = sum(request.output_tokens or 0 for request in load.requests if request.error is None)
+    lost = sum(request.asked_tokens for request in load.requests if request.error is not None)
+    return got / max(load.duration, ideal) / ((got + lost) / ideal)
 
 
 def saturated(row: dict[str, Any], max_ttft: float | None) -> str | None:

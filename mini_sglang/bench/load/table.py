@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -70,7 +70,7 @@ def _pairs(pairs: Iterator[tuple[str, str]]) -> Iterator[str]:
         yield f"{name:<14}{value}"
 
 
-SWEEP = (
+_SWEEP: Sequence[tuple[str, Callable[[Row], str]]] = (
     ("rate", lambda row: str(row["request_rate"])),
     ("served/s", lambda row: f"{row['request_throughput']:.2f}"),
     ("out tok/s", lambda row: f"{row['output_throughput']:.1f}"),
@@ -87,9 +87,9 @@ SWEEP = (
 
 def sweep_lines(rows: Sequence[Row]) -> Iterator[str]:
     """A line for each rate; latency in milliseconds, from the planned times."""
-    cells = [[show(row) for _, show in SWEEP] for row in rows]
-    widths = [max(len(name), *(len(line[at]) for line in cells)) for at, (name, _) in enumerate(SWEEP)]
-    for line in [[name for name, _ in SWEEP], *cells]:
+    cells = [[show(row) for _, show in _SWEEP] for row in rows]
+    widths = [max(len(name), *(len(line[at]) for line in cells)) for at, (name, _) in enumerate(_SWEEP)]
+    for line in [[name for name, _ in _SWEEP], *cells]:
         yield "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
 
 
