@@ -121,11 +121,15 @@ class Seating:
         notes = [peer.recipe.note] if peer.recipe and peer.recipe.note else []
         if peer.name == OURS:
             options["settings"] = {"dtype": self.dtype} if path.is_dir() else {}
-            if given := self.settings.chosen - _QUIET_SETTINGS:
-                names = (s.metadata["env"][0] for s in setting_fields() if s.name in given)
-                notes.append(f"runs with settings of the environment: {', '.join(names)}")
+            notes += self._own_notes()
         env = {"OMP_NUM_THREADS": str(self.threads)}
         return Side(peer.name, peer.title, group, peer.worker, python, options, env, None, tuple(notes))
+
+    def _own_notes(self) -> list[str]:
+        """Of ours: what it is run with that nobody asked for here."""
+        given = self.settings.chosen - _QUIET_SETTINGS
+        names = (spec.metadata["env"][0] for spec in setting_fields() if spec.name in given)
+        return [f"runs with settings of the environment: {', '.join(names)}"] if given else []
 
     @property
     def _transformers(self) -> str:

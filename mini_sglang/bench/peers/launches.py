@@ -17,14 +17,15 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 def ours() -> Launch:
     def command(python: str, model: Path, port: int, threads: int) -> list[str]:
-        words = ["serve", "--model-local-dir" if model.is_dir() else "--model-name", str(model)]
+        words = ["serve", "--model-local-dir", str(model)]
         if model.is_dir():
             # As every peer does; a CPU that has no fast bfloat16 would otherwise be given float32.
-            words += ["--model-dtype", {"float32": "fp32", "float16": "fp16"}.get(dtype_of(model), "bf16")]
+            words += ["--dtype", {"float32": "fp32", "float16": "fp16"}.get(dtype_of(model), "bf16")]
         words += ["--host", HOST, "--port", str(port), "--num-threads", str(threads)]
         return [python, "-m", "mini_sglang", *words]
 
-    return Launch(command)
+    # /health answers while the engine still loads.
+    return Launch(command, ready="/ready")
 
 
 def sglang() -> Launch:
