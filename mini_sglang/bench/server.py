@@ -110,15 +110,17 @@ class ServerBench(Bench):
             outcome.runs += [*place.runs, *place.bursts]
             start = statistics.median(place.starts) if place.starts else None
             side = _noted(place.side)
+            # What has to be known of a peer is said once.
+            bare = replace(side, notes=())
             alone = replace(side, group=f"{side.group}, one stream")
             made = row(alone, place.runs, place.reason, answers=answers, start_seconds=start)
             single.append({**made, "ttfb": _ttfb(place.runs) if made["valid"] else None})
             if self.plan.concurrency:
-                together = replace(side, group=f"{side.group}, {self.plan.concurrency} at once")
+                together = replace(bare, group=f"{side.group}, {self.plan.concurrency} at once")
                 why = place.reason or place.burst_reason
                 made = row(together, place.bursts, why, start_seconds=start)
                 bursts.append({**made, "ttfb": _ttfb(place.bursts) if made["valid"] else None})
-            if isinstance(place.side, ServerSide) and place.side.peer is not None and place.side.url is None:
+            if place.starts and isinstance(place.side, ServerSide) and place.side.peer is not None:
                 found = version(place.side.peer, self.settings)
                 if found is not None and place.side.name != OURS:
                     outcome.versions[place.side.name] = found

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="server_bench.py",
         usage="python server_bench.py [options] [PROMPT]",
         description="The real sglang's server, transformers serve and others beside mini-sglang over HTTP: "
-        "the same model, dtype, token ids and counts, one stream of 3 chat turns and several requests at once. "
+        "the same model, dtype, token ids and counts, one stream of 3 chat turns and several at once. "
         "Servers are started and ended here, but for those whose URL is given.",
     )
     _add_options(parser)

@@ -59,7 +59,6 @@ class ServerSeating(Seating):
     urls: Mapping[str, str] = field(default_factory=dict)
 
     def _side(self, peer: Peer, group: str, path: Path) -> Side:
-        # A peer that also has a server shares its environment and its notes with the one in process.
         notes = [peer.recipe.note] if peer.recipe and peer.recipe.note else []
         if peer.name == OURS:
             notes += self._own_notes()
@@ -82,7 +81,7 @@ class ServerSeating(Seating):
             group,
             python=python,
             missing=missing,
-            notes=tuple(notes),
+            notes=() if missing else tuple(notes),
             peer=peer,
             path=path,
             threads=self.threads,
