@@ -17,7 +17,7 @@ from mini_sglang.bench.record import Record
 from mini_sglang.bench.reference import Reference
 from mini_sglang.bench.runs import Run, row, set_ratios
 from mini_sglang.bench.sides import OURS, Seating, Side
-from mini_sglang.bench.table import table
+from mini_sglang.bench.table import sentence, table
 from mini_sglang.config import Settings
 
 
@@ -73,22 +73,20 @@ class Bench:
     """Measures a plan on a model.
 
     Args:
-        step: is told what begins, for a progress bar.
-        notify: is given lines for a person.
+        step: is told what begins, for a person who watches.
     """
 
     plan: Plan
     model: BenchModel
     settings: Settings
     step: Callable[[str], None]
-    notify: Callable[[str], None]
 
     def run(self) -> Outcome:
         """Raises: ContextLengthError or InvalidValueError, for a prompt that does not fit or is none."""
         plan, outcome = self.plan, Outcome()
         conversation = plan.conversation
         tokens = check_room(conversation, self.model.tokenizer, plan.new, self.model.context)
-        seating = Seating(self.model, plan.dtype, plan.threads, tokens, self.settings, self.notify)
+        seating = Seating(self.model, plan.dtype, plan.threads, tokens, self.settings, self.step)
         groups = seating.groups(plan.peers)
         reference, conversation = self._begin(outcome, conversation)
         seats = [seat for sides in groups for seat in self._compare(conversation, sides)]
@@ -143,13 +141,13 @@ class Bench:
     def _judge(self, reference: Reference, conversation: Conversation, outcome: Outcome) -> None:
         tokenizer = self.model.tokenizer
         try:
-            reference.judge(
-                outcome.runs,
-                lambda number, turn: conversation.prompt(tokenizer, number, turn),
-                self.step,
+            unjudged = reference.judge(
+                outcome.runs, lambda number, turn: conversation.prompt(tokenizer, number, turn), self.step
             )
         except PeerError as error:
-            outcome.notes.append(f"the float32 reference judged nobody: {error}")
+            unjudged = {"all": str(error)}
+        for peer, why in unjudged.items():
+            outcome.notes.append(f"the float32 reference could not judge {peer}: {why}")
         outcome.versions["reference transformers"] = reference.versions.get("transformers", "unknown")
 
     def _finish(self, seats: Sequence[Seat], outcome: Outcome) -> None:
@@ -160,6 +158,7 @@ class Bench:
                 seat.reason,
                 answers=outcome.answers or None,
                 start_seconds=seat.start_seconds,
+                notes=seat.about.get("notes", ()),
             )
             outcome.rows.append(made)
             for name, version in seat.about.get("versions", {}).items():
@@ -179,7 +178,7 @@ class Bench:
 
 def report(plan: Plan, model: BenchModel, outcome: Outcome) -> Iterator[str]:
     """What is printed: what was run, the table, notes, the machine."""
-    warm = f"a warm-up of at most {WARM_NEW} tokens a turn"
+    warm = f"one to warm up, of {min(plan.new, WARM_NEW)} tokens a turn"
     yield f"{model.name}: {asked(plan)} in alternating order after {warm}"
     yield ""
     yield from table(outcome.rows)
@@ -198,7 +197,7 @@ def asked(plan: Plan) -> str:
 def foot(outcome: Outcome) -> Iterator[str]:
     """Notes, the machine, versions."""
     for note in outcome.notes:
-        yield f"{note[:1].upper()}{note[1:]}."
+        yield from sentence(f"{note[:1].upper()}{note[1:]}.")
     about = machine()
     line = f"Machine: {about['cpu']}, {about['cores']} cores, {about['memory_gb']} GB"
     if outcome.limits:
@@ -206,8 +205,9 @@ def foot(outcome: Outcome) -> Iterator[str]:
             f"; reads {outcome.limits.bandwidth_gb_s:.1f} GB/s, multiplies "
             f"{outcome.limits.matrix_gflop_s:.0f} GFLOP/s in bf16"
         )
-    yield f"{line}."
-    yield "Versions: " + ", ".join(f"{name} {version}" for name, version in outcome.versions.items()) + "."
+    yield from sentence(f"{line}.")
+    versions = ", ".join(f"{name} {version}" for name, version in outcome.versions.items())
+    yield from sentence(f"Versions: {versions}.")
 
 
 def record(plan: Plan, model: BenchModel, outcome: Outcome) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="local_bench.py",
         usage="python local_bench.py [options] [PROMPT]",
         description="The real sglang, Hugging Face and others beside mini-sglang, each in a process of its "
-        "own, on the same model, dtype, token ids and counts. Without a prompt: 3 chat turns of one "
-        "conversation.",
+        "own, on the same model, dtype, token ids and counts. Without a prompt: 3 turns of one conversation.",
     )
     add_options(parser, new=f"{SUITE_NEW} by default, {PROMPT_NEW} with a prompt", peers=DEFAULT_PEERS)
     return app.run(parser, argv, None, lambda options: _run)
@@ -71,7 +71,7 @@ def add_options(parser: Parser, *, new: str, peers: str) -> None:
         "--limit",
         type=float,
         metavar="SECONDS",
-        help="how long an answer may take; by default 60 + 2 a token",
+        help="how long an answer may take; by default 120 + 5 a token",
     )
     parser.add_argument(
         "--wait", type=float, default=0.0, metavar="SECONDS", help="before each answer, for a quiet machine"
@@ -91,7 +91,7 @@ def _run(options: Namespace, terminal: Terminal, open_engine: Callable[[], Engin
 
     model = find_bench_model(settings, notify)
     with progress() as step:
-        outcome = Bench(plan, model, settings, step, notify).run()
+        outcome = Bench(plan, model, settings, step).run()
     terminal.write("\n".join(report(plan, model, outcome)) + "\n")
     if options.json is not None:
         record(plan, model, outcome).write(options.json)
@@ -138,7 +138,7 @@ def plan_of(options: Namespace, settings: Settings, peers: Sequence[Peer]) -> Pl
         threads=threads,
         peers=peers,
         reference=not options.no_reference,
-        limit=options.limit or 60 + 2.0 * new,
+        limit=options.limit or 120 + 5.0 * new,
         wait=options.wait,
     )
 
@@ -161,11 +161,12 @@ def progress() -> Iterator[Callable[[str], None]]:
         return
     from tqdm import tqdm
 
-    with tqdm(file=sys.stderr, unit=" steps", leave=False, bar_format="{desc} [{elapsed}, {n} steps]") as bar:
+    # A terminal that does not tell its size says 0, for which tqdm would draw nothing.
+    columns = shutil.get_terminal_size().columns
+    line = "{desc} [{elapsed}]"
+    with tqdm(file=sys.stderr, leave=False, bar_format=line, ncols=columns, nrows=2) as bar:
 
-        def step(line: str) -> None:
-            bar.set_description_str(line, refresh=False)
-            bar.update()
-            bar.refresh()
+        def step(what: str) -> None:
+            bar.set_description_str(what)
 
         yield step

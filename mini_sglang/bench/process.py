@@ -30,6 +30,8 @@ class PeerError(MiniSglangError):
 class Process:
     """An engine in a process of its own; it waits in a read while it is not asked.
 
+    It ends with the thread that makes it.
+
     Args:
         worker: ``openvino`` for ``workers/run_openvino.py``, or the path of a script.
         python: the interpreter that runs it.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mini_sglang.bench.conversation import Conversation
-from mini_sglang.bench.process import Process
+from mini_sglang.bench.process import PeerError, Process
 from mini_sglang.bench.runs import Run
 from mini_sglang.bench.sides import START_SECONDS
 
@@ -46,8 +45,8 @@ class Reference:
             for turn in range(len(conversation.turns)):
                 step(f"float32 reference, turn {turn + 1}")
                 prompt = conversation.with_answers(tokenizer, answers).prompt(tokenizer, 1, turn)
-                reply = process.ask(self._seconds, do="answer", prompt=prompt, new=new)
-                answers.append([int(token) for token in reply["answer"]])
+                reply = process.ask(self._seconds, ids=[prompt], new=new, cold=True)
+                answers.append([int(token) for token in reply["ids"][0]])
         finally:
             process.close()
         return answers
@@ -57,36 +56,39 @@ class Reference:
         runs: Iterable[Run],
         prompt: Callable[[int, int], list[int]],
         step: Callable[[str], None],
-        vocab_size: int | None = None,
-    ) -> None:
+    ) -> dict[str, str]:
         """Set ``choices`` of each run that has ids. The same answer to the same prompt is judged once.
 
         Args:
             prompt: the ids of a round's turn.
-            vocab_size: ids from it on are no tokens; such a run is left as it is.
+
+        Returns:
+            of each peer with an answer that could not be judged (ids that are no tokens), why.
 
         Raises:
             PeerError: it cannot be run.
         """
         process = self._start()
         seen: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
-        limit = math.inf if vocab_size is None else vocab_size
+        unjudged: dict[str, str] = {}
         try:
             for run in runs:
                 step(f"float32 reference judges {run.peer}")
-                if not run.ids or not all(0 <= token < limit for token in run.ids):
-                    continue
                 key = (run.round, run.turn, tuple(run.ids))
-                if key not in seen:
-                    ids = prompt(run.round, run.turn - 1)
-                    seen[key] = process.ask(self._seconds, do="judge", prompt=ids, ids=run.ids)["answer"]
-                run.choices = seen[key]
+                try:
+                    if run.ids and key not in seen:
+                        ids = prompt(run.round, run.turn - 1)
+                        seen[key] = process.ask(self._seconds, do="choose", prompt=ids, ids=run.ids)["answer"]
+                except PeerError as error:
+                    unjudged.setdefault(run.peer, str(error))
+                run.choices = seen.get(key)
         finally:
             process.close()
+        return unjudged
 
     def _start(self) -> Process:
-        options = {"model": str(self._model), "threads": self._threads}
+        options = {"model": str(self._model), "threads": self._threads, "dtype": "fp32"}
         env = {"OMP_NUM_THREADS": str(self._threads)}
-        process = Process("reference", self._python, options, env, START_SECONDS)
+        process = Process("transformers", self._python, options, env, START_SECONDS)
         self.versions = process.about["versions"]
         return process

@@ -110,6 +110,7 @@ def row(
     *,
     answers: Sequence[Sequence[int]] | None = None,
     start_seconds: float | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A peer's row; the figures of one that does not count are None.
 
@@ -122,6 +123,7 @@ def row(
         reason: why the peer has no figures; None where all of its runs count.
         answers: the reference's own answers to the turns of the first round.
         start_seconds: until it took requests.
+        notes: what its process said that a reader has to know.
     """
     reason = reason or next((run.reason for run in runs if run.reason), None)
     figures: dict[str, Any] = dict.fromkeys(
@@ -139,7 +141,7 @@ def row(
         )
     )
     peak = max((run.peak_bytes for run in runs), default=0)
-    notes = list(side.notes)
+    notes = [*side.notes, *notes]
     if reason is None and not runs:
         reason = "it was not measured"
     if reason is None:

@@ -50,7 +50,7 @@ class ServerBench(Bench):
         conversation = plan.conversation
         tokens = check_room(conversation, tokenizer, plan.new, self.model.context)
         seating = ServerSeating(
-            self.model, plan.dtype, plan.threads, tokens, self.settings, self.notify, urls=plan.urls
+            self.model, plan.dtype, plan.threads, tokens, self.settings, self.step, urls=plan.urls
         )
         groups = seating.groups(plan.peers)
         reference, conversation = self._begin(outcome, conversation)

@@ -65,7 +65,7 @@ def _run(options: Namespace, terminal: Terminal, open_engine: Callable[[], Engin
 
     model = find_bench_model(settings, notify)
     with local_cli.progress() as step:
-        outcome = ServerBench(plan, model, settings, step, notify).run()
+        outcome = ServerBench(plan, model, settings, step).run()
     terminal.write("\n".join(report(plan, model, outcome)) + "\n")
     if options.json is not None:
         record(plan, model, outcome).write(options.json)

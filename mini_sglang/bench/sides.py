@@ -71,15 +71,12 @@ class Seating:
         others = [peer for peer in peers if peer.name != OURS]
         folder = [peer for peer in others if peer.weights == "folder"]
         gguf = [peer for peer in others if peer.weights == "gguf"]
-        alone = not others
         groups = []
-        wanted_gguf = bool(gguf) or (alone and self.model.gguf is not None)
-        if folder or (alone and not wanted_gguf):
-            sides = self._folder_group(folder)
-            # Without the folder ours still has the file itself to show.
-            wanted_gguf = wanted_gguf or (self.model.gguf is not None and sides[0].name != OURS)
-            groups.append(sides)
-        if wanted_gguf:
+        if folder or self.model.gguf is None:
+            groups.append(self._folder_group(folder))
+        # A GGUF that cannot be made a folder is shown with ours, as it is.
+        shown = any(side.name == OURS for group in groups for side in group)
+        if gguf or not shown:
             groups.append(self._gguf_group(gguf))
         return groups
 
@@ -118,10 +115,7 @@ class Seating:
             "tokens": self.tokens,
             **peer.options,
         }
-        notes = [peer.recipe.note] if peer.recipe and peer.recipe.note else []
-        if peer.name == OURS:
-            options["settings"] = {"dtype": self.dtype} if path.is_dir() else {}
-            notes += self._own_notes()
+        notes = self._own_notes() if peer.name == OURS else []
         env = {"OMP_NUM_THREADS": str(self.threads)}
         return Side(peer.name, peer.title, group, peer.worker, python, options, env, None, tuple(notes))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from mini_sglang.bench.runs import QUIET
 
 Row = Mapping[str, Any]
 NONE = "-"
@@ -45,10 +48,10 @@ COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ("peak MB", _number("peak_mb", 0)),
 )
 LEGEND = (
-    "tokens, seconds: of one round; medians over the rounds. ratio: tokens/s of mini-sglang over this peer's "
-    "in the same group, above 1 mini-sglang is faster.",
+    "Tokens and seconds are a round's; all but start and peak are medians over the rounds. ratio: tokens/s "
+    "of mini-sglang over this peer's in the same group; above 1 mini-sglang is faster.",
     "agree: ids that the float32 reference would choose too after the same ids. same until: leading ids "
-    "equal to the reference's own answers of round 1.",
+    "equal to the reference's own answers of round 1. peak: memory of all the peer's processes, added up.",
 )
 
 
@@ -78,12 +81,20 @@ def table(rows: Sequence[Row], columns: Columns = COLUMNS) -> Iterator[str]:
             yield f"{group}:".ljust(width) + "  " + heads
         title = row["title"].ljust(width)
         if row["valid"]:
-            yield title + "  " + "  ".join(one.rjust(size) for one, size in zip(line, widths, strict=True))
+            shown = "  ".join(one.rjust(size) for one, size in zip(line, widths, strict=True))
+            flag = "  NOT QUIET" if row["others"] > QUIET else ""
+            yield f"{title}  {shown}{flag}"
         else:
             yield f"{title}  invalid: {row['reason']}"
     if any(row["valid"] for row in rows):
         yield ""
-        yield from LEGEND
+        for words in LEGEND:
+            yield from sentence(words)
     for row in rows:
         for note in row["notes"]:
-            yield f"{row['title']} ({row['group']}): {note}."
+            yield from sentence(f"{row['title']} ({row['group']}): {note}.")
+
+
+def sentence(text: str) -> list[str]:
+    """A note in lines about as wide as the table."""
+    return textwrap.wrap(text, 120, subsequent_indent="  ")

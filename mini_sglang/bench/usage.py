@@ -13,7 +13,7 @@ class Usage:
     """A process and its descendants, as they are at each call. One that has ended counts for nothing."""
 
     def __init__(self, pid: int) -> None:
-        self._pid = pid
+        self.pid = pid
 
     def cpu_seconds(self) -> float:
         """Worked so far, by descendants that have ended too."""
@@ -43,7 +43,7 @@ class Usage:
 
     def _all(self) -> Iterator[psutil.Process]:
         with contextlib.suppress(psutil.Error):
-            process = psutil.Process(self._pid)
+            process = psutil.Process(self.pid)
             yield from (process, *process.children(recursive=True))
 
 

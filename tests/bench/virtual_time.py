@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -28,8 +30,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self.clock = _Selector()
         super().__init__(self.clock)
-        # Times of a test are sums of powers of two, which this must not round.
-        self._clock_resolution = 0.0
+        # The loop takes for due what is within it; it must be above 0, and below any time of a test.
+        self._clock_resolution = 1e-9
 
     def time(self) -> float:
         return self.START + self.clock.now
@@ -51,6 +53,8 @@ class FakeTransport(asyncio.Transport):
         self.protocol = protocol
         self._answer = answer
         self._closing = False
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = itertools.count()
 
     def write(self, data: Any) -> None:
         head, _, body = bytes(data).partition(b"\r\n\r\n")
@@ -58,10 +62,16 @@ class FakeTransport(asyncio.Transport):
 
     def send(self, seconds: float, data: bytes) -> None:
         """Let the client have these bytes, so many seconds from now."""
-        asyncio.get_running_loop().call_later(seconds, self._give, data)
+        self._later(seconds, lambda: self._give(data))
 
     def end(self, seconds: float, error: Exception | None = None) -> None:
-        asyncio.get_running_loop().call_later(seconds, self._lose, error)
+        self._later(seconds, lambda: self._lose(error))
+
+    def _later(self, seconds: float, do: Callable[[], None]) -> None:
+        # The loop runs what is due at one moment in any order; bytes of one moment must keep theirs.
+        loop = asyncio.get_running_loop()
+        heapq.heappush(self._due, (loop.time() + seconds, next(self._count), do))
+        loop.call_later(seconds, lambda: heapq.heappop(self._due)[2]())
 
     def is_closing(self) -> bool:
         return self._closing

@@ -32,6 +32,7 @@ class Recipe:
     Attributes:
         steps: arguments of ``pip install`` one call after the other; empty where it needs nothing more.
         module: what must be importable at the end.
+        variables: for pip, where this process has none of that name.
         finish: mends what pip leaves wrong, given the environment's site-packages; says what it did.
         note: what is unusual about it, in one sentence; shown by ``bench peers`` and under results.
         disk_gb: the space it takes, pip's own passing files included.
@@ -40,6 +41,7 @@ class Recipe:
 
     steps: tuple[tuple[str, ...], ...]
     module: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
     finish: Callable[[Path], list[str]] | None = None
     note: str = ""
     disk_gb: float = 1.0

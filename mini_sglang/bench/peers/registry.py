@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -36,10 +37,11 @@ def all_peers() -> dict[str, Peer]:
         ),
         Peer(
             "hf",
-            "Hugging Face generate",
+            "Hugging Face streaming",
             "transformers",
             "folder",
             "transformers",
+            {"text": True},
             recipe=recipes.transformers(),
         ),
         Peer(
@@ -58,7 +60,8 @@ def all_peers() -> dict[str, Peer]:
             "folder",
             launch=launches.transformers_serve(),
             wire="transformers",
-            recipe=recipes.transformers(),
+            # What transformers' own requirements leave out.
+            recipe=recipes.transformers("fastapi"),
             environment="hf",
         ),
         Peer(
@@ -137,7 +140,7 @@ def interpreter(peer: Peer, settings: Settings | None = None) -> str:
     folder = environment(peer, settings)
     if (folder / MARK).is_file() and python_of(folder).exists():
         return str(python_of(folder))
-    if peer.distribution and _version_here(peer.distribution):
+    if peer.distribution and _version_here(peer.distribution) and _importable(peer.recipe.module):
         return sys.executable
     raise PeerError(f"{peer.name} is not installed: mini-sglang bench install {peer.name}")
 
@@ -174,6 +177,11 @@ def mark_of(peer: Peer, settings: Settings | None = None) -> dict[str, object] |
 def python_of(folder: Path) -> Path:
     """The interpreter of a virtual environment."""
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _importable(module: str) -> bool:
+    top = module.partition(".")[0]
+    return not top or importlib.util.find_spec(top) is not None
 
 
 def _version_here(distribution: str) -> str | None:

@@ -5,6 +5,9 @@ Copied there as ``sgl_kernel.py``. Without matrix units sglang's CPU path calls 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NoReturn
+
 import torch
 
 STAND_IN = True
@@ -33,3 +36,14 @@ def assign_req_to_token_pool_cpu(
         count = end - start
         req_to_token[row, start:end] = out_cache_loc[at : at + count].to(req_to_token.dtype)
         at += count
+
+
+def __getattr__(name: str) -> Callable[..., NoReturn]:
+    """Any other CPU kernel: it can be imported, as sglang does at once, and refuses to be called."""
+    if not name.endswith("_cpu"):
+        raise AttributeError(f"module 'sgl_kernel' has no attribute {name!r}")
+
+    def refuse(*args: object, **keywords: object) -> NoReturn:
+        raise NotImplementedError(f"sgl_kernel.{name} is not in the stand-in for sglang's CPU kernels")
+
+    return refuse

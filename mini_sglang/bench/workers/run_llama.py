@@ -1,7 +1,7 @@
 """llama-cpp-python, its low-level calls: a batch of ids, the logits, the greatest of them.
 
-Options: model (.gguf), threads, flash_attention, prefix_cache, requests (most at a time), tokens (longest
-prompt and answer).
+Options: model (.gguf), threads, flash_attention (true or false; by default llama.cpp's own choice),
+prefix_cache, requests (most at a time), tokens (longest prompt and answer).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from worker_protocol import Answer, Ids, Stream, serve
 
 BATCH = 2048
+AUTO = -1
 Row = tuple[int, int, int, bool]
 """A token: its id, position, sequence, and whether its logits are wanted."""
 
@@ -31,7 +32,7 @@ class Llama:
         settings.n_ctx = sequences * -(-options["tokens"] // 256) * 256
         settings.n_batch = BATCH
         settings.n_threads = settings.n_threads_batch = options["threads"]
-        settings.flash_attn_type = int(options["flash_attention"])
+        settings.flash_attn_type = int(options.get("flash_attention", AUTO))
         # One buffer for all sequences lets them share cells; where they share none, separate ones are faster.
         settings.kv_unified = self.prefix_cache
         self.context = llama_cpp.llama_init_from_model(model, settings)

@@ -66,18 +66,31 @@ class HuggingFace:
             self._generate(ids, new, Clock(stream, None))
             return stream.answer()
         text = transformers.TextIteratorStreamer(self.tokenizer, skip_prompt=True)
-        thread = Thread(target=self._generate, args=(ids, new, Clock(stream, text)))
+        failed: list[Exception] = []
+
+        def work() -> None:
+            try:
+                self._generate(ids, new, Clock(stream, text))
+            except Exception as error:
+                failed.append(error)
+                # Else its reader would wait for ever.
+                text.end()
+
+        thread = Thread(target=work)
         thread.start()
         for _ in text:
             pass
         thread.join()
+        if failed:
+            raise failed[0]
         return stream.answer()
 
     def choose(self, prompt: list[int], ids: list[int]) -> list[int]:
         """The model's own greedy choice at each place of an answer, given the prompt and the ids before."""
         given = torch.tensor([prompt + ids[:-1]])
         with torch.inference_mode():
-            logits = self.model(given).logits[0, len(prompt) - 1 :]
+            # Of every place of a long prompt they would take more memory than the weights.
+            logits = self.model(given, logits_to_keep=len(ids), use_cache=False).logits[0, -len(ids) :]
         chosen: list[int] = logits.argmax(-1).tolist()
         return chosen
 

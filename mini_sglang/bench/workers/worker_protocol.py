@@ -13,10 +13,12 @@ process waits in a read.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Ids = list[list[int]]
+PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass
@@ -80,6 +83,7 @@ class Engine(Protocol):
 
 def serve(load: Callable[[dict[str, Any]], Any]) -> None:
     """Load an engine with the options given and answer requests until the input ends."""
+    end_with_parent()
     out = os.fdopen(os.dup(1), "w", buffering=1)
     # What a library prints must not be taken for an answer.
     os.dup2(2, 1)
@@ -99,6 +103,12 @@ def serve(load: Callable[[dict[str, Any]], Any]) -> None:
             continue
         reply = dataclasses.asdict(answer) if isinstance(answer, Answer) else {"answer": answer}
         say({**reply, "cpu_seconds": cpu_seconds() - cpu})
+
+
+def end_with_parent() -> None:
+    """On Linux: a process that is held still does not see its input end when its parent is killed."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def tree() -> list[int]:
