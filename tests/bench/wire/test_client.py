@@ -38,10 +38,7 @@ def ask(
 
     async def run() -> list[Answer]:
         client = Client("http://fake", connect=connect_to(answer, connecting), **options)
-        found = []
-        for _ in range(times):
-            found.append(await client.ask(dialect(spoken(name)), Ask(4, **{form: prompt})))
-        return found
+        return [await client.ask(dialect(spoken(name)), Ask(4, **{form: prompt})) for _ in range(times)]
 
     return run_virtual(run())
 
