@@ -88,10 +88,22 @@ class Bench:
         tokens = check_room(conversation, self.model.tokenizer, plan.new, self.model.context)
         seating = Seating(self.model, plan.dtype, plan.threads, tokens, self.settings, self.step)
         groups = seating.groups(plan.peers)
+        reference, conversation = self._begin(outcome, conversation)
+        seats = [seat for sides in groups for seat in self._compare(conversation, sides)]
+        outcome.runs = [run for seat in seats for run in seat.runs]
+        if reference is not None and outcome.runs:
+            self._judge(reference, conversation, outcome)
+        self._finish(seats, outcome)
+        return outcome
+
+    def _begin(self, outcome: Outcome, conversation: Conversation) -> tuple[Reference | None, Conversation]:
+        """The reference, if there is one, and the conversation with the answers that later turns build on."""
         reference = self._reference(outcome)
         if reference is not None:
             try:
-                outcome.answers = reference.answers(conversation, self.model.tokenizer, plan.new, self.step)
+                outcome.answers = reference.answers(
+                    conversation, self.model.tokenizer, self.plan.new, self.step
+                )
                 conversation = conversation.with_answers(self.model.tokenizer, outcome.answers)
             except PeerError as error:
                 outcome.notes.append(f"no float32 reference: {error}")
@@ -100,12 +112,7 @@ class Bench:
             outcome.notes.append(
                 "the answers that later turns build on are a script, as no reference gives its own"
             )
-        seats = [seat for sides in groups for seat in self._compare(conversation, sides)]
-        outcome.runs = [run for seat in seats for run in seat.runs]
-        if reference is not None and outcome.runs:
-            self._judge(reference, conversation, outcome)
-        self._finish(seats, outcome)
-        return outcome
+        return reference, conversation
 
     def _reference(self, outcome: Outcome) -> Reference | None:
         if not self.plan.reference:
@@ -159,6 +166,9 @@ class Bench:
                 if outcome.versions.setdefault(name, version) != version:
                     outcome.versions[f"{name} of {seat.side.name}"] = version
         set_ratios(outcome.rows, OURS)
+        self._measure_limits(outcome)
+
+    def _measure_limits(self, outcome: Outcome) -> None:
         self.step("the machine's limits")
         try:
             outcome.limits = measure_limits(self.plan.threads)
@@ -168,16 +178,24 @@ class Bench:
 
 def report(plan: Plan, model: BenchModel, outcome: Outcome) -> Iterator[str]:
     """What is printed: what was run, the table, notes, the machine."""
+    warm = f"one to warm up, of {min(plan.new, WARM_NEW)} tokens a turn"
+    yield f"{model.name}: {asked(plan)} in alternating order after {warm}"
+    yield ""
+    yield from table(outcome.rows)
+    yield from foot(outcome)
+
+
+def asked(plan: Plan) -> str:
+    """What every peer was asked, and how often."""
     turns = len(plan.conversation.turns)
     what = f"{turns} chat turns of {plan.new} new tokens" if turns > 1 else f"{plan.new} new tokens"
     plural = "" if plan.rounds == 1 else "s"
     threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
-    yield (
-        f"{model.name}: {what}, greedy, {threads}, {plan.rounds} round{plural} in alternating order after "
-        f"one to warm up, of {min(plan.new, WARM_NEW)} tokens a turn"
-    )
-    yield ""
-    yield from table(outcome.rows)
+    return f"{what}, greedy, {threads}, {plan.rounds} round{plural}"
+
+
+def foot(outcome: Outcome) -> Iterator[str]:
+    """Notes, the machine, versions."""
     for note in outcome.notes:
         yield from sentence(f"{note[:1].upper()}{note[1:]}.")
     about = machine()

@@ -34,26 +34,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="The real sglang, Hugging Face and others beside mini-sglang, each in a process of its "
         "own, on the same model, dtype, token ids and counts. Without a prompt: 3 turns of one conversation.",
     )
-    _add_options(parser)
+    add_options(parser, new=f"{SUITE_NEW} by default, {PROMPT_NEW} with a prompt", peers=DEFAULT_PEERS)
     return app.run(parser, argv, None, lambda options: _run)
 
 
-def _add_options(parser: Parser) -> None:
+def add_options(parser: Parser, *, new: str, peers: str) -> None:
+    """What ``server_bench.py`` takes too; ``new`` and ``peers`` tell the defaults."""
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="one chat turn, in place of the three")
     parser.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"new tokens of each answer, exactly; {SUITE_NEW} by default, {PROMPT_NEW} with a prompt",
+        help=f"new tokens of each answer, exactly; {new}",
     )
     parser.add_argument(
         "--model", help="a repository, folder or .gguf file; what the engine takes by default"
     )
     parser.add_argument(
         "--peers",
-        default=DEFAULT_PEERS,
+        default=peers,
         metavar="A,B",
-        help=f"whom to compare with, or all; {DEFAULT_PEERS} by default; `mini-sglang bench peers` lists",
+        help=f"whom to compare with, or all; {peers} by default; `mini-sglang bench peers` lists",
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="R", help="measured rounds; 3 by default")
     parser.add_argument(
@@ -82,14 +83,14 @@ def _add_options(parser: Parser) -> None:
 
 def _run(options: Namespace, terminal: Terminal, open_engine: Callable[[], EngineFace]) -> int:
     settings = Settings.resolve({"model": options.model} if options.model is not None else {})
-    plan = _plan(options, settings)
+    plan = plan_of(options, settings, _peers(options.peers))
 
     def notify(line: str) -> None:
         if terminal.errors_are_terminal:
             terminal.notice(line)
 
     model = find_bench_model(settings, notify)
-    with _progress() as step:
+    with progress() as step:
         outcome = Bench(plan, model, settings, step).run()
     terminal.write("\n".join(report(plan, model, outcome)) + "\n")
     if options.json is not None:
@@ -97,7 +98,7 @@ def _run(options: Namespace, terminal: Terminal, open_engine: Callable[[], Engin
     return status(outcome.rows)
 
 
-def _plan(options: Namespace, settings: Settings) -> Plan:
+def plan_of(options: Namespace, settings: Settings, peers: Sequence[Peer]) -> Plan:
     """The options, checked before anything is started.
 
     Raises:
@@ -135,7 +136,7 @@ def _plan(options: Namespace, settings: Settings) -> Plan:
         rounds=options.rounds,
         dtype=options.dtype,
         threads=threads,
-        peers=_peers(options.peers),
+        peers=peers,
         reference=not options.no_reference,
         limit=options.limit or 120 + 5.0 * new,
         wait=options.wait,
@@ -153,7 +154,7 @@ def _peers(text: str) -> list[Peer]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
+def progress() -> Iterator[Callable[[str], None]]:
     """A line on stderr that says what runs and for how long; nothing where that is no terminal."""
     if not sys.stderr.isatty():
         yield lambda line: None

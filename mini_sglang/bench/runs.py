@@ -46,12 +46,17 @@ class Run:
     choices: list[int] | None = None
 
     @property
+    def tokens(self) -> int:
+        """Of the answer."""
+        return len(self.ids)
+
+    @property
     def itl(self) -> float | None:
         """Seconds from one id to the next, on the average of the answer, however they come in groups."""
-        if self.first is None or len(self.ids) < 2:
+        if self.first is None or self.tokens < 2:
             return None
         last = self.times[-1] if self.times else self.seconds
-        return (last - self.first) / (len(self.ids) - 1)
+        return (last - self.first) / (self.tokens - 1)
 
     def as_json(self) -> dict[str, Any]:
         """With lists for each of its prompts, of which it has one."""
@@ -179,11 +184,12 @@ def leading(one: Sequence[int], other: Sequence[int]) -> int:
 
 def _figures(runs: Sequence[Run], answers: Sequence[Sequence[int]] | None) -> dict[str, Any]:
     rounds = [[run for run in runs if run.round == number] for number in sorted({run.round for run in runs})]
-    tokens = [sum(len(run.ids) for run in one) for one in rounds]
+    tokens = [sum(run.tokens for run in one) for one in rounds]
     seconds = [sum(run.seconds for run in one) for one in rounds]
     rates = [count / taken for count, taken in zip(tokens, seconds, strict=True)]
     wall = sum(run.wall for run in runs)
     judged = [(run.ids, run.choices) for run in runs if run.choices is not None]
+    named = all(len(run.ids) == run.tokens for run in runs)
     agree = sum(a == b for ids, choices in judged for a, b in zip(ids, choices, strict=True))
     return {
         "tokens": tokens[0],
@@ -193,7 +199,9 @@ def _figures(runs: Sequence[Run], answers: Sequence[Sequence[int]] | None) -> di
         "ttft": _median_of_means([[run.first for run in one] for one in rounds]),
         "itl": _median_of_means([[run.itl for run in one] for one in rounds]),
         "agree": agree / sum(len(ids) for ids, _ in judged) if len(judged) == len(runs) else None,
-        "same_until": None if answers is None else sum(map(leading, (run.ids for run in rounds[0]), answers)),
+        "same_until": sum(map(leading, (run.ids for run in rounds[0]), answers))
+        if answers and named
+        else None,
         "others": sum(run.others * run.wall for run in runs) / wall if wall else 0.0,
     }
 

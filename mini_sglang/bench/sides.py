@@ -115,12 +115,15 @@ class Seating:
             "tokens": self.tokens,
             **peer.options,
         }
-        notes = []
-        if peer.name == OURS and (given := self.settings.chosen - _QUIET_SETTINGS):
-            names = (spec.metadata["env"][0] for spec in setting_fields() if spec.name in given)
-            notes.append(f"runs with settings of the environment: {', '.join(names)}")
+        notes = self._own_notes() if peer.name == OURS else []
         env = {"OMP_NUM_THREADS": str(self.threads)}
         return Side(peer.name, peer.title, group, peer.worker, python, options, env, None, tuple(notes))
+
+    def _own_notes(self) -> list[str]:
+        """Of ours: what it is run with that nobody asked for here."""
+        given = self.settings.chosen - _QUIET_SETTINGS
+        names = (spec.metadata["env"][0] for spec in setting_fields() if spec.name in given)
+        return [f"runs with settings of the environment: {', '.join(names)}"] if given else []
 
     @property
     def _transformers(self) -> str:

@@ -55,18 +55,23 @@ LEGEND = (
 )
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
+Columns = Sequence[tuple[str, Callable[[Row], str]]]
+TTFB = ("TTFB ms", _number("ttfb", 0, 1e3))
+"""Of comparisons over HTTP: to the first byte of the body, whatever is in it."""
+
+
+def table(rows: Sequence[Row], columns: Columns = COLUMNS) -> Iterator[str]:
     """A line for each row under its group's, the notes under all.
 
     ``rows`` are as ``runs.row`` makes them; ``-`` stands for what a peer does not show.
     """
     width = max([len("peer"), *(len(row["title"]) for row in rows)])
-    cells = [[show(row) for _, show in COLUMNS] if row["valid"] else [] for row in rows]
+    cells = [[show(row) for _, show in columns] if row["valid"] else [] for row in rows]
     widths = [
         max([len(name), *(len(line[column]) for line in cells if line)])
-        for column, (name, _) in enumerate(COLUMNS)
+        for column, (name, _) in enumerate(columns)
     ]
-    heads = "  ".join(name.rjust(size) for (name, _), size in zip(COLUMNS, widths, strict=True))
+    heads = "  ".join(name.rjust(size) for (name, _), size in zip(columns, widths, strict=True))
     group = None
     for row, line in zip(rows, cells, strict=True):
         if row["group"] != group:
