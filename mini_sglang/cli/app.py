@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 from mini_sglang import logs
-from mini_sglang.cli import args, chat, generate, serve
+from mini_sglang.cli import args, bench, chat, generate, serve
 from mini_sglang.cli.face import EngineFace, EngineFactory, load_engine
 from mini_sglang.cli.terminal import OutputClosedError, Terminal
 from mini_sglang.config import Settings, settings_table
@@ -86,5 +86,6 @@ _COMMANDS: dict[str, Command] = {
     "generate": generate.run,
     "chat": chat.run,
     "serve": serve.run,
+    "bench": bench.run,
     "settings": _print_settings,
 }
