@@ -146,7 +146,7 @@ def test_an_entry_of_another_form_is_named(tmp_path: Path, entry: Any) -> None:
 def test_a_file_without_entries_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(MiniSglangError, match="entries|neither JSON"):
+    with pytest.raises(MiniSglangError, match=r"entries|neither JSON"):
         read(path, 1)
     with pytest.raises(MiniSglangError, match="cannot be read"):
         read(tmp_path / "missing.jsonl", 1)
