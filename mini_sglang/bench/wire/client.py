@@ -247,9 +247,10 @@ class _Taker(Taker):
             answer.times.append(now)
         if event.text:
             self._text.append(event.text)
-        for name in ("prompt_tokens", "output_tokens", "cached_tokens", "finish"):
-            if (value := getattr(event, name)) is not None:
-                setattr(answer, name, value)
+        if event.output_tokens is not None or event.prompt_tokens is not None or event.finish is not None:
+            for name in ("prompt_tokens", "output_tokens", "cached_tokens", "finish"):
+                if (value := getattr(event, name)) is not None:
+                    setattr(answer, name, value)
         if event.last or event.finish is not None:
             self._last = True
             self._ended = now
