@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from mini_sglang.bench.machine import busy_seconds
@@ -68,18 +72,21 @@ class Comparison:
     def run(self, sides: Sequence[Side]) -> list[Seat]:
         """All rounds of a group; a side that fails does not take part any more, and the others go on."""
         seats = [Seat(side, reason=side.missing) for side in sides]
+        end = Process.kill
         try:
-            for seat in seats:
-                if seat.reason is None:
-                    self._start(seat)
-            for number in range(self.rounds + 1):
-                for seat in seats if number % 2 else seats[::-1]:
-                    if seat.process is not None:
-                        self._converse(seat, seat.process, number)
+            with _terminable():
+                for seat in seats:
+                    if seat.reason is None:
+                        self._start(seat)
+                for number in range(self.rounds + 1):
+                    for seat in seats if number % 2 else seats[::-1]:
+                        if seat.process is not None:
+                            self._converse(seat, seat.process, number)
+            end = Process.close
         finally:
             for seat in seats:
                 if seat.process is not None:
-                    seat.process.close()
+                    end(seat.process)
                     seat.process = None
         return seats
 
@@ -136,6 +143,23 @@ class Comparison:
             reason=reason,
             **fields,
         )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is an exception meanwhile: what is held still would otherwise stay behind, and for ever."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def rest(wait: float) -> None:

@@ -82,15 +82,18 @@ def make_prefix_work(
     """Work that only puts its prompt in the prefix cache.
 
     Raises:
-        InvalidValueError: as ``make_work``, or the cache is off or does not take this length.
+        InvalidValueError: as ``make_work``, or the cache is off or it takes none of this length.
     """
     if not settings.prefix_cache:
-        raise InvalidValueError("PREFIX_CACHE", settings.prefix_cache, "on for insert_prefix")
+        raise InvalidValueError("PREFIX_CACHE", int(settings.prefix_cache), "1 for insert_prefix")
     if not info.shares_prefixes:
         allowed = "left out: this model is served with one cache per request, which shares no prefix"
         raise InvalidValueError("prefix", f"{len(prompt_ids)} tokens", allowed)
     if len(prompt_ids) > settings.prefix_cache_max_tokens:
         allowed = f"at most {settings.prefix_cache_max_tokens} tokens (PREFIX_CACHE_MAX_TOKENS)"
+        raise InvalidValueError("prefix", f"{len(prompt_ids)} tokens", allowed)
+    if 0 < len(prompt_ids) < info.page_size:
+        allowed = f"at least {info.page_size} tokens, a page, which is what the cache keeps"
         raise InvalidValueError("prefix", f"{len(prompt_ids)} tokens", allowed)
     return make_work(
         info,

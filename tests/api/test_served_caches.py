@@ -75,7 +75,7 @@ def test_every_engine_is_warmed(tiny_model: Path, tmp_path: Path, background: st
         tmp_path / "log",
         ENGINE_ISOLATION="process",
         NUM_ENGINES="2",
-        WARM_PREFIXES=f"{SYSTEM}||Another one. ",
+        WARM_PREFIXES=f"{SYSTEM}||Another one, of a page at least. ",
         ASYNC_PREFILL_QUEUE=background,
     )
     try:
@@ -103,6 +103,10 @@ def test_every_engine_is_warmed(tiny_model: Path, tmp_path: Path, background: st
         (
             {"WARM_PREFIXES": SYSTEM, "PREFIX_CACHE_MAX_TOKENS": "10"},
             "A prefix of WARM_PREFIXES is '56 tokens'; it must be at most 10 tokens",
+        ),
+        (
+            {"WARM_PREFIXES": f"{SYSTEM}||Short"},
+            "A prefix of WARM_PREFIXES is '5 tokens'; it must be at least 16 tokens, a page",
         ),
         (
             {"PREFIX_CACHE_FILE": "/nowhere/at/all"},

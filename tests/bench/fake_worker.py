@@ -3,13 +3,14 @@
 Options: start (seconds to load), first and gap (seconds it sleeps before its first id and each other one),
 token (what it answers), more (ids beyond those asked for), claim (seconds it says it took), times (what it
 says of each id), log (a file that gets a line per request: name, new ids, cold, its own CPU time, the
-prompt), spin (a thread that never sleeps), and do, from request ``at`` on: ``die``, ``hang``, ``refuse``,
-``junk`` or ``leave`` (a child that keeps the pipe open, and die).
+prompt), spin (a thread that never sleeps), child (a process that it starts), and do, from request ``at`` on:
+``die``, ``hang``, ``refuse``, ``junk`` or ``leave`` (a child that keeps the pipe open, and die).
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -28,6 +29,8 @@ class Fake:
         if options.get("load") == "fail":
             raise ValueError("no such weights")
         time.sleep(options.get("start", 0.0))
+        if options.get("child"):
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         if options.get("spin"):
             threading.Thread(target=self._spin, daemon=True).start()
         self.about = {"versions": {"fake": options.get("version", "1")}, "notes": options.get("notes", [])}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mini_sglang.bench import compare
@@ -148,9 +151,32 @@ def test_a_peer_that_spins_while_it_waits_is_held_still_meanwhile(tmp_path: Path
     assert worked[2] - worked[1] < 1.0
 
 
-def test_all_processes_are_gone_at_the_end(tmp_path: Path) -> None:
-    import psutil
-
+def test_all_processes_are_gone_at_the_end() -> None:
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     compared([side("a"), side("b", do="die"), side("c", do="hang")], answer_seconds=2.0)
     assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
+
+
+def test_sigterm_ends_all_processes_and_what_they_began() -> None:
+    script = """
+import sys
+from tests.bench.test_compare import compared, side
+compared([side("held", child=True), side("hangs", do="hang")], step=lambda line: print(line, flush=True))
+"""
+    root = HERE.parents[1]
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    # The last of them hangs, in the warm-up that goes the other way round, and the first is held.
+    for line in process.stdout:
+        if line.startswith("hangs: warm-up"):
+            break
+    deadline = time.monotonic() + 60
+    begun: list[psutil.Process] = []
+    while len(begun) < 3 and time.monotonic() < deadline:
+        begun = psutil.Process(process.pid).children(recursive=True)
+    assert len(begun) == 3 and any(one.status() == psutil.STATUS_STOPPED for one in begun)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    process.stdout.close()
+    gone, left = psutil.wait_procs(begun, timeout=30)
+    assert not left and len(gone) == 3

@@ -90,11 +90,12 @@ def test_a_prefix_the_cache_does_not_keep_is_counted_as_failed() -> None:
 @pytest.mark.parametrize(
     ("settings", "prefix", "sentence"),
     [
-        ({"prefix_cache": False}, PREFIX, "PREFIX_CACHE is False"),
+        ({"prefix_cache": False}, PREFIX, "PREFIX_CACHE is 0"),
+        ({}, [5] * 3, "prefix is '3 tokens'; it must be at least 4 tokens, a page"),
         ({"prefix_cache_max_tokens": 39}, PREFIX, "at most 39 tokens"),
         ({}, [], "at least one token long"),
         ({}, [2] * 200, "at most the context, 128 tokens"),
-        ({}, [40], "made of token ids from 0 to 39"),
+        ({}, [40] * 4, "made of token ids from 0 to 39"),
     ],
 )
 def test_what_cannot_be_inserted_is_refused(
