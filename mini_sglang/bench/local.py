@@ -18,7 +18,7 @@ from mini_sglang.bench.reference import Reference
 from mini_sglang.bench.runs import Run, row, set_ratios
 from mini_sglang.bench.sides import OURS, Seating, Side
 from mini_sglang.bench.table import sentence, table
-from mini_sglang.config import Settings
+from mini_sglang.config import VERSION, Settings
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,8 @@ def foot(outcome: Outcome) -> Iterator[str]:
             f"{outcome.limits.matrix_gflop_s:.0f} GFLOP/s in bf16"
         )
     yield from sentence(f"{line}.")
-    versions = ", ".join(f"{name} {version}" for name, version in outcome.versions.items())
+    named = {"mini-sglang": VERSION, **outcome.versions}.items()
+    versions = ", ".join(f"{name} {version}" for name, version in named)
     yield from sentence(f"Versions: {versions}.")
 
 

@@ -60,7 +60,7 @@ class Peer:
         worker: ``sglang`` for ``workers/run_sglang.py``; None where it only runs as a server.
         options: of the worker, beside model, threads, dtype, requests, tokens and prefix_cache.
         launch: how its server is started; None where it has none, or only a URL reaches it.
-        wire: the name of the dialect its server speaks, see ``bench/wire.py``.
+        wire: the name of the dialect its server speaks, see ``bench/wire``.
         recipe: None where there is nothing to install.
         environment: the peer whose environment it shares; by default it has its own.
         runs_here: a sentence why it cannot run on this machine, or None where it may.
