@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from mini_sglang.bench.wire.base import Ask, Dialect, Event, Reader, WireError, error_text, shown
+from mini_sglang.bench.wire.connection import Connection, ResponseSink, StaleError
 from mini_sglang.bench.wire.http1 import Response, ResponseError
 
 MOST_ERROR_BYTES = 65_536
@@ -91,7 +92,7 @@ class Client:
         self._timeout = timeout
         self._keep_alive = keep_alive
         self._connect = connect or self._dial
-        self._idle: list[_Exchange] = []
+        self._idle: list[Connection] = []
         key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
         keep = "" if keep_alive else "Connection: close\r\n"
         self._headers = f"Host: {parts.netloc.rpartition('@')[2]}\r\n{key}{keep}"
@@ -107,12 +108,12 @@ class Client:
         # The body is made before the clock runs: how fast this client writes JSON is nobody's latency.
         body = msgspec.json.encode(dialect.body(ask))
         now = asyncio.get_running_loop().time
-        taker = _Taker(Answer(now()), dialect.reader(), on_event)
-        answer = taker.answer
+        sink = _AnswerSink(Answer(now()), dialect.reader(), on_event)
+        answer = sink.answer
         try:
             async with asyncio.timeout(self._timeout):
-                await self._exchange("POST", dialect.path, body, taker)
-            taker.finish(now())
+                await self._exchange("POST", dialect.path, body, sink)
+            sink.finish(now())
         except TimeoutError:
             answer.fail("timeout", f"no whole answer within {self._timeout:g} s", now())
         except ResponseError as error:
@@ -133,44 +134,44 @@ class Client:
         return await self._whole("POST", path, msgspec.json.encode(body), "application/json")
 
     async def _whole(self, method: str, path: str, body: bytes | None, accept: str) -> tuple[int, bytes]:
-        taker = _Gather()
+        sink = _BodySink()
         try:
             async with asyncio.timeout(min(self._timeout, 30.0)):
-                await self._exchange(method, path, body, taker, accept)
+                await self._exchange(method, path, body, sink, accept)
         except (TimeoutError, ResponseError, OSError):
             return 0, b""
-        return taker.status, bytes(taker.data)
+        return sink.status, bytes(sink.data)
 
     async def _exchange(
-        self, method: str, path: str, body: bytes | None, taker: Taker, accept: str | None = None
+        self, method: str, path: str, body: bytes | None, sink: ResponseSink, accept: str | None = None
     ) -> None:
         content = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
         accepts = f"Accept: {accept}\r\n" if accept else ""
         head = f"{method} {self._base}{path} HTTP/1.1\r\n{self._headers}{accepts}{content}\r\n"
         data = head.encode("latin-1", "replace") + (body or b"")
         while self._idle:
-            exchange = self._idle.pop()
-            if exchange.usable():
+            connection = self._idle.pop()
+            if connection.usable():
                 try:
-                    await self._run(exchange, data, taker)
+                    await self._run(connection, data, sink)
                     return
                 except StaleError:
                     # It was closed at the other end before it had the request: a new one has to be made.
                     continue
-        exchange = _Exchange()
-        await self._connect(lambda: exchange)
-        await self._run(exchange, data, taker)
+        connection = Connection()
+        await self._connect(lambda: connection)
+        await self._run(connection, data, sink)
 
-    async def _run(self, exchange: _Exchange, data: bytes, taker: Taker) -> None:
+    async def _run(self, connection: Connection, data: bytes, sink: ResponseSink) -> None:
         try:
-            await exchange.run(data, taker)
+            await connection.run(data, sink)
         except BaseException:
-            exchange.abort()
+            connection.abort()
             raise
-        if self._keep_alive and exchange.usable():
-            self._idle.append(exchange)
+        if self._keep_alive and connection.usable():
+            self._idle.append(connection)
         else:
-            exchange.abort()
+            connection.abort()
 
     async def _dial(self, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Transport:
         secure = ssl.create_default_context() if self._secure else None
@@ -184,15 +185,7 @@ class Client:
             self._idle.pop().abort()
 
 
-class Taker:
-    """Whom a response is told to."""
-
-    def head(self, response: Response) -> None: ...
-
-    def body(self, data: bytes, now: float) -> None: ...
-
-
-class _Gather(Taker):
+class _BodySink(ResponseSink):
     def __init__(self) -> None:
         self.status = 0
         self.data = bytearray()
@@ -204,7 +197,7 @@ class _Gather(Taker):
         self.data += data
 
 
-class _Taker(Taker):
+class _AnswerSink(ResponseSink):
     """Fills an answer from the events of its stream."""
 
     def __init__(self, answer: Answer, reader: Reader, on_event: Callable[[Event], None] | None) -> None:
@@ -277,81 +270,6 @@ class _Taker(Taker):
             answer.fail("no count", "the server names neither token ids nor their number", now)
         elif answer.error is None:
             answer.end = self._ended if self._ended is not None else now
-
-
-class StaleError(Exception):
-    """A kept connection that turned out to be closed."""
-
-
-class _Exchange(asyncio.Protocol):
-    """One connection, with one request at a time."""
-
-    def __init__(self) -> None:
-        self._transport: asyncio.Transport | None = None
-        self._response: Response | None = None
-        self._taker: Taker | None = None
-        self._done: asyncio.Future[None] | None = None
-        self._now = asyncio.get_running_loop().time
-        self._fresh = True
-        self._whole = True
-
-    def usable(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing() and self._whole
-
-    async def run(self, data: bytes, taker: Taker) -> None:
-        """Raises: StaleError, ResponseError, OSError."""
-        assert self._transport is not None
-        self._response, self._taker, self._whole = Response(), taker, False
-        self._done = asyncio.get_running_loop().create_future()
-        self._transport.write(data)
-        try:
-            await self._done
-        finally:
-            self._done = self._taker = None
-            self._fresh = False
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
-
-    def data_received(self, data: bytes) -> None:
-        now = self._now()
-        response, taker, done = self._response, self._taker, self._done
-        if response is None or taker is None or done is None or done.done():
-            # Nothing was asked: whatever this is, it is not the answer to the next request.
-            self.abort()
-            return
-        try:
-            for piece in response.feed(data):
-                if piece is None:
-                    taker.head(response)
-                elif piece:
-                    taker.body(piece, now)
-        except Exception as error:
-            done.set_exception(error)
-            return
-        if response.complete:
-            self._whole = response.reusable
-            done.set_result(None)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        done, response = self._done, self._response
-        self._transport = None
-        if done is None or done.done() or response is None:
-            return
-        if response.ends_with_connection and error is None:
-            done.set_result(None)
-        elif not response.begun:
-            # Of a new connection it is a failure that a user would see.
-            late = StaleError() if not self._fresh else ConnectionResetError("closed before any answer")
-            done.set_exception(late)
-        elif isinstance(error, ConnectionError):
-            done.set_exception(ConnectionResetError("reset while the answer came"))
-        else:
-            done.set_exception(ResponseError("cut short", "the connection ended in the middle of the answer"))
 
 
 def _error_of(body: bytes) -> str | None:
