@@ -21,11 +21,9 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from mini_sglang import Engine, SamplingParams  # noqa: E402
 from mini_sglang.backend.loading.source import resolve_model  # noqa: E402
+from mini_sglang.bench.server_process import ServerProcess, free_port  # noqa: E402
 from mini_sglang.config import Settings  # noqa: E402
 
 TOPICS = "rivers bridges clocks bees glass salt maps tides bread stars trains books wool snow gold songs"
@@ -51,51 +50,21 @@ START_SECONDS = 120.0
 PAUSE_SECONDS = 0.05
 
 
-class Server:
+def start_server(settings: dict[str, Any]) -> ServerProcess:
     """``mini-sglang serve`` in a process of its own, with its engine in another by default."""
+    port = free_port()
+    variables = {name.upper(): str(value) for name, value in settings.items()}
+    environment = {"LOG_LEVEL": "warning", **variables, "PORT": str(port)}
+    command = [sys.executable, "-m", "mini_sglang", "serve"]
+    return ServerProcess("mini-sglang", command, port, environment, ready="/ready", seconds=START_SECONDS)
 
-    def __init__(self, settings: dict[str, Any], log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        variables = {name.upper(): str(value) for name, value in settings.items()}
-        environment = {**os.environ, "LOG_LEVEL": "warning", **variables, "PORT": str(self.port)}
-        environment["PYTHONPATH"] = os.pathsep.join([environment.get("PYTHONPATH", ""), str(ROOT)])
-        self._log = log
-        with log.open("wb") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "mini_sglang", "serve"],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-            )
 
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=5):
-                    return
-            except OSError:
-                pass
-            time.sleep(0.1)
-        raise SystemExit(f"the server did not start:\n{self._log.read_text(errors='replace')}")
-
-    def cpu_seconds(self) -> tuple[float, float]:
-        """CPU time so far of the server's process, and of its engine's."""
-        process = psutil.Process(self._process.pid)
-        own = process.cpu_times()
-        children = [child.cpu_times() for child in process.children(recursive=True)]
-        return own.user + own.system, sum(times.user + times.system for times in children)
-
-    def close(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+def cpu_seconds(server: ServerProcess) -> tuple[float, float]:
+    """CPU time so far of the server's process, and of its engine's."""
+    process = psutil.Process(server.tree.pid)
+    own = process.cpu_times()
+    children = [child.cpu_times() for child in process.children(recursive=True)]
+    return own.user + own.system, sum(times.user + times.system for times in children)
 
 
 class Reader(asyncio.Protocol):
@@ -226,7 +195,7 @@ def in_process(engine: Engine, prompts: list[str], new: int) -> tuple[list[list[
 
 
 def bench_throughput(
-    engine: Engine, server: Server, rounds: int, streams: int, new: int
+    engine: Engine, server: ServerProcess, rounds: int, streams: int, new: int
 ) -> tuple[dict[str, Any], bool]:
     times: dict[str, list[float]] = {"in process": [], "over HTTP": []}
     total, good, same, reads = streams * new, True, 0, 0
@@ -239,9 +208,9 @@ def bench_throughput(
             if name == "in process":
                 answers[name], seconds = in_process(engine, prompts, new)
             else:
-                before = server.cpu_seconds()
+                before = cpu_seconds(server)
                 answers[name], seconds, count = over_http(server.port, prompts, new)
-                after = server.cpu_seconds()
+                after = cpu_seconds(server)
                 if index:
                     reads += count
                     cpu = cpu[0] + after[0] - before[0], cpu[1] + after[1] - before[1]
@@ -269,7 +238,7 @@ def bench_throughput(
     return figures, good
 
 
-def bench_first_token(engine: Engine, server: Server, asks: int) -> dict[str, Any]:
+def bench_first_token(engine: Engine, server: ServerProcess, asks: int) -> dict[str, Any]:
     prompt = CACHED + "What is a prefix cache?"
     params = SamplingParams(max_new_tokens=1, temperature=0)
     body = {"prompt": prompt, "stream": True, "max_new_tokens": 1, "temperature": 0}
@@ -332,15 +301,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    with model_path(args) as path, tempfile.TemporaryDirectory() as folder:
+    with model_path(args) as path:
         settings = {"num_threads": args.threads, "kv_token_budget": 1 << 15, "prefix_cache": 1}
-        server = Server(
-            {**settings, "model_local_dir": path, "engine_isolation": args.isolation},
-            Path(folder) / "server.log",
-        )
+        server = start_server({**settings, "model_local_dir": path, "engine_isolation": args.isolation})
         try:
             with Engine(path, **settings) as engine:
-                server.wait()
                 print(" ".join(f"{name}={value}" for name, value in engine.description.items()))
                 print(f"isolation={args.isolation} cpus={len(os.sched_getaffinity(0))}")
                 first = bench_first_token(engine, server, args.asks)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,9 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from mini_sglang.bench.usage import Usage
+from mini_sglang.bench.process_tree import ProcessTree
 from mini_sglang.errors import MiniSglangError, shorten
 
 WORKERS = Path(__file__).parent / "workers"
@@ -85,9 +82,9 @@ class Process:
         self.about: dict[str, Any] = about
 
     @property
-    def usage(self) -> Usage:
-        """What it takes together with what it has begun."""
-        return Usage(self._process.pid)
+    def tree(self) -> ProcessTree:
+        """It, together with what it has begun."""
+        return ProcessTree(self._process.pid)
 
     def ask(self, within: float | None = None, /, **request: Any) -> dict[str, Any]:
         """The answer to one request.
@@ -112,7 +109,7 @@ class Process:
 
         def give_up() -> None:
             late.set()
-            self._end_all()
+            self.tree.kill()
 
         timer = threading.Timer(seconds, give_up) if seconds is not None else None
         if timer:
@@ -145,7 +142,7 @@ class Process:
         """End the process, with what it has begun."""
         assert self._process.stdin is not None
         # Held still, it would not see that its input ends.
-        self.usage.resume()
+        self.tree.resume()
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -154,24 +151,10 @@ class Process:
 
     def kill(self) -> None:
         """End the process at once, with what it has begun."""
-        self._end_all()
+        self.tree.kill()
         self._process.wait()
         for file in (self._process.stdin, self._process.stdout, self._said):
             if file is not None:
                 # Standard input may hold what the process did not read any more.
                 with contextlib.suppress(OSError):
                     file.close()
-
-    def _end_all(self) -> None:
-        begun: list[psutil.Process] = []
-        with contextlib.suppress(psutil.Error):
-            begun = psutil.Process(self._process.pid).children(recursive=True)
-        if hasattr(os, "killpg"):
-            # What outlived its parent is in the group still.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        if self._process.returncode is None:
-            self._process.kill()
-        for process in begun:
-            with contextlib.suppress(psutil.Error):
-                process.kill()

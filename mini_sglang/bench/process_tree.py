@@ -1,15 +1,17 @@
-"""What a process takes together with those it has begun, and how to hold them still."""
+"""A process together with those it has begun: what they take, holding them still, ending them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
 
-class Usage:
+class ProcessTree:
     """A process and its descendants, as they are at each call. One that has ended counts for nothing."""
 
     def __init__(self, pid: int) -> None:
@@ -18,7 +20,7 @@ class Usage:
     def cpu_seconds(self) -> float:
         """Worked so far, by descendants that have ended too."""
         total = 0.0
-        for process in self._all():
+        for process in self.members():
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
                 total += times.user + times.system
@@ -28,23 +30,39 @@ class Usage:
 
     def peak_bytes(self) -> int:
         """The most memory each has had resident, added up; what they share is in it once for each."""
-        return sum(_peak(process) for process in self._all())
+        return sum(_peak(process) for process in self.members())
 
     def hold(self) -> None:
         """Stop them all where they are; one that waits by spinning would slow down who is measured."""
-        for process in self._all():
+        for process in self.members():
             with contextlib.suppress(psutil.Error):
                 process.suspend()
 
     def resume(self) -> None:
-        for process in self._all():
+        for process in self.members():
             with contextlib.suppress(psutil.Error):
                 process.resume()
 
-    def _all(self) -> Iterator[psutil.Process]:
+    def kill(self, also: Iterable[psutil.Process] = ()) -> None:
+        """End them at once, and what is left of the process group that it leads, and ``also``.
+
+        Args:
+            also: ``members`` of earlier; one whose parent has ended since is not found any more.
+        """
+        members = [*self.members(), *also]
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+        for process in members:
+            # By object: psutil knows a number that the system gave to another process since.
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def members(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
-            yield from (process, *process.children(recursive=True))
+            return [process, *process.children(recursive=True)]
+        return []
 
 
 def _peak(process: psutil.Process) -> int:

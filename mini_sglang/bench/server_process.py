@@ -13,10 +13,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 
-import psutil
-
 from mini_sglang.bench.process import ROOT, PeerError
-from mini_sglang.bench.usage import Usage
+from mini_sglang.bench.process_tree import ProcessTree
 
 POLL_SECONDS = 0.1
 END_SECONDS = 20.0
@@ -53,6 +51,7 @@ class ServerProcess:
         seconds: float = 300.0,
     ) -> None:
         self.name = name
+        self.port = port
         self.url = f"http://127.0.0.1:{port}"
         environment = {**os.environ, **(env or {})}
         if command[0] == sys.executable:
@@ -84,9 +83,9 @@ class ServerProcess:
         self.start_seconds = time.monotonic() - begun
 
     @property
-    def usage(self) -> Usage:
-        """What it takes together with what it has begun."""
-        return Usage(self._process.pid)
+    def tree(self) -> ProcessTree:
+        """It, together with what it has begun."""
+        return ProcessTree(self._process.pid)
 
     def _await(self, ready: str, deadline: float, seconds: float) -> None:
         while not self._answers(ready):
@@ -116,17 +115,11 @@ class ServerProcess:
 
     def close(self) -> None:
         """End it, first by asking, and whatever it has begun."""
-        begun: list[psutil.Process] = []
-        with contextlib.suppress(psutil.Error):
-            begun = psutil.Process(self._process.pid).children(recursive=True)
+        begun = self.tree.members()
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_SECONDS)
-        for process in begun:
-            # By object: psutil knows a number that the system gave to another process since.
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        self._process.kill()
+        self.tree.kill(begun)
         self._process.wait()
         self._said.close()
 

@@ -24,7 +24,7 @@ def started(**options: Any) -> Process:
 
 def test_a_time_limit_ends_the_process() -> None:
     process = started(do="hang")
-    pid = process.usage.pid
+    pid = process.tree.pid
     with pytest.raises(PeerError, match="within 1 s"):
         process.ask(1.0, ids=[[1]], new=1, cold=False)
     process.close()
@@ -43,7 +43,7 @@ def test_a_process_that_answers_in_time_goes_on() -> None:
 
 def test_a_child_that_outlives_the_process_does_not_keep_us_waiting() -> None:
     process = started(do="leave")
-    group = process.usage.pid
+    group = process.tree.pid
     with pytest.raises(PeerError, match="within 5 s"):
         process.ask(5.0, ids=[[1]], new=1, cold=False)
     process.close()
@@ -57,8 +57,8 @@ def test_a_child_that_outlives_the_process_does_not_keep_us_waiting() -> None:
 
 def test_close_ends_a_process_that_is_held() -> None:
     process = started()
-    pid = process.usage.pid
-    process.usage.hold()
+    pid = process.tree.pid
+    process.tree.hold()
     begun = time.monotonic()
     process.close()
     assert not psutil.pid_exists(pid)
@@ -74,8 +74,8 @@ from pathlib import Path
 from mini_sglang.bench.process import Process
 process = Process(Path({str(FAKE)!r}), sys.executable, {{}})
 if {held}:
-    process.usage.hold()
-print(process.usage.pid, flush=True)
+    process.tree.hold()
+print(process.tree.pid, flush=True)
 time.sleep(600)
 """
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -93,18 +93,18 @@ time.sleep(600)
 def test_usage_counts_what_a_process_works() -> None:
     process = started(spin=True)
     try:
-        before = process.usage.cpu_seconds()
+        before = process.tree.cpu_seconds()
         time.sleep(1.0)
-        process.usage.hold()
-        held = process.usage.cpu_seconds()
+        process.tree.hold()
+        held = process.tree.cpu_seconds()
         assert held > before
         time.sleep(0.5)
-        assert process.usage.cpu_seconds() - held < 0.1
-        process.usage.resume()
-        assert process.usage.peak_bytes() > 1 << 20
+        assert process.tree.cpu_seconds() - held < 0.1
+        process.tree.resume()
+        assert process.tree.peak_bytes() > 1 << 20
     finally:
         process.close()
-    assert process.usage.cpu_seconds() == 0 and process.usage.peak_bytes() == 0
+    assert process.tree.cpu_seconds() == 0 and process.tree.peak_bytes() == 0
 
 
 def _runs(process: psutil.Process) -> bool:

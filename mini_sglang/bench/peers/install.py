@@ -22,6 +22,7 @@ from typing import IO
 from mini_sglang.bench.peers.base import Peer, Recipe
 from mini_sglang.bench.peers.registry import MARK, environment, mark_of, python_of
 from mini_sglang.bench.process import PeerError
+from mini_sglang.bench.process_tree import ProcessTree
 from mini_sglang.config import Settings
 
 PIP = (sys.executable, "-m", "pip")
@@ -148,6 +149,8 @@ class Install:
                 errors="replace",
                 env=clean_variables({**os.environ, **variables}),
                 pass_fds=[lock],
+                # A group of its own: what pip has begun, compilers above all, is ended with it.
+                start_new_session=True,
             )
         except OSError as error:
             raise PeerError(f"{self.peer.name}: {what}: {command[0]!r} cannot be run: {error}") from None
@@ -161,7 +164,7 @@ class Install:
                     self.show(line.strip())
             status = process.wait()
         except BaseException:
-            process.kill()
+            ProcessTree(process.pid).kill()
             process.wait()
             raise
         finally:

@@ -101,17 +101,20 @@ def test_packages_that_cannot_be_imported_are_no_environment(tiny, make_wheel):
     assert mark_of(tiny()) is None and not environment(tiny()).exists()
 
 
-def test_ctrl_c_stops_pip_and_leaves_nothing(tiny, fake_pip):
+def test_ctrl_c_stops_pip_with_what_it_began_and_leaves_nothing(tiny, fake_pip, tmp_path):
     peer = tiny()
-    pip = fake_pip("time.sleep(600)")
+    compiler = f"time.sleep(600) # a compiler of {tmp_path}"
+    begun = f"import subprocess\nsubprocess.Popen([sys.executable, '-c', 'import time; ' + {compiler!r}])"
+    pip = fake_pip(f"{begun}\nprint('compiling', flush=True)\ntime.sleep(600)")
 
     def interrupt(line: str) -> None:
-        raise KeyboardInterrupt
+        if line == "compiling":
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         Install(peer, pip=pip, show=interrupt).run()
     assert not environment(peer).exists()
-    assert [word for word in commands() if pip[1] in word] == []
+    assert [word for word in commands() if pip[1] in word or compiler in word] == []
     with locked(environment(peer).with_name("tiny.lock"), "tiny"):
         pass
 
