@@ -11,11 +11,10 @@ from typing import Any
 
 from cpu_rows import Ids, Reply, Row, Side
 
+from mini_sglang.bench.machine import QUIET
+
 OVERHEAD_BYTES = 400e6
 """What memory may take beside the model's file and the KV pool."""
-
-QUIET = 0.15
-"""Cores that others may keep busy; with more, threads that wait for each other by spinning crawl."""
 
 
 @dataclass

@@ -23,14 +23,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cpu_report import QUIET, RowReport, Run, as_json, lines
+from cpu_report import RowReport, Run, as_json, lines
 from cpu_rows import Ids, Reply, Row, Side, Text, all_rows
 
-from mini_sglang.bench.machine import busy_seconds, machine
+from mini_sglang.bench.machine import REST, busy_seconds, machine, rest
 from mini_sglang.bench.process import PeerError, Process
 
-REST = 0.4
-"""Seconds between two turns; Intel's OpenMP spins for 0.2 after its last work."""
 ENGINES = {"llama": "llama.cpp", "openvino": "OpenVINO GenAI", "vllm": "vLLM", "transformers": "Hugging Face"}
 
 
@@ -159,17 +157,6 @@ class Table:
         from pydoc_data.topics import topics
 
         return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def rest(wait: float) -> None:
-    """Let threads that spin go to sleep; then wait for other processes, at most ``wait`` seconds."""
-    end = time.perf_counter() + wait
-    time.sleep(REST)
-    while time.perf_counter() < end:
-        busy = busy_seconds()
-        time.sleep(REST)
-        if busy_seconds() - busy < QUIET * REST:
-            break
 
 
 def settings_of(weights: str) -> dict[str, Any]:

@@ -12,19 +12,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mini_sglang.bench.machine import busy_seconds
+from mini_sglang.bench.machine import busy_seconds, rest
 from mini_sglang.bench.process import PeerError, Process
-from mini_sglang.bench.runs import QUIET, Run, read_reply
+from mini_sglang.bench.runs import Run, read_reply
 from mini_sglang.bench.sides import START_SECONDS, Side
 
-REST = 0.4
-"""Seconds before each answer; Intel's OpenMP spins for 0.2 after its last work."""
 WARM_NEW = 64
 """New ids of a turn of the warm-up, at most: enough for whatever is made or compiled at first use."""
 
 
 @dataclass
-class Seat:
+class Participant:
     """A side at work, and what came of it.
 
     Attributes:
@@ -69,66 +67,66 @@ class Comparison:
     step: Callable[[str], None] = lambda line: None
     clock: Callable[[], float] = time.perf_counter
 
-    def run(self, sides: Sequence[Side]) -> list[Seat]:
+    def run(self, sides: Sequence[Side]) -> list[Participant]:
         """All rounds of a group; a side that fails does not take part any more, and the others go on."""
-        seats = [Seat(side, reason=side.missing) for side in sides]
+        participants = [Participant(side, reason=side.missing) for side in sides]
         end = Process.kill
         try:
             with _terminable():
-                for seat in seats:
-                    if seat.reason is None:
-                        self._start(seat)
+                for participant in participants:
+                    if participant.reason is None:
+                        self._start(participant)
                 for number in range(self.rounds + 1):
-                    for seat in seats if number % 2 else seats[::-1]:
-                        if seat.process is not None:
-                            self._converse(seat, seat.process, number)
+                    for participant in participants if number % 2 else participants[::-1]:
+                        if participant.process is not None:
+                            self._converse(participant, participant.process, number)
             end = Process.close
         finally:
-            for seat in seats:
-                if seat.process is not None:
-                    end(seat.process)
-                    seat.process = None
-        return seats
+            for participant in participants:
+                if participant.process is not None:
+                    end(participant.process)
+                    participant.process = None
+        return participants
 
-    def _start(self, seat: Seat) -> None:
-        self.step(f"{seat.side.name}: starting")
+    def _start(self, participant: Participant) -> None:
+        self.step(f"{participant.side.name}: starting")
         begun = self.clock()
         try:
-            seat.process = seat.side.start(self.start_seconds)
+            participant.process = participant.side.start(self.start_seconds)
         except PeerError as error:
-            seat.reason = _sentence(seat, error)
+            participant.reason = _sentence(participant, error)
             return
-        seat.start_seconds = self.clock() - begun
-        seat.about = seat.process.about
-        seat.process.usage.hold()
+        participant.start_seconds = self.clock() - begun
+        participant.about = participant.process.about
+        participant.process.tree.hold()
 
-    def _converse(self, seat: Seat, process: Process, number: int) -> None:
-        process.usage.resume()
+    def _converse(self, participant: Participant, process: Process, number: int) -> None:
+        process.tree.resume()
         for turn in range(self.turns):
             what = f"round {number}, turn {turn + 1}" if number else f"warm-up, turn {turn + 1}"
-            self.step(f"{seat.side.name}: {what}")
+            self.step(f"{participant.side.name}: {what}")
             try:
-                run = self._ask(seat.side, process, number, turn)
+                run = self._ask(participant.side, process, number, turn)
             except PeerError as error:
-                seat.reason = _sentence(seat, error)
+                participant.reason = _sentence(participant, error)
             else:
-                seat.reason = run.reason
+                participant.reason = run.reason
                 if number:
-                    seat.runs.append(run)
-            if seat.reason:
+                    participant.runs.append(run)
+            if participant.reason:
                 process.kill()
-                seat.process = None
+                participant.process = None
                 return
-        process.usage.hold()
+        process.tree.hold()
 
     def _ask(self, side: Side, process: Process, number: int, turn: int) -> Run:
         ids = self.prompt(number, turn)
         new = self.new if number else min(self.new, WARM_NEW)
         rest(self.wait)
-        cpu, busy, begun = process.usage.cpu_seconds(), busy_seconds(), self.clock()
+        cpu, busy, begun = process.tree.cpu_seconds(), busy_seconds(), self.clock()
         reply = process.ask(self.answer_seconds, ids=[ids], new=new, cold=False)
         wall = self.clock() - begun
-        busy, cpu = busy_seconds() - busy, process.usage.cpu_seconds() - cpu
+        busy, cpu = busy_seconds() - busy, process.tree.cpu_seconds() - cpu
         fields, reason = read_reply(reply, new, wall)
         return Run(
             peer=side.name,
@@ -138,7 +136,7 @@ class Comparison:
             prompt_tokens=len(ids),
             wall=wall,
             cpu_seconds=cpu,
-            peak_bytes=process.usage.peak_bytes(),
+            peak_bytes=process.tree.peak_bytes(),
             others=max(0.0, busy - cpu) / wall if wall > 0 else 0.0,
             reason=reason,
             **fields,
@@ -162,19 +160,8 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def rest(wait: float) -> None:
-    """Let threads that spin go to sleep; then wait for other processes, at most ``wait`` seconds."""
-    end = time.perf_counter() + wait
-    time.sleep(REST)
-    while time.perf_counter() < end:
-        busy = busy_seconds()
-        time.sleep(REST)
-        if busy_seconds() - busy < QUIET * REST:
-            break
-
-
-def _sentence(seat: Seat, error: PeerError) -> str:
+def _sentence(participant: Participant, error: PeerError) -> str:
     """The reason without the worker's name, which the row has already."""
-    worker = seat.side.worker
+    worker = participant.side.worker
     name = worker.stem.removeprefix("run_") if isinstance(worker, Path) else worker
     return str(error).removeprefix(f"{name}: ")

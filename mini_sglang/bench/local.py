@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mini_sglang.bench.compare import WARM_NEW, Comparison, Seat
+from mini_sglang.bench.compare import WARM_NEW, Comparison, Participant
 from mini_sglang.bench.conversation import SUITE, Conversation, check_room
 from mini_sglang.bench.machine import Limits, machine, measure_limits
 from mini_sglang.bench.models import BenchModel
@@ -16,7 +16,7 @@ from mini_sglang.bench.process import PeerError
 from mini_sglang.bench.record import Record
 from mini_sglang.bench.reference import Reference
 from mini_sglang.bench.runs import Run, row, set_ratios
-from mini_sglang.bench.sides import OURS, Seating, Side
+from mini_sglang.bench.sides import OURS, Side, SideMaker
 from mini_sglang.bench.table import sentence, table
 from mini_sglang.config import VERSION, Settings
 
@@ -86,14 +86,14 @@ class Bench:
         plan, outcome = self.plan, Outcome()
         conversation = plan.conversation
         tokens = check_room(conversation, self.model.tokenizer, plan.new, self.model.context)
-        seating = Seating(self.model, plan.dtype, plan.threads, tokens, self.settings, self.step)
-        groups = seating.groups(plan.peers)
+        maker = SideMaker(self.model, plan.dtype, plan.threads, tokens, self.settings, self.step)
+        groups = maker.groups(plan.peers)
         reference, conversation = self._begin(outcome, conversation)
-        seats = [seat for sides in groups for seat in self._compare(conversation, sides)]
-        outcome.runs = [run for seat in seats for run in seat.runs]
+        participants = [participant for sides in groups for participant in self._compare(conversation, sides)]
+        outcome.runs = [run for participant in participants for run in participant.runs]
         if reference is not None and outcome.runs:
             self._judge(reference, conversation, outcome)
-        self._finish(seats, outcome)
+        self._finish(participants, outcome)
         return outcome
 
     def _begin(self, outcome: Outcome, conversation: Conversation) -> tuple[Reference | None, Conversation]:
@@ -125,7 +125,7 @@ class Bench:
             return None
         return Reference(self.model.path, python, self.plan.threads, 4 * self.plan.limit)
 
-    def _compare(self, conversation: Conversation, sides: Sequence[Side]) -> list[Seat]:
+    def _compare(self, conversation: Conversation, sides: Sequence[Side]) -> list[Participant]:
         plan = self.plan
         comparison = Comparison(
             prompt=lambda number, turn: conversation.prompt(self.model.tokenizer, number, turn),
@@ -150,21 +150,21 @@ class Bench:
             outcome.notes.append(f"the float32 reference could not judge {peer}: {why}")
         outcome.versions["reference transformers"] = reference.versions.get("transformers", "unknown")
 
-    def _finish(self, seats: Sequence[Seat], outcome: Outcome) -> None:
-        for seat in seats:
+    def _finish(self, participants: Sequence[Participant], outcome: Outcome) -> None:
+        for participant in participants:
             made = row(
-                seat.side,
-                seat.runs,
-                seat.reason,
+                participant.side,
+                participant.runs,
+                participant.reason,
                 answers=outcome.answers or None,
-                start_seconds=seat.start_seconds,
-                notes=seat.about.get("notes", ()),
+                start_seconds=participant.start_seconds,
+                notes=participant.about.get("notes", ()),
             )
             outcome.rows.append(made)
-            for name, version in seat.about.get("versions", {}).items():
+            for name, version in participant.about.get("versions", {}).items():
                 # Two peers may have two versions of torch.
                 if outcome.versions.setdefault(name, version) != version:
-                    outcome.versions[f"{name} of {seat.side.name}"] = version
+                    outcome.versions[f"{name} of {participant.side.name}"] = version
         set_ratios(outcome.rows, OURS)
         self._measure_limits(outcome)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,28 @@ FLAGS = (
 )  # fmt: skip
 
 
+QUIET = 0.15
+"""Cores that others may keep busy; with more, threads that wait for each other by spinning crawl."""
+REST = 0.4
+"""Seconds before each answer; Intel's OpenMP spins for 0.2 after its last work."""
+
+
 def busy_seconds() -> float:
     """What all cores have worked so far, for anyone; stolen time counts, waiting does not."""
     times = psutil.cpu_times()
     names = ("user", "nice", "system", "irq", "softirq", "steal")
     return float(sum(getattr(times, name, 0.0) for name in names))
+
+
+def rest(wait: float) -> None:
+    """Let threads that spin go to sleep; then wait for other processes, at most ``wait`` seconds."""
+    end = time.perf_counter() + wait
+    time.sleep(REST)
+    while time.perf_counter() < end:
+        busy = busy_seconds()
+        time.sleep(REST)
+        if busy_seconds() - busy < QUIET * REST:
+            break
 
 
 def machine() -> dict[str, Any]:

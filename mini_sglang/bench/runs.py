@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-QUIET = 0.15
-"""Cores that others may keep busy; with more, threads that wait for each other by spinning crawl."""
+from mini_sglang.bench.machine import QUIET
 
 
 @dataclass

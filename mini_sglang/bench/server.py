@@ -16,9 +16,9 @@ from mini_sglang.bench.process import PeerError
 from mini_sglang.bench.record import Record
 from mini_sglang.bench.reference import Reference
 from mini_sglang.bench.runs import row, set_ratios
-from mini_sglang.bench.server_compare import Place, ServerComparison
+from mini_sglang.bench.server_compare import ServerComparison, ServerParticipant
 from mini_sglang.bench.server_runs import HttpRun, gather_choices
-from mini_sglang.bench.server_sides import ServerSeating, ServerSide
+from mini_sglang.bench.server_sides import ServerSide, ServerSideMaker
 from mini_sglang.bench.sides import OURS, Side
 from mini_sglang.bench.table import COLUMNS, TTFB, table
 
@@ -49,10 +49,10 @@ class ServerBench(Bench):
         plan, outcome, tokenizer = self.plan, Outcome(), self.model.tokenizer
         conversation = plan.conversation
         tokens = check_room(conversation, tokenizer, plan.new, self.model.context)
-        seating = ServerSeating(
+        maker = ServerSideMaker(
             self.model, plan.dtype, plan.threads, tokens, self.settings, self.step, urls=plan.urls
         )
-        groups = seating.groups(plan.peers)
+        groups = maker.groups(plan.peers)
         reference, conversation = self._begin(outcome, conversation)
 
         def prompt(number: int, turn: int) -> list[int]:
@@ -70,21 +70,21 @@ class ServerBench(Bench):
             wait=plan.wait,
             step=self.step,
         )
-        places = [place for sides in groups for place in comparison.run(sides)]
+        participants = [participant for sides in groups for participant in comparison.run(sides)]
         if reference is not None:
-            self._judge_places(reference, prompt, places, outcome)
-        self._tell(places, outcome)
+            self._judge_participants(reference, prompt, participants, outcome)
+        self._tell(participants, outcome)
         return outcome
 
-    def _judge_places(
+    def _judge_participants(
         self,
         reference: Reference,
         prompt: Callable[[int, int], list[int]],
-        places: Sequence[Place],
+        participants: Sequence[ServerParticipant],
         outcome: Outcome,
     ) -> None:
-        bursts = [burst for place in places for burst in place.bursts]
-        runs: list[HttpRun] = [run for place in places for run in place.runs]
+        bursts = [burst for participant in participants for burst in participant.bursts]
+        runs: list[HttpRun] = [run for participant in participants for run in participant.runs]
         runs += [run for burst in bursts for run in burst.answers]
         # The reference knows a prompt by the number of its opening, which over HTTP is not that of the round.
         twins = [replace(run, round=run.number) for run in runs if run.ids]
@@ -102,28 +102,32 @@ class ServerBench(Bench):
             gather_choices(burst)
         outcome.versions["reference transformers"] = reference.versions.get("transformers", "unknown")
 
-    def _tell(self, places: Sequence[Place], outcome: Outcome) -> None:
+    def _tell(self, participants: Sequence[ServerParticipant], outcome: Outcome) -> None:
         # The reference's own answers are to openings without the base.
         answers = outcome.answers if outcome.answers and not self.plan.base else None
         single, bursts = [], []
-        for place in places:
-            outcome.runs += [*place.runs, *place.bursts]
-            start = statistics.median(place.starts) if place.starts else None
-            side = _noted(place.side)
+        for participant in participants:
+            outcome.runs += [*participant.runs, *participant.bursts]
+            start = statistics.median(participant.starts) if participant.starts else None
+            side = _noted(participant.side)
             # What has to be known of a peer is said once.
             bare = replace(side, notes=())
             alone = replace(side, group=f"{side.group}, one stream")
-            made = row(alone, place.runs, place.reason, answers=answers, start_seconds=start)
-            single.append({**made, "ttfb": _ttfb(place.runs) if made["valid"] else None})
+            made = row(alone, participant.runs, participant.reason, answers=answers, start_seconds=start)
+            single.append({**made, "ttfb": _ttfb(participant.runs) if made["valid"] else None})
             if self.plan.concurrency:
                 together = replace(bare, group=f"{side.group}, {self.plan.concurrency} at once")
-                why = place.reason or place.burst_reason
-                made = row(together, place.bursts, why, start_seconds=start)
-                bursts.append({**made, "ttfb": _ttfb(place.bursts) if made["valid"] else None})
-            if place.starts and isinstance(place.side, ServerSide) and place.side.peer is not None:
-                found = version(place.side.peer, self.settings)
-                if found is not None and place.side.name != OURS:
-                    outcome.versions[place.side.name] = found
+                why = participant.reason or participant.burst_reason
+                made = row(together, participant.bursts, why, start_seconds=start)
+                bursts.append({**made, "ttfb": _ttfb(participant.bursts) if made["valid"] else None})
+            if (
+                participant.starts
+                and isinstance(participant.side, ServerSide)
+                and participant.side.peer is not None
+            ):
+                found = version(participant.side.peer, self.settings)
+                if found is not None and participant.side.name != OURS:
+                    outcome.versions[participant.side.name] = found
         outcome.rows = _by_group([*single, *bursts])
         set_ratios(outcome.rows, OURS)
         self._measure_limits(outcome)

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from mini_sglang.bench.compare import WARM_NEW, rest
-from mini_sglang.bench.machine import busy_seconds
+from mini_sglang.bench.compare import WARM_NEW
+from mini_sglang.bench.machine import busy_seconds, rest
 from mini_sglang.bench.process import PeerError
+from mini_sglang.bench.process_tree import ProcessTree
 from mini_sglang.bench.server_process import ServerProcess
 from mini_sglang.bench.server_runs import Burst, HttpRun, burst_of, read_answer
 from mini_sglang.bench.server_sides import ServerSide
 from mini_sglang.bench.sides import Side
-from mini_sglang.bench.usage import Usage
 from mini_sglang.bench.wire.base import Ask, WireError
 from mini_sglang.bench.wire.client import Answer, Client
 from mini_sglang.bench.wire.detect import detect
@@ -31,7 +31,7 @@ BURSTS = 1000
 
 
 @dataclass
-class Place:
+class ServerParticipant:
     """A side and what came of it.
 
     Attributes:
@@ -71,65 +71,72 @@ class ServerComparison:
     wait: float = 0.0
     step: Callable[[str], None] = lambda line: None
 
-    def run(self, sides: Sequence[Side]) -> list[Place]:
+    def run(self, sides: Sequence[Side]) -> list[ServerParticipant]:
         """All rounds of a group; a side that fails does not take part any more, and the others go on."""
-        places = [Place(side, reason=side.missing) for side in sides]
+        participants = [ServerParticipant(side, reason=side.missing) for side in sides]
         for number in range(1, self.rounds + 1):
-            for place in places if number % 2 else places[::-1]:
-                if place.reason is None:
-                    assert isinstance(place.side, ServerSide)
-                    self._round(place, place.side, number)
-        return places
+            for participant in participants if number % 2 else participants[::-1]:
+                if participant.reason is None:
+                    assert isinstance(participant.side, ServerSide)
+                    self._round(participant, participant.side, number)
+        return participants
 
-    def _round(self, place: Place, side: ServerSide, number: int) -> None:
+    def _round(self, participant: ServerParticipant, side: ServerSide, number: int) -> None:
         try:
-            with self._server(place, side) as (url, usage):
-                asyncio.run(self._measure(place, side, url, usage, number))
+            with self._server(participant, side) as (url, tree):
+                asyncio.run(self._measure(participant, side, url, tree, number))
         except (PeerError, WireError) as error:
-            place.reason = str(error).removeprefix(f"{side.name}: ")
+            participant.reason = str(error).removeprefix(f"{side.name}: ")
 
     @contextmanager
-    def _server(self, place: Place, side: ServerSide) -> Iterator[tuple[str, Usage | None]]:
+    def _server(
+        self, participant: ServerParticipant, side: ServerSide
+    ) -> Iterator[tuple[str, ProcessTree | None]]:
         if side.url is not None:
             yield side.url, None
             return
         self.step(f"{side.name}: starting")
         server: ServerProcess = side.serve()
         try:
-            place.starts.append(server.start_seconds)
-            yield server.url, server.usage
+            participant.starts.append(server.start_seconds)
+            yield server.url, server.tree
         finally:
             server.close()
 
     async def _measure(
-        self, place: Place, side: ServerSide, url: str, usage: Usage | None, number: int
+        self,
+        participant: ServerParticipant,
+        side: ServerSide,
+        url: str,
+        tree: ProcessTree | None,
+        number: int,
     ) -> None:
         # A server started here is asked for by its weights' path; some have no other name for them.
         model, base = str(side.path), url
-        if usage is None:
+        if tree is None:
             found = await detect(url, side.dialect.name)
             model, base = found.model or "", found.url
         client = Client(base, timeout=self.limit)
-        asker = _Asker(self, side, client, model or None, usage)
+        asker = _Asker(self, side, client, model or None, tree)
         try:
             self.step(f"{side.name}: warm-up of round {number}")
             warm = await asker.one(0, 0, min(self.new, WARM_NEW), 0)
             if warm.reason:
-                place.reason = warm.reason
+                participant.reason = warm.reason
                 return
             for turn in range(self.turns):
                 self.step(f"{side.name}: round {number}, turn {turn + 1}")
                 rest(self.wait)
                 run = await asker.one(number, turn, self.new, number)
-                place.runs.append(run)
-                place.reason = place.reason or run.reason
-            if self.concurrency and place.reason is None and place.burst_reason is None:
+                participant.runs.append(run)
+                participant.reason = participant.reason or run.reason
+            if self.concurrency and participant.reason is None and participant.burst_reason is None:
                 await asker.burst(0, min(self.new, WARM_BURST))
                 self.step(f"{side.name}: round {number}, {self.concurrency} at once")
                 rest(self.wait)
                 burst = await asker.burst(number, self.new)
-                place.bursts.append(burst)
-                place.burst_reason = burst.reason
+                participant.bursts.append(burst)
+                participant.burst_reason = burst.reason
         finally:
             client.close()
 
@@ -142,13 +149,13 @@ class _Asker:
     side: ServerSide
     client: Client
     model: str | None
-    usage: Usage | None
+    tree: ProcessTree | None
 
     async def one(self, number: int, turn: int, new: int, round: int) -> HttpRun:
         return (await self._runs([number], turn, new, round))[1][0]
 
     async def burst(self, round: int, new: int) -> Burst:
-        numbers = [BURSTS * (round + 1) + place for place in range(self.comparison.concurrency)]
+        numbers = [BURSTS * (round + 1) + participant for participant in range(self.comparison.concurrency)]
         answers, runs = await self._runs(numbers, 0, new, round)
         burst = burst_of(answers, runs)
         for name in ("cpu_seconds", "peak_bytes", "others"):
@@ -181,9 +188,9 @@ class _Asker:
         ]
         for run in runs:
             run.cpu_seconds = worked
-            run.peak_bytes = self.usage.peak_bytes() if self.usage else 0
+            run.peak_bytes = self.tree.peak_bytes() if self.tree else 0
             # What a server at a URL works is not known, so neither is what others do.
-            run.others = max(0.0, busy - worked - own) / wall if self.usage else 0.0
+            run.others = max(0.0, busy - worked - own) / wall if self.tree else 0.0
         return list(answers), runs
 
     def _ask(self, prompt: list[int], new: int) -> Ask:
@@ -192,4 +199,4 @@ class _Asker:
         return Ask(new, text=self.comparison.text(prompt), model=self.model)
 
     def _worked(self) -> float:
-        return self.usage.cpu_seconds() if self.usage else 0.0
+        return self.tree.cpu_seconds() if self.tree else 0.0

@@ -10,7 +10,7 @@ from mini_sglang.bench.peers.base import Peer
 from mini_sglang.bench.peers.registry import interpreter
 from mini_sglang.bench.process import PeerError
 from mini_sglang.bench.server_process import ServerProcess, free_port
-from mini_sglang.bench.sides import OURS, Seating, Side
+from mini_sglang.bench.sides import OURS, Side, SideMaker
 from mini_sglang.bench.wire.base import Dialect
 from mini_sglang.bench.wire.dialects import dialect
 
@@ -49,7 +49,7 @@ class ServerSide(Side):
 
 
 @dataclass(frozen=True)
-class ServerSeating(Seating):
+class ServerSideMaker(SideMaker):
     """Makes the sides of a comparison over HTTP.
 
     Args:

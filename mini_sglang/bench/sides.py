@@ -50,7 +50,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Seating:
+class SideMaker:
     """Makes the sides of one comparison.
 
     Args:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mini_sglang.bench.runs import QUIET
+from mini_sglang.bench.machine import QUIET
 
 Row = Mapping[str, Any]
 NONE = "-"

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from mini_sglang.bench import compare
-from mini_sglang.bench.compare import Comparison, Seat
+from mini_sglang.bench import compare, machine
+from mini_sglang.bench.compare import Comparison, Participant
 from mini_sglang.bench.runs import row
 from mini_sglang.bench.sides import Side
 
@@ -24,14 +24,14 @@ NEW = 4
 
 @pytest.fixture(autouse=True)
 def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "REST", 0.0)
+    monkeypatch.setattr(machine, "REST", 0.0)
 
 
 def side(name: str, worker: str = "fake_worker", **options: Any) -> Side:
     return Side(name, name, "bf16", HERE / f"{worker}.py", sys.executable, {"name": name, **options})
 
 
-def compared(sides: Sequence[Side], **options: Any) -> list[Seat]:
+def compared(sides: Sequence[Side], **options: Any) -> list[Participant]:
     given: dict[str, Any] = {
         "prompt": lambda number, turn: [number, turn],
         "turns": 1,
@@ -43,8 +43,11 @@ def compared(sides: Sequence[Side], **options: Any) -> list[Seat]:
     return Comparison(**given).run(sides)
 
 
-def rows_of(seats: Sequence[Seat]) -> list[dict[str, Any]]:
-    return [row(seat.side, seat.runs, seat.reason, start_seconds=seat.start_seconds) for seat in seats]
+def rows_of(participants: Sequence[Participant]) -> list[dict[str, Any]]:
+    return [
+        row(participant.side, participant.runs, participant.reason, start_seconds=participant.start_seconds)
+        for participant in participants
+    ]
 
 
 def test_a_known_start_first_id_and_gap_are_reported_as_that() -> None:
@@ -77,7 +80,7 @@ def test_a_peer_cannot_say_that_it_took_longer_or_shorter_than_by_our_clock() ->
 def test_order_turns_round_each_round_and_the_warm_up_does_not_count(tmp_path: Path) -> None:
     log = tmp_path / "log"
     sides = [side(name, log=str(log)) for name in "abc"]
-    seats = compared(sides, rounds=3, turns=2, new=compare.WARM_NEW + 1)
+    participants = compared(sides, rounds=3, turns=2, new=compare.WARM_NEW + 1)
     lines = [line.split() for line in log.read_text().splitlines()]
     who = [(int(line[4]), line[0]) for line in lines if line[5] == "0"]
     assert who == [
@@ -90,8 +93,10 @@ def test_order_turns_round_each_round_and_the_warm_up_does_not_count(tmp_path: P
     assert [line[4:] for line in lines[:2]] == [["0", "0"], ["0", "1"]]
     assert {line[2] for line in lines} == {"False"}
     assert {line[1] for line in lines if line[4] == "0"} == {str(compare.WARM_NEW)}
-    for seat in seats:
-        assert [(run.round, run.turn) for run in seat.runs] == [(n, t) for n in (1, 2, 3) for t in (1, 2)]
+    for participant in participants:
+        assert [(run.round, run.turn) for run in participant.runs] == [
+            (n, t) for n in (1, 2, 3) for t in (1, 2)
+        ]
 
 
 @pytest.mark.parametrize(
@@ -142,13 +147,28 @@ def test_a_side_that_is_missing_has_its_reason() -> None:
     assert "cannot be run as a Python interpreter" in made["reason"]
 
 
-def test_a_peer_that_spins_while_it_waits_is_held_still_meanwhile(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    seats = compared([side("spinner", spin=True, log=str(log)), side("other", first=2.0)], rounds=2)
-    assert [seat.reason for seat in seats] == [None, None]
-    worked = [float(line.split()[3]) for line in log.read_text().splitlines()]
-    # Between its rounds 1 and 2 the other answers twice, for 4 s or more.
-    assert worked[2] - worked[1] < 1.0
+def test_a_peer_that_spins_while_it_waits_is_held_still_meanwhile() -> None:
+    held: dict[str, bool] = {}
+
+    def step(line: str) -> None:
+        for process in psutil.Process().children():
+            if any('"name": "spinner"' in word for word in process.cmdline()):
+                held[line] = settled(process, line.startswith("other"))
+
+    def settled(process: psutil.Process, stopped: bool) -> bool:
+        """Whether it is held; a signal takes a moment to arrive."""
+        end = time.monotonic() + 5
+        while (process.status() == psutil.STATUS_STOPPED) != stopped and time.monotonic() < end:
+            time.sleep(0.01)
+        return bool(process.status() == psutil.STATUS_STOPPED)
+
+    participants = compared([side("spinner", spin=True), side("other")], rounds=2, step=step)
+    assert [participant.reason for participant in participants] == [None, None]
+    turns = ("warm-up, turn 1", "round 1, turn 1", "round 2, turn 1")
+    assert held == {
+        **{f"spinner: {turn}": False for turn in turns},
+        **{f"other: {what}": True for what in ("starting", *turns)},
+    }
 
 
 def test_all_processes_are_gone_at_the_end() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from mini_sglang.bench import compare, local, local_cli, sides
+from mini_sglang.bench import local, local_cli, machine, sides
 from mini_sglang.bench.compare import Comparison
 from mini_sglang.bench.conversation import SUITE, Conversation
 from mini_sglang.bench.machine import Limits
@@ -25,7 +25,7 @@ from mini_sglang.bench.peers.registry import all_peers
 from mini_sglang.bench.record import read_record
 from mini_sglang.bench.reference import Reference
 from mini_sglang.bench.runs import row
-from mini_sglang.bench.sides import Seating, Side
+from mini_sglang.bench.sides import Side, SideMaker
 from mini_sglang.config import Settings
 from tests.tiny_folders import tiny_folder
 
@@ -45,7 +45,7 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "environment", lambda peer, settings=None: tmp_path / "peers" / peer.name)
     for peer in all_peers():
         monkeypatch.delenv(f"BENCH_{peer.upper().replace('-', '_')}_PYTHON", raising=False)
-    monkeypatch.setattr(compare, "REST", 0.0)
+    monkeypatch.setattr(machine, "REST", 0.0)
     monkeypatch.setattr(local, "measure_limits", lambda threads: Limits(1.0, 2.0, threads))
 
 
@@ -135,16 +135,16 @@ def test_wrong_ids_show_in_agree(folder: Path) -> None:
     for _ in range(new):
         answer.append(choice(prompt(1, 0) + answer))
     side = Side("wrong", "Wrong", "fp32", FAKE, sys.executable, {"token": answer[0]})
-    (seat,) = Comparison(prompt, turns=1, new=new, rounds=2, answer_seconds=60.0).run([side])
+    (participant,) = Comparison(prompt, turns=1, new=new, rounds=2, answer_seconds=60.0).run([side])
     reference = Reference(folder, sys.executable, 1, 120.0)
     assert reference.answers(conversation, found.tokenizer, new, lambda line: None) == [answer]
-    strange = replace(seat.runs[0], peer="strange", ids=[10**6] * new)
-    unjudged = reference.judge([strange, *seat.runs], prompt, lambda line: None)
+    strange = replace(participant.runs[0], peer="strange", ids=[10**6] * new)
+    unjudged = reference.judge([strange, *participant.runs], prompt, lambda line: None)
     assert unjudged.keys() == {"strange"} and strange.choices is None
     ids = [answer[0]] * new
     expected = [[choice(prompt(n, 0) + ids[:place]) for place in range(new)] for n in (1, 2)]
-    assert [run.choices for run in seat.runs] == expected
-    made = row(side, seat.runs, seat.reason, answers=[answer])
+    assert [run.choices for run in participant.runs] == expected
+    made = row(side, participant.runs, participant.reason, answers=[answer])
     right = sum(id == chosen for round_ in expected for id, chosen in zip(ids, round_, strict=True))
     assert made["valid"] and made["agree"] == right / (2 * new) < 1.0
     assert 1 <= made["same_until"] < new
@@ -159,8 +159,8 @@ def test_groups_are_of_one_form_of_the_weights_with_ours_in_each(
         settings = Settings.resolve({"model": str(model)})
         found = find_bench_model(settings, lambda line: None)
         monkeypatch.setattr(type(found), "folder", lambda *args: folder)
-        seating = Seating(found, "bf16", 2, 100, settings, lambda line: None)
-        return seating.groups([all_peers()[name] for name in names])
+        maker = SideMaker(found, "bf16", 2, 100, settings, lambda line: None)
+        return maker.groups([all_peers()[name] for name in names])
 
     def shown(found: Sequence[Sequence[Side]]) -> list[list[tuple[str, str, bool]]]:
         return [[(side.name, side.group, side.missing is None) for side in group] for group in found]
@@ -193,8 +193,8 @@ def test_without_transformers_ours_still_has_the_file_to_show(
     monkeypatch.setattr(sides, "interpreter", nothing)
     settings = Settings.resolve({"model": str(starter_gguf)})
     found = find_bench_model(settings, lambda line: None)
-    seating = Seating(found, "bf16", 1, 100, settings, lambda line: None)
-    folder_group, gguf_group = seating.groups([all_peers()["sglang"], all_peers()["hf"]])
+    maker = SideMaker(found, "bf16", 1, 100, settings, lambda line: None)
+    folder_group, gguf_group = maker.groups([all_peers()["sglang"], all_peers()["hf"]])
     assert [side.name for side in folder_group] == ["sglang", "hf"]
     assert all("bench install" in (side.missing or "") for side in folder_group)
     assert [(side.name, side.missing) for side in gguf_group] == [("ours", None)]

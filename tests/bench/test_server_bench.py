@@ -14,7 +14,7 @@ import pytest
 from mini_sglang.bench import server_cli, server_compare
 from mini_sglang.bench.peers.base import Launch, Peer
 from mini_sglang.bench.process import PeerError
-from mini_sglang.bench.server_compare import Place, ServerComparison
+from mini_sglang.bench.server_compare import ServerComparison, ServerParticipant
 from mini_sglang.bench.server_process import ServerProcess, free_port
 from mini_sglang.bench.server_runs import Burst, burst_of, gather_choices, read_answer
 from mini_sglang.bench.server_sides import ServerSide
@@ -36,7 +36,7 @@ class Stage:
         self.alive = 0
 
         @contextmanager
-        def server(compared: Any, place: Place, side: ServerSide) -> Iterator[tuple[str, None]]:
+        def server(compared: Any, place: ServerParticipant, side: ServerSide) -> Iterator[tuple[str, None]]:
             self.told.append(side.name)
             self.alive += 1
             assert self.alive == 1
@@ -66,7 +66,7 @@ def compare(
     rounds: int = 2,
     concurrency: int = 3,
     prompt: Callable[[int, int], list[int]] | None = None,
-) -> list[Place]:
+) -> list[ServerParticipant]:
     comparison = ServerComparison(
         prompt=prompt or (lambda number, turn: [number % 100, turn] + [7] * (PROMPT - 2)),
         text=lambda ids: " ".join(map(str, ids)),
@@ -206,10 +206,10 @@ def test_a_server_is_started_watched_and_ended() -> None:
     server = ServerProcess("x", [sys.executable, "-c", SERVER, str(port)], port, ready="/ready", seconds=60)
     try:
         assert server.start_seconds > 0
-        assert server.usage.peak_bytes() > 1 << 20
+        assert server.tree.peak_bytes() > 1 << 20
     finally:
         server.close()
-    assert server.usage.peak_bytes() == 0
+    assert server.tree.peak_bytes() == 0
 
 
 def test_a_server_that_does_not_start_says_why() -> None:

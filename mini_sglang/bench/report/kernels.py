@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from mini_sglang.bench.machine import QUIET
 from mini_sglang.bench.report.content import (
     Bar,
     BarChart,
@@ -18,9 +19,6 @@ from mini_sglang.bench.report.content import (
     scaled,
 )
 from mini_sglang.bench.report.reading import Fields, Source
-
-# Cores that others may keep busy. With more, factors to torch say little.
-_QUIET = 0.15
 
 
 def kernels(source: Source) -> Section:
@@ -39,7 +37,7 @@ def kernels(source: Source) -> Section:
     if others:
         busy = statistics.median(others)
         said = f"Other processes kept {busy:.1f} cores busy meanwhile (median of the rows)"
-        if busy > _QUIET:
+        if busy > QUIET:
             section.findings.append(
                 f"NOT QUIET: {said}; torch, whose threads wait by spinning, suffers most."
             )
