@@ -171,6 +171,11 @@ def set_ratios(rows: Sequence[dict[str, Any]], ours: str) -> None:
             one["ratio"] = mine[one["group"]] / one["tokens_per_s"]
 
 
+def agreement(share: float) -> str:
+    """Rounded down, so that 100 % is what it says."""
+    return f"{int(share * 1000) / 10:.1f}%"
+
+
 def leading(one: Sequence[int], other: Sequence[int]) -> int:
     """How many ids are the same before the first that is not."""
     count = 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mini_sglang.bench.machine import QUIET
+from mini_sglang.bench.runs import agreement
 
 Row = Mapping[str, Any]
 NONE = "-"
@@ -26,8 +27,7 @@ def _spread(row: Row) -> str:
 
 
 def _agree(row: Row) -> str:
-    # Rounded down, so that 100 % is what it says.
-    return NONE if row["agree"] is None else f"{int(row['agree'] * 1000) / 10:.1f}%"
+    return NONE if row["agree"] is None else agreement(row["agree"])
 
 
 def _ratio(row: Row) -> str:

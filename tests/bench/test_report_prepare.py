@@ -163,6 +163,13 @@ def sides(ours: float, peer: float, spread: float, agree: float = 1.0) -> Json:
     return envelope("local", rows, runs)
 
 
+def test_all_ids_agree_only_where_all_do(tmp_path: Path) -> None:
+    for agree, shown in ((0.9996, "99.9%"), (1.0, "100.0%")):
+        found = report(tmp_path, a=sides(40, 20, 0.1, agree))
+        (bar,) = (bar for bar in chart(found, "throughput").bars if bar.label == "vLLM")
+        assert bar.detail == f"{shown} of ids agree"
+
+
 def test_findings_say_who_is_ahead_and_where_nobody_is(tmp_path: Path) -> None:
     def said(record: Json) -> str:
         return " ".join(report(tmp_path, a=record).sections[0].findings)

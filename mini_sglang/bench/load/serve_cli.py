@@ -14,7 +14,7 @@ from typing import Any
 from mini_sglang.bench.load.generator import Generator
 from mini_sglang.bench.load.options import MOST_REQUESTS, Work, add_options, checked, rate
 from mini_sglang.bench.load.running import Measured, Pace, measure, stopped_by_ctrl_c, warnings
-from mini_sglang.bench.load.table import lines
+from mini_sglang.bench.load.table import as_sentence, lines
 from mini_sglang.bench.record import Record
 from mini_sglang.bench.server_process import start_ours
 from mini_sglang.bench.wire.client import Client
@@ -65,7 +65,7 @@ async def _run(options: Namespace, work: Work, pace: Pace, url: str) -> int:
     for line in lines(measured.row):
         print(line)
     for note in notes + failures(measured):
-        print(f"{note[:1].upper()}{note[1:]}.")
+        print(as_sentence(note))
     if options.json is not None:
         settings = settings_json(options, server, work) | {"notes": notes}
         row = {**measured.row, "dialect": server.dialect.name, "dataset": work.dataset}

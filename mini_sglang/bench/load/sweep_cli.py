@@ -22,7 +22,7 @@ from mini_sglang.bench.load.serve_cli import (
     stopper,
     warm,
 )
-from mini_sglang.bench.load.table import sweep_lines
+from mini_sglang.bench.load.table import as_sentence, sweep_lines
 from mini_sglang.bench.record import Record
 from mini_sglang.cli.args import Parser
 from mini_sglang.errors import InvalidValueError
@@ -105,7 +105,7 @@ async def _run(options: Namespace, work: Work, speeds: Sequence[float], url: str
     for line in sweep_lines(rows):
         print(line)
     for note in [end, *notes]:
-        print(f"{note[:1].upper()}{note[1:]}.")
+        print(as_sentence(note))
     if options.json is not None:
         settings = {**settings_json(options, server, work), "notes": notes, "end": end, "unloaded_e2e": alone}
         Record("sweep", settings, rows, runs).write(options.json)

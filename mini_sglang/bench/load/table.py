@@ -60,6 +60,11 @@ def _summary(row: Row) -> Iterator[tuple[str, str]]:
         )
 
 
+def as_sentence(note: str) -> str:
+    """A note as it is printed."""
+    return f"{note[:1].upper()}{note[1:].rstrip('.')}."
+
+
 def _kinds(row: Row) -> str:
     kinds = row["errors_by_kind"]
     return " (" + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) + ")" if kinds else ""

@@ -34,7 +34,8 @@ class Recipe:
         module: what must be importable at the end.
         variables: for pip, where this process has none of that name.
         finish: mends what pip leaves wrong, given the environment's site-packages; says what it did.
-        note: what is unusual about it, in one sentence; shown by ``bench peers`` and under results.
+        note: what is unusual about what runs, in one sentence; shown by ``bench peers`` and under results.
+        making: what installing it takes, in one sentence; shown by ``bench peers``.
         disk_gb: the space it takes, pip's own passing files included.
         python: the oldest and the newest minor version of CPython 3 that its wheels are for.
     """
@@ -44,6 +45,7 @@ class Recipe:
     variables: Mapping[str, str] = field(default_factory=dict)
     finish: Callable[[Path], list[str]] | None = None
     note: str = ""
+    making: str = ""
     disk_gb: float = 1.0
     python: tuple[int, int] = (10, 14)
 

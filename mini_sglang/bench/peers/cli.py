@@ -28,7 +28,13 @@ def main(argv: Sequence[str]) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    notes = [f"{peer.name}: {peer.recipe.note}." for peer in peers if peer.recipe and peer.recipe.note]
+    notes = [
+        f"{peer.name}: {said}."
+        for peer in peers
+        if peer.recipe
+        for said in (peer.recipe.note, peer.recipe.making)
+        if said
+    ]
     print("\n" + "\n".join(notes))
     return 0
 

@@ -60,7 +60,7 @@ def llama() -> Recipe:
         steps=(("llama-cpp-python==0.3.36",),),
         module="llama_cpp",
         variables={"CMAKE_BUILD_PARALLEL_LEVEL": str(usable_cores())},
-        note="compiles llama.cpp for this machine, which takes minutes and a C++ compiler",
+        making="compiles llama.cpp for this machine, which takes minutes and a C++ compiler",
         disk_gb=1.0,
         python=(10, 14),
     )
@@ -77,7 +77,7 @@ def llama_server() -> Recipe:
             "-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF",
         },
         finish=finish_llama_server,
-        note="compiles llama.cpp for this machine, which takes many minutes and a C++ compiler",
+        making="compiles llama.cpp for this machine, which takes many minutes and a C++ compiler",
         disk_gb=2.0,
         python=(9, 14),
     )

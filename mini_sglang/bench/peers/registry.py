@@ -46,7 +46,7 @@ def all_peers() -> dict[str, Peer]:
         ),
         Peer(
             "hf-batching",
-            "Hugging Face continuous batching",
+            "HF continuous batching",
             "transformers",
             "folder",
             "hf_batching",

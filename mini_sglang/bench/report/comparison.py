@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mini_sglang.bench.report.content import (
+    NONE,
     Bar,
     BarChart,
     Chart,
@@ -22,6 +23,7 @@ from mini_sglang.bench.report.content import (
     wide_apart,
 )
 from mini_sglang.bench.report.reading import Fields, Source
+from mini_sglang.bench.runs import agreement
 
 OURS = frozenset({"ours", "mini-sglang", "mini_sglang"})
 # A peer whose answers are this much less the reference's own than ours is shown to.
@@ -199,7 +201,7 @@ def _rates(sides: list[Side], slug: str, of: str) -> BarChart:
                 label=side.title,
                 value=side.rate,
                 style=side.style,
-                detail="" if side.agree is None or side.reason else f"{percent(side.agree)} of ids agree",
+                detail="" if side.agree is None or side.reason else f"{agreement(side.agree)} of ids agree",
                 points=() if side.reason else tuple(side.rates),
                 note="" if ratio is None or side.ours else f"ours is {ratio:.2f}×",
                 reason=side.reason,
@@ -263,7 +265,7 @@ def _table(sides: list[Side], group: str) -> Table:
             scaled(row.number("ttft"), 1e3, 0),
             scaled(row.number("itl"), 1e3, 1),
             ratio,
-            percent(side.agree),
+            NONE if side.agree is None else agreement(side.agree),
             number(row.number("same_until"), 0),
             number(row.number("peak_mb"), 0),
             number(row.number("start_seconds"), 1),
