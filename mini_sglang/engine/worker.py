@@ -241,14 +241,14 @@ class EngineThread:
 
     def _die(self, error: BaseException) -> None:
         started = hasattr(self, "core")
-        said = isinstance(error, _KilledError | BackendLostError) or (
-            isinstance(error, MiniSglangError) and not started
-        )
-        if not said:
+        said = isinstance(error, _KilledError) or (isinstance(error, MiniSglangError) and not started)
+        lost = isinstance(error, BackendLostError)
+        if not said and not lost:
             logger.exception("the engine died")
         with self._lock:
             self._state = "dead"
-            self._closed = str(error) if said else f"the engine died: {error!r:.200}"
+            why = str(error) if said or lost else f"{error!r:.200}"
+            self._closed = why if said else f"the engine died: {why}"
         if started:
             self._end_all(FinishReason.ERROR, self._closed)
             with suppress(Exception):
