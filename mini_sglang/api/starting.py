@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
 import time
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 # How long at most the preparation for grammars waits for an engine's first step, and how often it looks.
 _FIRST_STEP_SECONDS = 10.0
 _LOOK_SECONDS = 0.05
+
+logger = logging.getLogger(__name__)
 
 CHILD = "mini_sglang.api.starting:make_core"
 
@@ -144,12 +147,23 @@ def make_core(settings: Settings, setup: Setup, notify: Notify) -> EngineCore:
     assert path is not None
     name, source = (str(setup.description[key]) for key in ("model", "source"))
     model = read_model(ModelFiles(path, name, source), settings)
-    if settings.num_threads == 0 and setup.num_engines > 1:
-        from mini_sglang.backend.device import choose_threads
-
-        # Engines that each took every core would wait for one another at every step.
-        settings = replace(settings, num_threads=max(1, choose_threads(0) // setup.num_engines))
+    if setup.num_engines > 1:
+        settings = _with_own_cores(settings, setup)
     return _load_served(model, settings, notify, setup.index)[0]
+
+
+def _with_own_cores(settings: Settings, setup: Setup) -> Settings:
+    """Keep this process to its part of the CPU: engines that each took all would wait for one another."""
+    from mini_sglang.backend.openmp import sleeping_openmp
+
+    with sleeping_openmp():
+        from mini_sglang.backend.device import choose_device, choose_threads, keep_to_share
+
+    threads = settings.num_threads or max(1, choose_threads(0) // setup.num_engines)
+    if choose_device(settings.device).type == "cpu":
+        cores = keep_to_share(setup.index, setup.num_engines, threads)
+        logger.info("engine %d keeps to cores %s", setup.index, cores or "of all engines")
+    return replace(settings, num_threads=threads)
 
 
 def _load_served(
