@@ -116,7 +116,9 @@ def test_prompt_logprobs_and_guessed_tokens_too(folder: Path, two: LeadingBacken
         engine = EngineCore(backend, settings_for(1, speculation="prompt_lookup"), EOS)
         for index, given in enumerate((params, looping)):
             engine.add(engine.make_request(str(index), prompt, given))
-        events = [event for _ in iter(lambda: engine.has_work, False) for event in engine.step()]
+        events = []
+        while engine.has_work:
+            events += engine.step()
         found.append(events)
         assert engine.stats()["draft_tokens"] > 0
     ids = [[id for event in events for id in event.token_ids] for events in found]
