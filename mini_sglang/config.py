@@ -158,6 +158,13 @@ class Settings:
         high=64,
         shown="1, or as many GPUs as the model needs to fit",
     )
+    enable_multi_device: bool = setting(
+        "Model and device",
+        "ENABLE_MULTI_DEVICE",
+        True,
+        "an engine of the server on every GPU, or on every group of TENSOR_PARALLEL_SIZE of them; 0 keeps to "
+        "the first GPU or group, and to one GPU where TENSOR_PARALLEL_SIZE does not ask for more",
+    )
     context_length: int = setting(
         "Model and device",
         "CONTEXT_LENGTH",
@@ -396,7 +403,7 @@ class Settings:
         "Scheduling",
         "NUM_ENGINES",
         0,
-        "engines of the server, each with the whole model; 0 is one",
+        "engines of the server, each with the whole model; 0 is one, or what ENABLE_MULTI_DEVICE says",
         low=0,
         high=64,
     )

@@ -20,6 +20,7 @@ from mini_sglang.api.starting import Model
 from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.parallel.backend import LeadingBackend
 from mini_sglang.backend.parallel.leader import Leader
+from mini_sglang.backend.parallel.wire import Spill
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.engine.handle import ENGINE_DIED
@@ -189,6 +190,17 @@ def test_a_killed_rank_ends_an_idle_engine_and_a_busy_one_is_told_why(folder: Pa
                 core.step()
         with pytest.raises(BackendLostError):
             core.step()
+
+
+def test_a_rank_that_fails_in_a_step_ends_all_and_says_why(folder: Path) -> None:
+    with ranks(folder, 2, kv_token_budget=512) as backend:
+        core = EngineCore(backend, settings_for(2), EOS)
+        core.add(core.make_request("r", [5, 6, 7], SamplingParams(max_new_tokens=400, ignore_eos=True)))
+        core.step()
+        backend._tell(Spill([0], [0]))  # to a host tier that it was never told to open
+        with pytest.raises(BackendLostError, match=r"rank 1 of 2 failed: AssertionError"):
+            while core.has_work:
+                core.step()
 
 
 def test_a_stopped_rank_is_given_up(folder: Path) -> None:

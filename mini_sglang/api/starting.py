@@ -22,6 +22,7 @@ from mini_sglang.api.loading import (
     read_model,
 )
 from mini_sglang.api.openai.models import names_of
+from mini_sglang.api.placing import place
 from mini_sglang.api.service import Service
 from mini_sglang.api.warming import cache_file, fill_caches, warm_prefixes
 from mini_sglang.config import Settings
@@ -61,7 +62,9 @@ async def open_service(settings: Settings, notify: Notify) -> Service:
             await asyncio.to_thread(pool.wait_ready)
             for adapter in model.adapters:
                 await asyncio.to_thread(pool.adapters.load, adapter)
-        service = Service(settings, model.tokenizer, pool, model.name, model.grammar_checker(pool))
+        # Some bounds follow from the number of engines.
+        own = replace(settings, num_engines=model.num_engines)
+        service = Service(own, model.tokenizer, pool, model.name, model.grammar_checker(pool))
         service.prepare_grammars()
     except BaseException:
         await asyncio.to_thread(pool.close)
@@ -89,7 +92,13 @@ class Model:
                 raise InvalidValueError("LORA_ADAPTERS", adapter.name, "names other than the model's own")
         # The engines load what was found here and ask no hub again.
         chosen = settings.chosen | {"model_local_dir"}
-        self._settings = replace(settings, model_local_dir=self._model.files.path, chosen=chosen)
+        own = replace(settings, model_local_dir=self._model.files.path, chosen=chosen)
+        self._placement = place(own, self._model.files.path)
+        self._settings = self._placement.settings
+
+    @property
+    def num_engines(self) -> int:
+        return max(1, self._settings.num_engines)
 
     def start_pool(self) -> EnginePool:
         """Start the engines; each takes requests once it has made a token, after a restart too."""
@@ -127,11 +136,12 @@ class Model:
         files = self._model.files
         return ProcessEngine(
             index,
-            self._settings,
+            self._placement.settings_of_engine(),
             CHILD,
-            num_engines=max(1, self._settings.num_engines),
+            num_engines=self.num_engines,
             description={"model": files.name, "source": files.source},
             notify=self._notify,
+            environment=self._placement.environment(index),
         )
 
 

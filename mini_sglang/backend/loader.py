@@ -43,7 +43,12 @@ from mini_sglang.backend.models.loader import check_tensors, expected_tensors, l
 from mini_sglang.backend.models.quantization import block_formats
 from mini_sglang.backend.parallel.backend import Member
 from mini_sglang.backend.parallel.checkpoint import ShardedCheckpoint
-from mini_sglang.backend.parallel.choice import choose_size, refuse_other_models, threads_per_rank
+from mini_sglang.backend.parallel.choice import (
+    choose_size,
+    refuse_other_models,
+    threads_per_rank,
+    weight_bytes,
+)
 from mini_sglang.backend.parallel.group import Group
 from mini_sglang.backend.parallel.leader import Leader
 from mini_sglang.backend.parallel.shards import Division
@@ -130,8 +135,8 @@ def _load_backend(
                 kind = f"{settings.quantization} blocks"
             notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {kind} on {device}")
         division = Division.of(config, checkpoint, formats)
-        weight_bytes = checkpoint.nbytes if checkpoint.quantized else num_parameters * dtypes.weights.itemsize
-        size = choose_size(settings, device, division, weight_bytes)
+        stored = weight_bytes(checkpoint, num_parameters, dtypes.weights, bool(formats))
+        size = choose_size(settings, device, division, stored)
         compiled = "off"
         if size > 1 and compiler is not None:
             compiled = compiler.give_up(f"TENSOR_PARALLEL_SIZE is {size}, and the ranks meet in every layer")

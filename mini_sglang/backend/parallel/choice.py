@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mini_sglang.backend.loading.checkpoint import Checkpoint
 from mini_sglang.backend.parallel.group import check_device
 from mini_sglang.backend.parallel.shards import Division
 from mini_sglang.config import Settings
@@ -15,8 +16,11 @@ from mini_sglang.errors import InvalidValueError
 _WEIGHTS_SHARE = 0.8
 
 
-def choose_size(settings: Settings, device: torch.device, division: Division, weight_bytes: int) -> int:
+def choose_size(settings: Settings, device: torch.device, division: Division, stored: int) -> int:
     """The number of ranks: TENSOR_PARALLEL_SIZE, or as many GPUs as the weights need.
+
+    Args:
+        stored: see ``weight_bytes``.
 
     Raises:
         InvalidValueError: the model or the machine does not allow it, or another setting.
@@ -24,9 +28,9 @@ def choose_size(settings: Settings, device: torch.device, division: Division, we
     size = settings.tensor_parallel_size
     if size == 0:
         size = 1
-        if device.type == "cuda":
+        if device.type == "cuda" and settings.enable_multi_device:
             free = [int(torch.cuda.mem_get_info(gpu)[0]) for gpu in range(torch.cuda.device_count())]
-            size = size_that_fits(weight_bytes, free, division.sizes())
+            size = size_that_fits(stored, free, division.sizes())
     if size > 1:
         check_device(device, size)
         division.check(size)
@@ -34,7 +38,19 @@ def choose_size(settings: Settings, device: torch.device, division: Division, we
     return size
 
 
-def size_that_fits(weight_bytes: int, free: Sequence[int], sizes: Sequence[int]) -> int:
+def weight_bytes(checkpoint: Checkpoint, parameters: int, dtype: torch.dtype, blocks: bool) -> int:
+    """About how much memory a model's weights take, all ranks together.
+
+    Args:
+        dtype: of dense matrices; ``blocks`` says that QUANTIZATION makes blocks of them.
+    """
+    if checkpoint.quantized:
+        return checkpoint.nbytes
+    # Q8_0, the larger of the formats.
+    return parameters * 34 // 32 if blocks else parameters * dtype.itemsize
+
+
+def size_that_fits(stored: int, free: Sequence[int], sizes: Sequence[int]) -> int:
     """The smallest of ``sizes`` whose part of the weights fits each of the first GPUs; else the largest.
 
     Args:
@@ -42,7 +58,7 @@ def size_that_fits(weight_bytes: int, free: Sequence[int], sizes: Sequence[int])
     """
     possible = [size for size in sizes if size <= len(free)]
     for size in possible:
-        if weight_bytes / size <= _WEIGHTS_SHARE * min(free[:size]):
+        if stored / size <= _WEIGHTS_SHARE * min(free[:size]):
             return size
     return possible[-1] if possible else 1
 

@@ -133,7 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
         voice.say(Failed(str(error)))
     except BaseException as error:
         logger.debug("the rank ends", exc_info=True)
-        voice.say(Failed(f"rank {options.rank} failed: {error!r:.200}"))
+        who = str(options.rank).replace("/", " of ")
+        voice.say(Failed(f"rank {who} failed: {error!r:.200}"))
     # The group's own threads may wait for ranks that are gone.
     os._exit(1)
 
