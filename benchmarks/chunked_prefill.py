@@ -18,14 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peers.machine import busy_seconds, machine
-from peers.process import Process
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mini_sglang.backend.loading.source import resolve_model
+from mini_sglang.bench.machine import busy_seconds, machine
+from mini_sglang.bench.process import Process
 from mini_sglang.config import Settings
 
+WORKER = Path(__file__).with_name("lever_worker.py")
 LONG_FIGURES = {
     "worst_gap": "worst gap ms", "gap_during": "gap during ms", "gap_otherwise": "median gap ms",
     "long_first": "long's first s", "all_tokens_per_s": "all tok/s",
@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace, path: str) -> dict[str, dict[str, list[dic
     try:
         for name, settings in sides(args.chunks).items():
             options = {"model": path, "settings": base | settings}
-            processes[name] = Process("lever", sys.executable, options)
+            processes[name] = Process(WORKER, sys.executable, options)
         for turn in range(args.rounds + 1):
             names = list(processes) if turn % 2 else list(processes)[::-1]
             for name in names:

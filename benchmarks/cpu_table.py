@@ -21,10 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peers.machine import busy_seconds, machine
-from peers.process import PeerError, Process
-from peers.report import QUIET, RowReport, Run, as_json, lines
-from peers.rows import Ids, Reply, Row, Side, Text, all_rows
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cpu_report import QUIET, RowReport, Run, as_json, lines
+from cpu_rows import Ids, Reply, Row, Side, Text, all_rows
+
+from mini_sglang.bench.machine import busy_seconds, machine
+from mini_sglang.bench.process import PeerError, Process
 
 REST = 0.4
 """Seconds between two turns; Intel's OpenMP spins for 0.2 after its last work."""
@@ -126,7 +129,7 @@ class Table:
         }
         if side.engine == "ours":
             given = dict(pair.split("=", 1) for pair in self.args.setting)
-            options["settings"] = {**settings_of(row.weights), **task.setting, **given}
+            options["settings"] = {"prefix_cache": True, **settings_of(row.weights), **task.setting, **given}
         if side.engine == "openvino":
             options["properties"] = dict(pair.split("=", 1) for pair in self.args.openvino_property)
         env = {"OMP_NUM_THREADS": str(self.args.threads)}

@@ -1,6 +1,6 @@
 """The levers of ``levers.py``: one row for each, and the settings that are none, with the reason.
 
-To add one: a ``Row`` with what is off and on, and a workload of ``peers/run_lever.py``.
+To add one: a ``Row`` with what is off and on, and a workload of ``lever_worker.py``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Row:
         section: of the contract: 1 model and device, 2 caches, 3 scheduling, 4 decode speed.
         off, on: settings, or with ``request`` arguments of the workload.
         says: the workload, for a reader.
-        work, given: a method of ``run_lever.Lever`` and its arguments.
+        work, given: a method of ``lever_worker.Lever`` and its arguments.
         base: settings of both sides.
         plain: on plain weights, where the model is a GGUF of blocks.
         pool: engines in a pool, as a server has them, in place of one.

@@ -26,13 +26,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lever_table import FIGURES, NOT_LEVERS, ROWS, SECTIONS, Row
-from peers.machine import busy_seconds, machine
-from peers.process import PeerError, Process
 
 from mini_sglang.backend.loading.source import resolve_model
+from mini_sglang.bench.machine import busy_seconds, machine
+from mini_sglang.bench.process import PeerError, Process
 from mini_sglang.config import Settings, setting_fields
 
 ROOT = Path(__file__).resolve().parents[1]
+WORKER = ROOT / "benchmarks" / "lever_worker.py"
 Rounds = list[dict[str, float]]
 PAYS = 1.05
 ENVIRONMENT = {spec.name: spec.metadata["env"][0] for spec in setting_fields()}
@@ -63,7 +64,7 @@ def measure(row: Row, model: str, rounds: int, others: Others) -> tuple[Rounds, 
             settings = {**row.base, **({} if row.request else side)}
             options = {"model": model, "settings": settings, "pool": row.pool}
             given = {**row.given, **(side if row.request else {})}
-            sides.append((Process("lever", sys.executable, options), given, []))
+            sides.append((Process(WORKER, sys.executable, options), given, []))
         for turn in range(rounds + 1):
             for process, given, runs in sides if turn % 2 else sides[::-1]:
                 start, busy = time.perf_counter(), busy_seconds()

@@ -9,14 +9,14 @@ folder of the same weights in bfloat16. Needs transformers and gguf.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import gguf
-import torch
 from gguf.quants import dequantize, quantize
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mini_sglang.backend.loading.source import resolve_model
+from mini_sglang.bench.process import Process
 from mini_sglang.config import Settings
 
 Q8_0, F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
@@ -46,14 +46,11 @@ def write_q8_0(source: Path, target: Path) -> None:
 
 
 def write_bf16(source: Path, target: Path) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    config = loaded.config.to_dict()
-    # What came from quantised blocks counts as quantised, and is not saved.
-    config.pop("quantization_config", None)
-    model = type(loaded)(type(loaded.config)(**config))
-    model.load_state_dict(loaded.state_dict())
-    model.to(torch.bfloat16).save_pretrained(target)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+    process = Process("dequantize", sys.executable, {"model": str(source)})
+    try:
+        process.ask(do="write", folder=str(target), dtype="bf16")
+    finally:
+        process.close()
 
 
 def main() -> int:

@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel_bench import read_bandwidth
 from mini_sglang import SamplingParams
+from mini_sglang.backend.device import choose_threads
 from mini_sglang.backend.kernels.jobs import Entry, Job
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.loading.source import resolve_model
 from mini_sglang.backend.model_backend import ModelBackend
+from mini_sglang.bench.machine import measure_limits
 from mini_sglang.config import Settings
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.text.tokenizer import load_tokenizer
@@ -139,7 +140,7 @@ def profile(
         print(f"  {name:38} {seconds * 1e6:9.0f} us")
     per_token = int(backend.describe()["kv_bytes_per_token"])
     read = int(backend.describe()["weight_bytes"]) + streams * context * per_token
-    bandwidth = read_bandwidth(kernels, 9)
+    bandwidth = measure_limits(choose_threads(settings.num_threads)).bandwidth_gb_s
     least = read / bandwidth / 1e9
     print(
         f"  {read / 1e6:.0f} MB at {bandwidth:.1f} GB/s {'':20} {least * 1e6:9.0f} us: "

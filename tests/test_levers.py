@@ -9,13 +9,14 @@ import pytest
 
 from mini_sglang.config import Settings, setting_fields
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+BENCHMARKS, WORKERS = ROOT / "benchmarks", ROOT / "mini_sglang" / "bench" / "workers"
 SECTIONS = ("Model and device", "Caches", "Scheduling", "Decode speed")
 
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in (BENCHMARKS, BENCHMARKS / "peers"):
+    for folder in (BENCHMARKS, WORKERS):
         monkeypatch.syspath_prepend(str(folder))
 
 
@@ -32,7 +33,7 @@ def test_every_setting_of_these_sections_is_measured_or_says_why_not() -> None:
 def test_every_row_can_be_run() -> None:
     """Its settings are accepted, its two sides differ, and its workload takes what it is given."""
     from lever_table import FIGURES, ROWS, SECTIONS
-    from run_lever import workload
+    from lever_worker import workload
 
     for row in ROWS:
         for side in (row.off, row.on):
@@ -54,7 +55,8 @@ def test_a_verdict_needs_every_round() -> None:
 
 def test_a_failure_is_told_without_the_paths_of_the_machine() -> None:
     from levers import why
-    from peers.process import PeerError
+
+    from mini_sglang.bench.process import PeerError
 
     said = "lever: its process (/usr/bin/python) ended with status 1: a.b.ModelLoadError: /tmp/x/y.gguf ends."
     assert why(PeerError(said)) == "…/y.gguf ends."
@@ -62,7 +64,7 @@ def test_a_failure_is_told_without_the_paths_of_the_machine() -> None:
 
 def test_the_workloads_give_the_figures_of_their_rows(tmp_path: Path) -> None:
     from lever_table import ROWS
-    from run_lever import Lever
+    from lever_worker import Lever
 
     from tests.tiny_folders import tiny_folder
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 from mini_sglang import logs
-from mini_sglang.cli import args, chat, generate, serve
+from mini_sglang.cli import args, bench, chat, generate, serve
 from mini_sglang.cli.face import EngineFace, EngineFactory, load_engine
-from mini_sglang.cli.terminal import OutputClosedError, Terminal
+from mini_sglang.cli.terminal import OutputClosedError, Terminal, point_at_nothing
 from mini_sglang.config import Settings, settings_table
 from mini_sglang.errors import MiniSglangError
 
@@ -45,6 +46,10 @@ def run(
         except SystemExit as done:
             terminal.write("")
             return int(done.code or 0)
+        except BrokenPipeError:
+            # A long help is written through the buffer by argparse itself.
+            point_at_nothing(sys.stdout)
+            return 0
         terminal.quiet = getattr(options, "quiet", False)
         # The table of settings is there to be read most of all when one of them is wrong.
         chosen = args.chosen_settings(options) if args.takes_settings(options) else {}
@@ -86,5 +91,6 @@ _COMMANDS: dict[str, Command] = {
     "generate": generate.run,
     "chat": chat.run,
     "serve": serve.run,
+    "bench": bench.run,
     "settings": _print_settings,
 }

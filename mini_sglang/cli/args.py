@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
+from mini_sglang.cli import bench
 from mini_sglang.config import default_text, setting_fields, value_type
 from mini_sglang.errors import InvalidValueError, MiniSglangError, shorten
 from mini_sglang.setting import FALSE, TRUE
@@ -37,7 +38,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, fill: Callable[[Parser], None] | None = None, **keywords: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **keywords)
+        keywords.setdefault("formatter_class", _HelpFormatter)
+        super().__init__(allow_abbrev=False, **keywords)
         self.set_defaults(prog=self.prog)
         self._fill = fill
 
@@ -104,6 +106,15 @@ def command_parser() -> Parser:
         description="Serve the model over HTTP, to OpenAI clients (/v1/…) and natively (/generate), until "
         "Ctrl-C or SIGTERM. Only this machine can reach it unless --host says otherwise.",
         fill=_add_serve_options,
+    )
+    commands.add_parser(
+        "bench",
+        prog="mini-sglang bench",
+        help="compare with other stacks, and measure",
+        usage="mini-sglang bench VERB [options]",
+        description=bench.description(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fill=bench.add_options,
     )
     commands.add_parser(
         "settings",

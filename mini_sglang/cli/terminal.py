@@ -65,10 +65,10 @@ class Terminal:
             self._out.write(text.translate(_CONTROLS) if self.output_is_terminal else text)
             self._out.flush()
         except BrokenPipeError:
-            _point_at_nothing(self._out)
+            point_at_nothing(self._out)
             raise OutputClosedError from None
         except OSError as error:
-            _point_at_nothing(self._out)
+            point_at_nothing(self._out)
             raise MiniSglangError(f"Standard output cannot be written to: {error.strerror}.") from None
 
     def notice(self, text: str) -> None:
@@ -87,7 +87,7 @@ class Terminal:
             self._err.write(text + "\n")
             self._err.flush()
         except OSError:
-            _point_at_nothing(self._err)
+            point_at_nothing(self._err)
 
     def error(self, text: object) -> None:
         self.say(f"mini-sglang: {text}")
@@ -183,7 +183,8 @@ def _reconfigure(stream: TextIO | None, errors: str) -> None:
         stream.reconfigure(encoding="utf-8", errors=errors)
 
 
-def _point_at_nothing(stream: TextIO) -> None:
+def point_at_nothing(stream: TextIO) -> None:
+    """Let whatever is still written to a stream whose reader is gone disappear."""
     # What is still buffered would fail again when the interpreter flushes at its exit.
     with contextlib.suppress(OSError, ValueError):
         nothing = os.open(os.devnull, os.O_WRONLY)

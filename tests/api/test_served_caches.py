@@ -81,8 +81,15 @@ def test_every_engine_is_warmed(tiny_model: Path, tmp_path: Path, background: st
     try:
         server.wait_ready()
         settle(lambda: [e.get("warm_prefixes_done") for e in totals(server)] == [2, 2], "the warm prefixes")
-        assert all(ask(server) for _ in range(2))
-        settle(lambda: [e["prefix_hits"] for e in totals(server)] == [1, 1], "a hit on each engine")
+        # Until each has had one: on a busy machine an engine may be passed over for a moment.
+        cached: list[int] = []
+
+        def asked_and_hit() -> bool:
+            cached.append(ask(server)["cached_tokens"])
+            return all(engine["prefix_hits"] for engine in totals(server))
+
+        settle(asked_and_hit, "a hit on each engine")
+        assert min(cached) > 0
         text = server.request("GET", "/metrics")[2].decode()
         for engine in "01":
             assert f'mini_sglang_engine_warm_prefixes_done{{engine="{engine}"}} 2' in text
