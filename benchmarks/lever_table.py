@@ -175,6 +175,9 @@ NOT_LEVERS: Mapping[str, str] = {
     "modelscope_model_name": _WHICH_MODEL,
     "model_revision": _WHICH_MODEL,
     "device": "there is one device here",
+    "tensor_parallel_size": "lends one model the memory of several devices, and there is one here; what it "
+    "costs on a CPU is in docs/parallel.md",
+    "enable_multi_device": "there is one device here",
     "trust_remote_code": "permits code, changes no step",
     "draft_model_name": _WHICH_MODEL + "; there is no smaller one of the same vocabulary here",
     "lora_adapters": "says which adapters; benchmarks/lora_bench.py times them",

@@ -20,14 +20,17 @@ from mini_sglang.setting import FALSE, TRUE, default_text, markdown_table, parse
 __all__ = [
     "DEFAULT_MODEL",
     "VERSION",
+    "Scalar",
     "Settings",
     "default_text",
+    "plain_settings",
     "setting_fields",
     "settings_table",
     "value_type",
 ]
 
 VERSION = "0.1.0"
+Scalar = str | int | float | bool
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 _DTYPE_SPELLINGS = {"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float32": "fp32", "float": "fp32"}
@@ -144,6 +147,23 @@ class Settings:
         "TRUST_REMOTE_CODE",
         False,
         "allow a repository's own Python code to make its tokenizer and model (needs transformers)",
+    )
+    tensor_parallel_size: int = setting(
+        "Model and device",
+        "TENSOR_PARALLEL_SIZE",
+        0,
+        "processes that each hold a part of one model and run every step together, on as many GPUs, or on a "
+        "CPU, whose threads they share out",
+        low=0,
+        high=64,
+        shown="1, or as many GPUs as the model needs to fit",
+    )
+    enable_multi_device: bool = setting(
+        "Model and device",
+        "ENABLE_MULTI_DEVICE",
+        True,
+        "an engine of the server on every GPU, or on every group of TENSOR_PARALLEL_SIZE of them; 0 keeps to "
+        "the first GPU or group, and to one GPU where TENSOR_PARALLEL_SIZE does not ask for more",
     )
     context_length: int = setting(
         "Model and device",
@@ -383,7 +403,7 @@ class Settings:
         "Scheduling",
         "NUM_ENGINES",
         0,
-        "engines of the server, each with the whole model; 0 is one",
+        "engines of the server, each with the whole model; 0 is one, or what ENABLE_MULTI_DEVICE says",
         low=0,
         high=64,
     )
@@ -594,6 +614,17 @@ class Settings:
 def setting_fields() -> tuple[Field[Any], ...]:
     """The declared settings, in order; ``metadata`` has section, env, help, low, high, choices, shown."""
     return tuple(f for f in fields(Settings) if f.name != "chosen")
+
+
+def plain_settings(settings: Settings) -> dict[str, Scalar]:
+    """What ``Settings.resolve`` needs to make these settings again in another process; secrets stay here."""
+    plain: dict[str, Scalar] = {}
+    for spec in setting_fields():
+        value = getattr(settings, spec.name)
+        secret = spec.name.startswith("api_key")
+        if value is not None and not secret and (spec.name in settings.chosen or value != spec.default):
+            plain[spec.name] = str(value) if isinstance(value, Path) else value
+    return plain
 
 
 def value_type(spec: Field[Any]) -> type:

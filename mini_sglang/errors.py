@@ -49,6 +49,10 @@ class EngineError(MiniSglangError):
     """A request failed inside the engine, or the engine is no longer running."""
 
 
+class BackendLostError(EngineError):
+    """What runs an engine's steps is gone, one of several ranks say: the engine cannot go on."""
+
+
 class OverloadedError(MiniSglangError):
     """The queue is full; ``retry_after`` says in how many seconds a place may be free."""
 

@@ -33,8 +33,10 @@ def load_draft_model(
         if settings.speculation == "draft_model":
             raise InvalidValueError("DRAFT_MODEL_NAME", None, "given where SPECULATIVE is draft_model")
         return None
+    from mini_sglang.backend.device import choose_threads
     from mini_sglang.backend.loader import load_backend
     from mini_sglang.backend.loading.source import resolve_model
+    from mini_sglang.backend.parallel.choice import threads_per_rank
     from mini_sglang.text.tokenizer import load_tokenizer
 
     # Its context may be shorter than the one asked for, and no revision is meant for it.
@@ -46,6 +48,8 @@ def load_draft_model(
         model_revision="main",
         context_length=0,
         engine_fast_decode=False,
+        tensor_parallel_size=1,
+        num_threads=threads_per_rank(choose_threads(settings.num_threads), settings),
         chosen=(settings.chosen | {"model"}) - {"model_local_dir", "modelscope_model_name"},
     )
     path = resolve_model(own, notify=notify).path

@@ -75,6 +75,7 @@ class Engine:
                 core.adapters.load(adapter)
         except BaseException:
             self._grammars.close()
+            core.release()
             raise
         self.description: dict[str, Any] = core.info.description
         self._thread = EngineThread(core)

@@ -96,6 +96,7 @@ def load_core(
     # torch takes a second or more to import: only once the model is found and its tokenizer reads.
     with sleeping_openmp():
         from mini_sglang.backend.loader import load_backend
+        from mini_sglang.backend.step import release
 
     files, tokenizer = model.files, model.tokenizer
     backend = load_backend(files.path, settings, notify=notify, sharing=sharing)
@@ -107,8 +108,12 @@ def load_core(
         sorted(eos_ids),
     )
     grammars = GrammarCompiler(tokenizer.vocabulary, backend.vocab_size, eos_ids, check=check_grammars)
-    draft_backend = load_draft_model(tokenizer, settings, notify, sharing)
-    core = EngineCore(
-        backend, settings, eos_ids, description, grammars=grammars.new, draft_backend=draft_backend
-    )
+    try:
+        draft_backend = load_draft_model(tokenizer, settings, notify, sharing)
+        core = EngineCore(
+            backend, settings, eos_ids, description, grammars=grammars.new, draft_backend=draft_backend
+        )
+    except BaseException:
+        release(backend)
+        raise
     return core, grammars

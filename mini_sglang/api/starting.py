@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from mini_sglang.api.loading import (
     read_model,
 )
 from mini_sglang.api.openai.models import names_of
+from mini_sglang.api.placing import place
 from mini_sglang.api.service import Service
 from mini_sglang.api.warming import cache_file, fill_caches, warm_prefixes
 from mini_sglang.config import Settings
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 # How long at most the preparation for grammars waits for an engine's first step, and how often it looks.
 _FIRST_STEP_SECONDS = 10.0
 _LOOK_SECONDS = 0.05
+
+logger = logging.getLogger(__name__)
 
 CHILD = "mini_sglang.api.starting:make_core"
 
@@ -58,7 +62,9 @@ async def open_service(settings: Settings, notify: Notify) -> Service:
             await asyncio.to_thread(pool.wait_ready)
             for adapter in model.adapters:
                 await asyncio.to_thread(pool.adapters.load, adapter)
-        service = Service(settings, model.tokenizer, pool, model.name, model.grammar_checker(pool))
+        # Some bounds follow from the number of engines.
+        own = replace(settings, num_engines=model.num_engines)
+        service = Service(own, model.tokenizer, pool, model.name, model.grammar_checker(pool))
         service.prepare_grammars()
     except BaseException:
         await asyncio.to_thread(pool.close)
@@ -86,7 +92,13 @@ class Model:
                 raise InvalidValueError("LORA_ADAPTERS", adapter.name, "names other than the model's own")
         # The engines load what was found here and ask no hub again.
         chosen = settings.chosen | {"model_local_dir"}
-        self._settings = replace(settings, model_local_dir=self._model.files.path, chosen=chosen)
+        own = replace(settings, model_local_dir=self._model.files.path, chosen=chosen)
+        self._placement = place(own, self._model.files.path)
+        self._settings = self._placement.settings
+
+    @property
+    def num_engines(self) -> int:
+        return max(1, self._settings.num_engines)
 
     def start_pool(self) -> EnginePool:
         """Start the engines; each takes requests once it has made a token, after a restart too."""
@@ -124,11 +136,12 @@ class Model:
         files = self._model.files
         return ProcessEngine(
             index,
-            self._settings,
+            self._placement.settings_of_engine(),
             CHILD,
-            num_engines=max(1, self._settings.num_engines),
+            num_engines=self.num_engines,
             description={"model": files.name, "source": files.source},
             notify=self._notify,
+            environment=self._placement.environment(index),
         )
 
 
@@ -144,12 +157,23 @@ def make_core(settings: Settings, setup: Setup, notify: Notify) -> EngineCore:
     assert path is not None
     name, source = (str(setup.description[key]) for key in ("model", "source"))
     model = read_model(ModelFiles(path, name, source), settings)
-    if settings.num_threads == 0 and setup.num_engines > 1:
-        from mini_sglang.backend.device import choose_threads
-
-        # Engines that each took every core would wait for one another at every step.
-        settings = replace(settings, num_threads=max(1, choose_threads(0) // setup.num_engines))
+    if setup.num_engines > 1:
+        settings = _with_own_cores(settings, setup)
     return _load_served(model, settings, notify, setup.index)[0]
+
+
+def _with_own_cores(settings: Settings, setup: Setup) -> Settings:
+    """Keep this process to its part of the CPU: engines that each took all would wait for one another."""
+    from mini_sglang.backend.openmp import sleeping_openmp
+
+    with sleeping_openmp():
+        from mini_sglang.backend.device import choose_device, choose_threads, keep_to_share
+
+    threads = settings.num_threads or max(1, choose_threads(0) // setup.num_engines)
+    if choose_device(settings.device).type == "cpu":
+        cores = keep_to_share(setup.index, setup.num_engines, threads)
+        logger.info("engine %d keeps to cores %s", setup.index, cores or "of all engines")
+    return replace(settings, num_threads=threads)
 
 
 def _load_served(

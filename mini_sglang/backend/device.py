@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,6 +17,7 @@ KV_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({**_DTYPES, "int8": torc
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
+_CPUS = Path("/sys/devices/system/cpu")
 
 
 def choose_device(setting: str) -> torch.device:
@@ -93,6 +94,41 @@ def choose_threads(setting: int, proc: Path = _PROC, cgroup_root: Path = _CGROUP
         if len(quota) == 2 and all(word.isdecimal() for word in quota) and int(quota[1]):
             cores = min(cores, max(1, round(int(quota[0]) / int(quota[1]))))
     return cores
+
+
+def core_share(cores: Iterable[int], index: int, count: int, cpus: Path = _CPUS) -> list[int]:
+    """The ``index``-th of ``count`` parts of ``cores``, what shares a socket or a physical core together.
+
+    Empty where there are fewer cores than parts.
+    """
+
+    def place(core: int) -> tuple[int, int, int]:
+        topology = cpus / f"cpu{core}" / "topology"
+        package = _read_number(topology / "physical_package_id")
+        physical = _read_number(topology / "core_id")
+        return package or 0, core if physical is None else physical, core
+
+    ordered = sorted(cores, key=place)
+    if len(ordered) < count:
+        return []
+    return ordered[index * len(ordered) // count : (index + 1) * len(ordered) // count]
+
+
+def keep_to_share(index: int, count: int, threads: int) -> list[int]:
+    """Keep this thread, and those it starts, to its share of the cores that the process may use.
+
+    Does nothing where the share has fewer cores than ``threads``, or the system has no such thing.
+
+    Returns:
+        the cores; none where nothing was done.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    share = core_share(os.sched_getaffinity(0), index, count)
+    if len(share) < threads:
+        return []
+    os.sched_setaffinity(0, share)
+    return share
 
 
 def free_memory(device: torch.device, proc: Path = _PROC, cgroup_root: Path = _CGROUP_ROOT) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -40,6 +41,18 @@ from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
 from mini_sglang.backend.models.quantization import block_formats
+from mini_sglang.backend.parallel.backend import Member
+from mini_sglang.backend.parallel.checkpoint import ShardedCheckpoint
+from mini_sglang.backend.parallel.choice import (
+    choose_size,
+    refuse_other_models,
+    threads_per_rank,
+    weight_bytes,
+)
+from mini_sglang.backend.parallel.group import Group
+from mini_sglang.backend.parallel.leader import Leader
+from mini_sglang.backend.parallel.shards import Division
+from mini_sglang.backend.parallel.weights import join
 from mini_sglang.backend.pieces import SHORT
 from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import LoadedBackend
@@ -55,7 +68,12 @@ _DEQUANTIZE = MappingProxyType({"auto": None, "0": False, "1": True})
 
 
 def load_backend(
-    path: Path, settings: Settings, notify: Callable[[str], None] | None = None, *, sharing: int = 1
+    path: Path,
+    settings: Settings,
+    notify: Callable[[str], None] | None = None,
+    *,
+    sharing: int = 1,
+    member: Member | None = None,
 ) -> LoadedBackend:
     """Load the model at ``path``, a folder or a ``.gguf`` file, and allocate its KV pool.
 
@@ -64,14 +82,28 @@ def load_backend(
     Args:
         notify: called with a line for the user when something slow begins.
         sharing: backends that are loaded side by side and share the device's free memory.
+        member: what this process is in a group that another one leads.
 
     Raises:
         ModelLoadError: the model is damaged, incomplete or unsupported.
         InvalidValueError: a setting that this model or machine cannot honour.
     """
+    with ExitStack() as loading:
+        return _load_backend(path, settings, notify, sharing, member, loading)
+
+
+def _load_backend(
+    path: Path,
+    settings: Settings,
+    notify: Callable[[str], None] | None,
+    sharing: int,
+    member: Member | None,
+    loading: ExitStack,
+) -> LoadedBackend:
+    """See ``load_backend``; ``loading`` is left when it returns or raises."""
     device = choose_device(settings.device)
     compiler = choose_compiler(settings, device)
-    threads = choose_threads(settings.num_threads)
+    threads = threads_per_rank(choose_threads(settings.num_threads), settings)
     torch.set_num_threads(threads)
     kernels, kernels_used = open_kernels(
         settings.kernels, device, settings.cache_path / "kernels", threads, notify
@@ -84,6 +116,7 @@ def load_backend(
     try:
         served = choose_kind(path, checkpoint.config, settings.trust_remote_code)
         if served != "native" or settings.engine_fast_decode:
+            refuse_other_models(settings)
             # Imported here, since most models do without.
             from mini_sglang.backend.transformers_models.backend import Machine, load_transformers_backend
 
@@ -101,7 +134,30 @@ def load_backend(
             if formats:
                 kind = f"{settings.quantization} blocks"
             notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {kind} on {device}")
-        decoder = _load(checkpoint, config, dtypes, device, kernels, formats)
+        division = Division.of(config, checkpoint, formats)
+        stored = weight_bytes(checkpoint, num_parameters, dtypes.weights, bool(formats))
+        size = choose_size(settings, device, division, stored)
+        compiled = "off"
+        if size > 1 and compiler is not None:
+            compiled = compiler.give_up(f"TENSOR_PARALLEL_SIZE is {size}, and the ranks meet in every layer")
+            compiler = None
+        if size > 1 and member is None:
+            leader = Leader(path, settings, size, device, sharing)
+            loading.enter_context(leader.loading())
+            member = leader
+        group = member.group if member is not None else Group()
+        if member is None:
+            decoder = _load(checkpoint, config, dtypes, device, kernels, formats)
+        else:
+            shard = division.shard(group.rank, size)
+            config = shard.local
+            part = ShardedCheckpoint(checkpoint, shard)
+            decoder = _load(part, config, dtypes, device, kernels, formats)
+            join(decoder, shard, group)
+            # Each sees what memory is free once all have loaded.
+            group.least(0)
+            if device.type == "cpu":
+                sharing *= size
     finally:
         checkpoint.close()
     per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtypes.kv)
@@ -113,6 +169,7 @@ def load_backend(
         context_length=context_length,
         max_batch_size=settings.max_batch_size,
     )
+    num_pages = group.least(num_pages)
     attention = torch_attention(settings.attn_impl) or _attention(config, dtypes.compute, kernels)
     kv = KVPool(
         num_layers=config.num_layers,
@@ -133,11 +190,11 @@ def load_backend(
     ):
         rows = max(settings.max_batch_size, min(settings.max_prefill_tokens, _PROGRAM_ROWS), SHORT)
         program = StepProgram.build(kernels, decoder, kv, rows)
-    compiled = "off"
     if compiler is not None:
         limits = Limits(kv.page_size, num_pages, config.vocab_size, context_length)
         decoder, compiled = _compile(decoder, kv, attention, limits, compiler)
-    backend = ModelBackend(
+    make: Callable[..., ModelBackend] = ModelBackend if member is None else member.backend
+    backend = make(
         decoder,
         kv,
         attention,
@@ -148,7 +205,7 @@ def load_backend(
         dtypes.weights,
         program,
         settings.quantization,
-        _adapters(settings, decoder, device, kernels, program),
+        _adapters(settings, decoder, device, kernels, program) if member is None else None,
         compiled=compiled,
         path=path,
     )

@@ -32,7 +32,7 @@ from mini_sglang.types import TokenLogprob
 logger = logging.getLogger(__name__)
 
 # Rows of prompt logprobs at a time: a row of float32 logits is up to a megabyte.
-_LOGPROB_ROWS = 128
+LOGPROB_ROWS = 128
 
 
 class ModelBackend:
@@ -143,10 +143,8 @@ class ModelBackend:
         """What ``hidden`` ``[R, hidden_size]`` comes to: tokens and prompt logprobs."""
         sampled: dict[int, SequenceResult] = {}
         if batch.samples:
-            places, rows = zip(*batch.samples, strict=True)
-            # Without prompts, tokens are chosen after all the output rows, in their order.
-            picked = hidden[torch.tensor(rows, device=hidden.device)] if batch.prompts else hidden
-            logits = self.decoder.logits(picked)
+            places = [place for place, _ in batch.samples]
+            logits = self.decoder.logits(self._sampled_rows(batch, hidden))
             self._kept.keep(steps, places, logits)
             chosen = self.sampler.sample(logits, batch.specs)
             sampled = (_with_drafts if batch.drafts else dict)(zip(places, chosen, strict=True))
@@ -157,6 +155,14 @@ class ModelBackend:
                 hidden[first:stop], step.prompt_targets, step.prompt_top
             )
         return results
+
+    @staticmethod
+    def _sampled_rows(batch: Batch, hidden: Tensor) -> Tensor:
+        """The rows of ``hidden`` that tokens are chosen after."""
+        if not batch.prompts:
+            # Tokens are chosen after all the output rows, in their order.
+            return hidden
+        return hidden[torch.tensor([row for _, row in batch.samples], device=hidden.device)]
 
     def describe(self) -> dict[str, str | int]:
         """What is loaded, for logs and ``stats``; sizes in bytes."""
@@ -198,8 +204,8 @@ class ModelBackend:
 
     def _prompt_logprobs(self, hidden: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
         logprobs: list[TokenLogprob] = []
-        for first in range(0, len(hidden), _LOGPROB_ROWS):
-            rows = slice(first, first + _LOGPROB_ROWS)
+        for first in range(0, len(hidden), LOGPROB_ROWS):
+            rows = slice(first, first + LOGPROB_ROWS)
             logprobs += self.sampler.prompt_logprobs(self.decoder.logits(hidden[rows]), targets[rows], top)
         return logprobs
 

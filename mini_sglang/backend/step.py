@@ -176,10 +176,19 @@ def page_store(backend: Backend) -> PageStore | None:
     return store
 
 
+def release(backend: Backend) -> None:
+    """End what the backend has beyond this process; it runs no step after that."""
+    close: Callable[[], None] | None = getattr(backend, "close", None)
+    if close is not None:
+        close()
+
+
 class Backend(Protocol):
     """A model with its KV pool. Not thread-safe: one thread calls ``run``.
 
-    One that can copy pages and keep logits has a ``store`` beside these, a ``PageStore``.
+    One that can copy pages and keep logits has a ``store`` beside these, a ``PageStore``. One that is more
+    than this process has ``check``, which raises ``BackendLostError`` where the rest of it is gone, and
+    ``close``, which ends that.
     """
 
     @property
@@ -209,7 +218,8 @@ class Backend(Protocol):
         """Write the KV of every step's tokens into its pages and choose the tokens asked for.
 
         Rows of one call must not write the same page position; pages may be shared between sequences for
-        reading. Raises whatever the device raises (out of memory): nothing about the KV of these
+        reading. Raises ``BackendLostError`` where no step will run any more, else whatever the device
+        raises (out of memory): nothing about the KV of these
         steps' new positions may then be assumed, older positions are intact.
         """
 

@@ -13,6 +13,7 @@ from mini_sglang.backend.step import (
     SequenceResult,
     SequenceStep,
     page_store,
+    release,
 )
 from mini_sglang.config import Settings
 from mini_sglang.engine.adapters import LoadedAdapters
@@ -28,7 +29,7 @@ from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from mini_sglang.engine.speculation import Speculator
 from mini_sglang.engine.warming import WarmQueue
-from mini_sglang.errors import InvalidValueError, MiniSglangError, shorten
+from mini_sglang.errors import BackendLostError, InvalidValueError, MiniSglangError, shorten
 from mini_sglang.types import Adapter, FinishReason, SamplingParams, TokenEvent, TokenLogprob
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class EngineCore:
         draft_backend: Backend | None = None,
     ) -> None:
         self._backend = backend
+        self._check_backend: Callable[[], None] | None = getattr(backend, "check", None)
         self._settings = settings
         self._eos_ids = eos_ids
         self._grammars = GrammarRoom(grammars)
@@ -124,6 +126,11 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         return bool(self._requests) or len(self.warming) > 0
+
+    @property
+    def needs_looks(self) -> bool:
+        """Whether to call ``step`` now and then without work too: the backend may be lost meanwhile."""
+        return self._check_backend is not None
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -241,7 +248,13 @@ class EngineCore:
         return self._end(request, reason, keep_kv=True)
 
     def step(self) -> list[TokenEvent]:
-        """Run one batch; returns what happened to each request in it."""
+        """Run one batch; returns what happened to each request in it.
+
+        Raises:
+            BackendLostError: the engine cannot go on.
+        """
+        if self._check_backend is not None:
+            self._check_backend()
         if not self._requests:
             self._warm = self.warming.next()
             if self._warm is not None:
@@ -273,6 +286,8 @@ class EngineCore:
         started = time.perf_counter() if speculating else 0.0
         try:
             results = self._backend.run([self._sequence_step(item) for item in plan])
+        except BackendLostError:
+            raise
         except Exception as error:
             logger.exception("a step of %d requests failed", len(plan))
             message = f"the step failed: {shorten(str(error) or type(error).__name__)}"
@@ -305,7 +320,15 @@ class EngineCore:
         }
 
     def close(self) -> None:
-        """Keep what is to outlive the engine; no step comes after this."""
+        """Keep what is to outlive the engine and let go of the rest; no step comes after this."""
+        self._save_cache()
+        self.release()
+
+    def release(self) -> None:
+        """End what the backend has beyond this process."""
+        release(self._backend)
+
+    def _save_cache(self) -> None:
         if self.saved_cache is None:
             return
         path, self.saved_cache = self.saved_cache, None

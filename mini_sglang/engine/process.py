@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 
-from mini_sglang.config import Settings, setting_fields
+from mini_sglang.config import Settings, plain_settings
 from mini_sglang.engine.child import ChildProcess
 from mini_sglang.engine.handle import (
     ENGINE_DIED,
@@ -37,7 +36,6 @@ from mini_sglang.engine.wire import (
     Notice,
     Ready,
     Report,
-    Scalar,
     Setup,
     UnloadAdapter,
 )
@@ -327,14 +325,3 @@ class ProcessEngine:
                 kind = ENGINE_DIED if entry.started else NOT_STARTED
                 event = TokenEvent(request_id, finish=FinishReason.ERROR, error=failure, error_kind=kind)
             call_sink(entry.sink, event)
-
-
-def plain_settings(settings: Settings) -> dict[str, Scalar]:
-    """What ``Settings.resolve`` needs to make these settings again; secrets stay here."""
-    plain: dict[str, Scalar] = {}
-    for spec in setting_fields():
-        value = getattr(settings, spec.name)
-        secret = spec.name.startswith("api_key")
-        if value is not None and not secret and (spec.name in settings.chosen or value != spec.default):
-            plain[spec.name] = str(value) if isinstance(value, Path) else value
-    return plain

@@ -46,7 +46,7 @@ from mini_sglang.engine.wire import (
     Submit,
     UnloadAdapter,
 )
-from mini_sglang.errors import MiniSglangError, shorten
+from mini_sglang.errors import BackendLostError, MiniSglangError, shorten
 from mini_sglang.types import FinishReason, TokenEvent
 
 if TYPE_CHECKING:
@@ -127,6 +127,9 @@ class Child:
             if self._core.saved_cache is not None:
                 self._send(Notice(f"Saving the prefix cache to {self._core.saved_cache} …"))
             self._core.close()
+        except BackendLostError as error:
+            self._send(Failed(f"the engine died: {error}"))
+            return 1
         except BaseException as error:
             logger.exception("the engine died")
             self._send(Failed(f"the engine died: {error!r:.200}"))

@@ -10,10 +10,9 @@ from typing import Any
 
 import msgspec
 
+from mini_sglang.config import Scalar
 from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.types import Adapter, FinishReason, TokenEvent
-
-Scalar = str | int | float | bool
 
 
 class Setup(msgspec.Struct, array_like=True, tag="setup"):

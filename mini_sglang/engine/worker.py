@@ -22,12 +22,14 @@ from mini_sglang.engine.handle import (
     call_watchers,
 )
 from mini_sglang.engine.request import Request
-from mini_sglang.errors import EngineError, MiniSglangError
+from mini_sglang.errors import BackendLostError, EngineError, MiniSglangError
 from mini_sglang.types import Adapter, FinishReason, TokenEvent
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_LOOK_SECONDS = 0.5  # between looks whether an idle engine's backend is still there
 
 
 class _KilledError(MiniSglangError):
@@ -240,18 +242,26 @@ class EngineThread:
     def _die(self, error: BaseException) -> None:
         started = hasattr(self, "core")
         said = isinstance(error, _KilledError) or (isinstance(error, MiniSglangError) and not started)
-        if not said:
+        lost = isinstance(error, BackendLostError)
+        if not said and not lost:
             logger.exception("the engine died")
         with self._lock:
             self._state = "dead"
-            self._closed = str(error) if said else f"the engine died: {error!r:.200}"
+            why = str(error) if said or lost else f"{error!r:.200}"
+            self._closed = why if said else f"the engine died: {why}"
         if started:
             self._end_all(FinishReason.ERROR, self._closed)
+            with suppress(Exception):
+                self.core.release()
 
     def _obey(self) -> bool:
         """Carry out what is queued, waiting for it when there is nothing to run; False to end."""
+        idle = _LOOK_SECONDS if self.core.needs_looks else None
         while not (self.core.has_work and self._commands.empty()):
-            command = self._commands.get()
+            try:
+                command = self._commands.get(timeout=idle)
+            except queue.Empty:
+                return True
             if command is None:
                 return False
             command()

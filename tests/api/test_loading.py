@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -21,9 +23,10 @@ from tests.api.serving import settle
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
+    before, cores = torch.get_num_threads(), os.sched_getaffinity(0)
     yield
     torch.set_num_threads(before)
+    os.sched_setaffinity(0, cores)
 
 
 def silent(line: str) -> None:
@@ -91,3 +94,19 @@ def test_every_engine_logs_what_was_set_up(
     (line,) = [line for line in lines if line.startswith("set up ")]
     assert name in line and " device=cpu " in line and line.endswith(" eos_ids=[2]")
     assert " threads=1 " in line and " dtype=float32 " in line
+
+
+def test_engines_in_processes_keep_to_cores_of_their_own(tiny_model: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    settings = resolve(model=str(tiny_model), num_engines=2, kv_token_budget=512)
+    pool = Model(settings, silent).start_pool()
+    try:
+        settle(lambda: pool.state == "ready", "both engines")
+        processes = [p for p in psutil.Process().children() if "process_main" in " ".join(p.cmdline())]
+        first, second = (set(process.cpu_affinity()) for process in processes)
+        if cores > 1:
+            assert first.isdisjoint(second) and len(first | second) == cores
+        else:
+            assert first == second
+    finally:
+        pool.close()

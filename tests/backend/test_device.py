@@ -9,12 +9,48 @@ import psutil
 import pytest
 import torch
 
-from mini_sglang.backend.device import choose_device, choose_dtype, choose_threads, cpu_has_bf16, free_memory
+from mini_sglang.backend.device import (
+    choose_device,
+    choose_dtype,
+    choose_threads,
+    core_share,
+    cpu_has_bf16,
+    free_memory,
+    keep_to_share,
+)
 from mini_sglang.backend.kv.pool import kv_pages_for
 from mini_sglang.errors import InvalidValueError
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
+
+
+def test_shares_of_cores_keep_hyperthreads_and_sockets_together(tmp_path: Path) -> None:
+    # Two sockets of two cores with two threads each, numbered as Linux does it.
+    for cpu in range(8):
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text(f"{cpu // 2 % 2}\n")
+        (topology / "core_id").write_text(f"{cpu % 2}\n")
+    halves = [core_share(range(8), index, 2, tmp_path) for index in range(2)]
+    assert [sorted(half) for half in halves] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert [sorted(core_share(range(8), i, 4, tmp_path)) for i in range(4)] == [
+        [0, 4],
+        [1, 5],
+        [2, 6],
+        [3, 7],
+    ]
+    thirds = [core_share(range(8), index, 3, tmp_path) for index in range(3)]
+    assert sorted(core for third in thirds for core in third) == list(range(8))
+    assert core_share({3, 5}, 0, 2, tmp_path / "none") == [3] and core_share({3, 5}, 0, 3) == []
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_a_share_of_fewer_cores_than_threads_is_not_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[list[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: kept.append(cores), raising=False)
+    assert keep_to_share(1, 2, threads=4) == kept[0] and len(kept[0]) == 4
+    assert keep_to_share(1, 2, threads=5) == keep_to_share(0, 9, threads=1) == [] and len(kept) == 1
 
 
 class Machine:

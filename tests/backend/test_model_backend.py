@@ -91,7 +91,7 @@ def test_a_sequence_with_nan_logits_is_reported_and_the_others_go_on(backend: Mo
 def test_prompt_logprobs_are_those_of_transformers(
     backend: ModelBackend, oracle: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_backend, "_LOGPROB_ROWS", 4)
+    monkeypatch.setattr(model_backend, "LOGPROB_ROWS", 4)
     prompt = PROMPTS[1]
     (pages,) = page_ranges(backend, [len(prompt)])
     chunks = [

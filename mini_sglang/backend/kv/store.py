@@ -25,15 +25,17 @@ class PoolStore:
 
     Args:
         identity: see ``PageStore.identity``; called when it is asked for.
+        sharing: stores that open as much of the host's memory as this one.
     """
 
-    def __init__(self, kv: KVPool, identity: Callable[[], dict[str, str]]) -> None:
+    def __init__(self, kv: KVPool, identity: Callable[[], dict[str, str]], sharing: int = 1) -> None:
         layers = kv.data.shape[0]
         # [layers, pages, bytes of a page in a layer]
         self._pool = kv.data.view(torch.uint8).view(layers, kv.num_pages, -1)
         self._host: Tensor | None = None
         self._page_size = kv.page_size
         self._identity = identity
+        self._sharing = sharing
         self._thread: ThreadPoolExecutor | None = None
         on_cuda = kv.data.device.type == "cuda"
         self._stream: torch.cuda.Stream | None = None
@@ -51,7 +53,7 @@ class PoolStore:
     def open_host(self, num_slots: int) -> None:
         layers, _, width = self._pool.shape
         pinned = self._stream is not None
-        allowed = free_memory(torch.device("cpu")) // self.page_bytes
+        allowed = free_memory(torch.device("cpu")) // (self.page_bytes * self._sharing)
         if num_slots <= allowed:
             try:
                 shape = (layers, num_slots, width)
@@ -74,17 +76,17 @@ class PoolStore:
         assert self._host is not None
         self._move(self._pool, self._host, _runs(pages, slots))
 
-    def restore(self, slots: Sequence[int], pages: Sequence[int], *, background: bool) -> _Copy:
+    def restore(self, slots: Sequence[int], pages: Sequence[int], *, background: bool) -> Copy:
         assert self._host is not None
         runs = _runs(slots, pages)
         if self._stream is not None:
-            return _Copy(event=self._move(self._host, self._pool, runs, join=not background))
+            return Copy(event=self._move(self._host, self._pool, runs, join=not background))
         if not background:
             self._move(self._host, self._pool, runs)
-            return _Copy()
+            return Copy()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="mini-sglang-pages")
-        return _Copy(future=self._thread.submit(self._move, self._host, self._pool, runs))
+        return Copy(future=self._thread.submit(self._move, self._host, self._pool, runs))
 
     def read(self, pages: Sequence[int], slots: Sequence[int]) -> Iterator[bytes]:
         if self._stream is not None:
@@ -129,7 +131,7 @@ class PoolStore:
         return event
 
 
-class _Copy:
+class Copy:
     """A ``Transfer``: a thread's, a stream's, or one that is over."""
 
     def __init__(

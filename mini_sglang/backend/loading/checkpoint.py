@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mini_sglang.backend.loading.gguf import GGUFFile, GGUFTensor, read_gguf
 from mini_sglang.backend.loading.gguf_model import architecture, hf_config, hf_names
+from mini_sglang.backend.loading.parts import Part
 from mini_sglang.backend.loading.safetensors_folder import SafetensorsCheckpoint
 from mini_sglang.backend.quant import FLOATS, dequantize
 from mini_sglang.backend.weights import DenseWeight, QuantizedWeight, Weight
@@ -41,18 +42,22 @@ class Checkpoint(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """A parameter's shape, from the header alone."""
 
-    def weight(self, name: str, dtype: torch.dtype) -> Weight:
+    def weight(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Weight:
         """A matrix, to be computed with in ``dtype``.
+
+        Args:
+            part: the rows, or columns in whole blocks, that are wanted; no others are read.
 
         Raises:
             ModelLoadError: it is not a matrix, or of a type that is not supported.
         """
 
-    def tensor(self, name: str, dtype: torch.dtype | None) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None, part: Part | None = None) -> Tensor:
         """A parameter of any shape as a dense tensor.
 
         Args:
             dtype: None is the type it is stored in, for blocks float32.
+            part: the rows or columns that are wanted; no others are read. Rows of q and k are whole heads.
 
         Raises:
             ModelLoadError: it is of a type that is not supported.
@@ -60,6 +65,9 @@ class Checkpoint(Protocol):
 
     def in_blocks(self, name: str) -> bool:
         """Whether a parameter is stored in quantised blocks."""
+
+    def block_size(self, name: str) -> int:
+        """How many columns of a matrix share a block, as ``weight`` gives it; 1 where it is dense."""
 
     def release(self) -> None:
         """Give back memory that only holds the file's bytes which were read so far. Changes no tensor."""
@@ -118,25 +126,33 @@ class GGUFCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensor(name).shape
 
-    def weight(self, name: str, dtype: torch.dtype) -> Weight:
+    def weight(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Weight:
         tensor = self._tensor(name)
         if len(tensor.shape) != 2:
             raise ModelLoadError(
                 f"The tensor {name} of {self.path} has the shape {tensor.shape}; it must be a matrix."
             )
         if tensor.type.quantized and not self._dequantize:
-            return QuantizedWeight(self._blocks(name, tensor), tensor.type, dtype)
-        return DenseWeight(self.tensor(name, dtype))
+            return QuantizedWeight(self._blocks(name, tensor, part), tensor.type, dtype)
+        return DenseWeight(self.tensor(name, dtype, part))
 
-    def tensor(self, name: str, dtype: torch.dtype | None) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None, part: Part | None = None) -> Tensor:
         tensor = self._tensor(name)
-        blocks = self._blocks(name, tensor)
+        shape = tensor.shape if part is None else part.shape(tensor.shape)
+        blocks = self._blocks(name, tensor, part)
         if dtype is None and not tensor.type.quantized:
-            return blocks.view(FLOATS[tensor.type.name]).view(tensor.shape)
-        return dequantize(blocks, tensor.type, dtype or torch.float32).view(tensor.shape)
+            return blocks.view(FLOATS[tensor.type.name]).view(shape)
+        numbers = dequantize(blocks, tensor.type, dtype or torch.float32)
+        if part is not None and part.dim == 1 and numbers.shape != shape:
+            first = part.start % tensor.type.block_size
+            return numbers[:, first : first + shape[1]].contiguous()
+        return numbers.view(shape)
 
     def in_blocks(self, name: str) -> bool:
         return self._tensor(name).type.quantized
+
+    def block_size(self, name: str) -> int:
+        return 1 if self._dequantize else self._tensor(name).type.block_size
 
     def release(self) -> None:
         self._file.release()
@@ -150,21 +166,28 @@ class GGUFCheckpoint:
         except KeyError:
             raise ModelLoadError(f"The model {self.path} has no tensor {shorten(name)}.") from None
 
-    def _blocks(self, name: str, tensor: GGUFTensor) -> Tensor:
-        """The stored bytes, uint8 ``[rows, bytes_per_row]``; a vector of a q or k bias has rows of one."""
-        rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-        blocks = torch.from_numpy(self._file.view(tensor.name))
-        heads = self._interleaved_heads(name)
-        if not heads:
-            return blocks.view(rows, -1)
-        if len(tensor.shape) == 1:
-            if tensor.type.quantized:
+    def _blocks(self, name: str, tensor: GGUFTensor, part: Part | None) -> Tensor:
+        """The stored bytes of a part, uint8 ``[rows, bytes_per_row]``; of columns all blocks they touch."""
+        kind = tensor.type
+        if len(tensor.shape) == 1 and kind.quantized:
+            if part is not None or self._interleaved_heads(name):
                 raise ModelLoadError(f"The bias {name} of {self.path} is quantised, which is not supported.")
-            rows = tensor.shape[0]
-        if rows % (2 * heads):
+            return torch.from_numpy(self._file.view(tensor.name)).view(1, -1)
+        rows = tensor.shape[0] if tensor.shape else 1
+        blocks = torch.from_numpy(self._file.view(tensor.name)).view(rows, -1)
+        heads = self._interleaved_heads(name)
+        if heads and rows % (2 * heads):
             raise ModelLoadError(
                 f"The tensor {name} of {self.path} has {rows} rows; it must have {heads} heads of even size."
             )
+        if part is not None and part.dim == 0:
+            blocks = blocks[part.start : part.stop]
+            heads, rows = heads * len(blocks) // rows, len(blocks)
+        elif part is not None:
+            first, last = part.start // kind.block_size, -(-part.stop // kind.block_size)
+            blocks = blocks[:, first * kind.block_bytes : last * kind.block_bytes].contiguous()
+        if not heads:
+            return blocks
         # Row 2i + j of a head in the file is row j * (head_dim / 2) + i in transformers. Copied by numpy, in
         # this thread: see ``stack_rows``.
         pairs = blocks.numpy().reshape(heads, rows // heads // 2, 2, -1)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.loading.mapped import map_file, release_read
+from mini_sglang.backend.loading.parts import Part
 from mini_sglang.backend.weights import DenseWeight, Weight
 from mini_sglang.errors import ModelLoadError, shorten
 
@@ -87,15 +88,15 @@ class SafetensorsCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
-    def weight(self, name: str, dtype: torch.dtype) -> Weight:
+    def weight(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Weight:
         shape = self.shape(name)
         if len(shape) != 2:
             raise ModelLoadError(
                 f"The tensor {name} of {self.path} has the shape {shape}; it must be a matrix."
             )
-        return DenseWeight(self.tensor(name, dtype))
+        return DenseWeight(self.tensor(name, dtype, part))
 
-    def tensor(self, name: str, dtype: torch.dtype | None) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None, part: Part | None = None) -> Tensor:
         entry = self._entry(name)
         if entry.dtype not in _DTYPES:
             raise ModelLoadError(
@@ -103,11 +104,17 @@ class SafetensorsCheckpoint:
                 f"supported are {', '.join(_DTYPES)}."
             )
         stored = entry.file.tensor(entry, _DTYPES[entry.dtype])
+        if part is not None:
+            stored = stored.narrow(part.dim, part.start, part.stop - part.start).contiguous()
         return stored if dtype is None else stored.to(dtype)
 
     def in_blocks(self, name: str) -> bool:
         self._entry(name)
         return False
+
+    def block_size(self, name: str) -> int:
+        self._entry(name)
+        return 1
 
     def release(self) -> None:
         for file in self._files:

@@ -1,0 +1,96 @@
+"""How many ranks run a model, and what does not go together with more than one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mini_sglang.backend.loading.checkpoint import Checkpoint
+from mini_sglang.backend.parallel.group import check_device
+from mini_sglang.backend.parallel.shards import Division
+from mini_sglang.config import Settings
+from mini_sglang.errors import InvalidValueError
+
+# Of a GPU's free memory; the rest is for KV and what a step needs.
+_WEIGHTS_SHARE = 0.8
+
+
+def choose_size(settings: Settings, device: torch.device, division: Division, stored: int) -> int:
+    """The number of ranks: TENSOR_PARALLEL_SIZE, or as many GPUs as the weights need.
+
+    Args:
+        stored: see ``weight_bytes``.
+
+    Raises:
+        InvalidValueError: the model or the machine does not allow it, or another setting.
+    """
+    size = settings.tensor_parallel_size
+    if size == 0:
+        size = 1
+        if device.type == "cuda" and settings.enable_multi_device:
+            free = [int(torch.cuda.mem_get_info(gpu)[0]) for gpu in range(torch.cuda.device_count())]
+            size = size_that_fits(stored, free, division.sizes())
+    if size > 1:
+        check_device(device, size)
+        division.check(size)
+        refuse_settings(settings, size)
+    return size
+
+
+def weight_bytes(checkpoint: Checkpoint, parameters: int, dtype: torch.dtype, blocks: bool) -> int:
+    """About how much memory a model's weights take, all ranks together.
+
+    Args:
+        dtype: of dense matrices; ``blocks`` says that QUANTIZATION makes blocks of them.
+    """
+    if checkpoint.quantized:
+        return checkpoint.nbytes
+    # Q8_0, the larger of the formats.
+    return parameters * 34 // 32 if blocks else parameters * dtype.itemsize
+
+
+def size_that_fits(stored: int, free: Sequence[int], sizes: Sequence[int]) -> int:
+    """The smallest of ``sizes`` whose part of the weights fits each of the first GPUs; else the largest.
+
+    Args:
+        free: bytes that each GPU has free.
+    """
+    possible = [size for size in sizes if size <= len(free)]
+    for size in possible:
+        if stored / size <= _WEIGHTS_SHARE * min(free[:size]):
+            return size
+    return possible[-1] if possible else 1
+
+
+def refuse_settings(settings: Settings, size: int) -> None:
+    """Refuse what would otherwise be ignored by all ranks but the first.
+
+    Raises:
+        InvalidValueError: it names the setting.
+    """
+    unset = f"unset with TENSOR_PARALLEL_SIZE={size}"
+    if settings.lora_adapters is not None:
+        raise InvalidValueError(
+            "LORA_ADAPTERS", settings.lora_adapters, f"{unset}: adapters are not divided over ranks"
+        )
+    if settings.lora_root is not None:
+        raise InvalidValueError(
+            "LORA_ROOT", str(settings.lora_root), f"{unset}: adapters are not divided over ranks"
+        )
+    if settings.prefix_cache_file is not None:
+        raise InvalidValueError(
+            "PREFIX_CACHE_FILE", str(settings.prefix_cache_file), f"{unset}: each rank has KV of its own"
+        )
+
+
+def refuse_other_models(settings: Settings) -> None:
+    """Refuse more than one rank for a model that transformers' code runs. Raises ``InvalidValueError``."""
+    if settings.tensor_parallel_size > 1:
+        why = "transformers' own code runs it, or ENGINE_FAST_DECODE"
+        raise InvalidValueError("TENSOR_PARALLEL_SIZE", settings.tensor_parallel_size, f"1 here: {why}")
+
+
+def threads_per_rank(threads: int, settings: Settings) -> int:
+    """What each rank has of a machine's ``threads``."""
+    return max(1, threads // max(1, settings.tensor_parallel_size))
