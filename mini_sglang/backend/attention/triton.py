@@ -1,0 +1,198 @@
+"""Paged attention by Triton's kernels: decodes split over their positions, chunks over their rows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mini_sglang.backend.attention.base import PLAIN, AttentionForm
+from mini_sglang.backend.attention.tables import StepTables
+from mini_sglang.backend.batch import Batch
+from mini_sglang.backend.kernels.triton.available import shared_bytes
+from mini_sglang.backend.kernels.triton.launch import AttentionLaunch, attention_launch, power_of_two
+from mini_sglang.backend.kv.pool import KVPool
+
+_MAX_HEAD_DIM, _MAX_GROUP = 512, 128
+# Chunks of no more queries are split over their positions, as decodes are.
+_SHORT = 32
+
+
+class TritonAttention:
+    """``Attention`` on CUDA, over a pool of the queries' dtype, in every form and for heads that ``fit``.
+
+    The page table, starts and lengths of a step, and what split sequences come to, lie in int32 and float32 tensors
+    that are made once and keep their addresses until a step needs larger ones: ``reserve`` makes them as large as a
+    captured graph will need. ``begin`` fills them and is not to be captured; what it returns is. Of what is captured
+    only the grid is fixed, which may be larger than a step needs; a sequence of no rows is padding and gives nothing.
+
+    Args:
+        span: positions of a sequence that a program walks at least before the rest is another's.
+        spans: into how many parts a sequence is split at most.
+    """
+
+    def __init__(self, span: int = 256, spans: int = 64) -> None:
+        self.tables = StepTables()
+        self._span, self._spans = span, spans
+        self._partials: Tensor | None = None
+
+    @staticmethod
+    def fit(heads: int, kv_heads: int, head_dim: int) -> bool:
+        return head_dim <= _MAX_HEAD_DIM and heads // kv_heads <= _MAX_GROUP
+
+    def begin(self, batch: Batch, kv: KVPool) -> TritonStep:
+        self.tables.fill(batch, kv.data.device)
+        return TritonStep(self, batch, kv)
+
+    def launch(
+        self, rows: int, group: int, head_dim: int, itemsize: int, device: torch.device
+    ) -> AttentionLaunch:
+        """For sequences of at most ``rows`` queries."""
+        return attention_launch(
+            rows, group, head_dim, itemsize, shared_bytes(device), self._span, self._spans
+        )
+
+    def reserve(
+        self, sequences: int, pages: int, rows: int, heads: int, value_dim: int, device: torch.device
+    ) -> None:
+        """Make room for steps of so many sequences of so many pages, and ``rows`` rows that are split."""
+        self.tables.reserve(sequences, pages, device)
+        self.partials(rows * heads, self._spans, value_dim, device)
+
+    def partials(
+        self, rows: int, splits: int, value_dim: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums, peaks and weights of ``rows`` rows times heads, each in ``splits`` parts; layers share them."""
+        count = rows * splits
+        needed = count * (value_dim + 2)
+        if self._partials is None or self._partials.numel() < needed or self._partials.device != device:
+            self._partials = torch.empty(needed, dtype=torch.float32, device=device)
+        sums, peaks, weights = self._partials[:needed].split((count * value_dim, count, count))
+        return sums, peaks, weights
+
+
+class TritonStep:
+    """One step of ``TritonAttention``; see ``StepAttention``."""
+
+    def __init__(self, attention: TritonAttention, batch: Batch, kv: KVPool) -> None:
+        self._attention = attention
+        self._kv = kv
+        counts = [stop - start for start, stop in zip(batch.query_starts, batch.query_starts[1:], strict=False)]
+        decodes, sequences = batch.num_decodes, len(batch.seq_lens)
+        # First sequence, how many, the most rows and the most positions of one.
+        self._parts = [
+            (first, stop - first, max(counts[first:stop]), max(batch.seq_lens[first:stop]))
+            for first, stop in ((0, decodes), (decodes, sequences))
+            if stop > first
+        ]
+
+    def __call__(
+        self,
+        layer: int,
+        window: int | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        form: AttentionForm = PLAIN,
+    ) -> Tensor:
+        rows, heads, _ = query.shape
+        out = query.new_empty((rows, heads * value.shape[2]))
+        for first, sequences, most_rows, most_positions in self._parts:
+            self._attend(layer, window, query, out, form, first, sequences, most_rows, most_positions)
+        return out
+
+    def _attend(
+        self,
+        layer: int,
+        window: int | None,
+        query: Tensor,
+        out: Tensor,
+        form: AttentionForm,
+        first: int,
+        sequences: int,
+        most_rows: int,
+        most_positions: int,
+    ) -> None:
+        from mini_sglang.backend.kernels.triton.attention_kernels import attend, merge
+
+        keys, values = self._kv.keys_values(layer, self._kv.rows(layer))
+        rows, heads, key_dim = query.shape
+        kv_heads, value_dim = values.shape[1:]
+        group = heads // kv_heads
+        attention, tables, device = self._attention, self._attention.tables, query.device
+        chosen = attention.launch(most_rows, group, max(key_dim, value_dim), query.element_size(), device)
+        tiles = -(-most_rows // chosen.queries)
+        splits = 1
+        if most_rows <= _SHORT:
+            seen = most_positions if window is None else min(most_positions, window + most_rows + chosen.block_n)
+            splits = min(chosen.spans, -(-seen // chosen.span))
+        sums = peaks = weights = out
+        if splits > 1:
+            sums, peaks, weights = attention.partials(rows * heads, splits, value_dim, device)
+        scale = key_dim**-0.5 if form.scale is None else form.scale
+        sinks = out if form.sinks is None else form.sinks
+        tile = {
+            "GROUP": group,
+            "VALUE_DIM": value_dim,
+            "VALUE_BLOCK": max(16, power_of_two(value_dim)),
+            "QUERIES": chosen.queries,
+            "BLOCK_M": chosen.block_m,
+            "BLOCK_N": chosen.block_n,
+            "SPAN": chosen.span,
+            "SPANS": chosen.spans,
+            "WINDOWED": window is not None,
+            "SINKS": form.sinks is not None,
+        }
+        attend[(tiles * splits, kv_heads, sequences)](
+            query,
+            keys,
+            values,
+            out,
+            sums,
+            peaks,
+            weights,
+            sinks,
+            tables.page_table,
+            tables.query_starts,
+            tables.seq_lens,
+            first,
+            tables.page_table.stride(0),
+            query.stride(0),
+            query.stride(1),
+            keys.stride(0),
+            keys.stride(1),
+            values.stride(0),
+            values.stride(1),
+            out.stride(0),
+            heads,
+            splits,
+            window or 0,
+            scale if form.softcap is not None else scale * math.log2(math.e),
+            form.softcap or 1.0,
+            KEY_DIM=key_dim,
+            KEY_BLOCK=max(16, power_of_two(key_dim)),
+            PAGE=self._kv.page_size,
+            SOFTCAP=form.softcap is not None,
+            SPLIT=splits > 1,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+            **tile,
+        )
+        if splits > 1:
+            merge[(tiles, kv_heads, sequences)](
+                sums,
+                peaks,
+                weights,
+                sinks,
+                out,
+                tables.query_starts,
+                tables.seq_lens,
+                first,
+                out.stride(0),
+                heads,
+                splits,
+                window or 0,
+                num_warps=4,
+                **tile,
+            )

@@ -1,0 +1,30 @@
+"""Whether Triton's kernels can run on a device, and why not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+
+def interpreted() -> bool:
+    """Whether Triton is told to run its kernels in Python, on any device."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """What keeps Triton's kernels from ``device``; None if nothing does. Imports nothing."""
+    if device.type != "cuda" and not interpreted():
+        return f"Triton's kernels run on CUDA, and the device is {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a block may have."""
+    if device.type != "cuda":
+        return 96 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0)) or properties.shared_memory_per_block

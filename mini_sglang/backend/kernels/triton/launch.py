@@ -1,0 +1,67 @@
+"""With which tiles and how many warps a kernel is launched: by sizes and types alone, nothing is tried out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# What most GPUs since 2018 let a block have; an H100 has 227 KiB.
+_SHARED_BYTES = 96 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLaunch:
+    """Tiles of ``attend``.
+
+    Attributes:
+        queries: of a tile, times the group's heads: at most ``block_m`` rows.
+        span: positions that a program walks at least, where a sequence is split; ``spans`` are the most parts.
+    """
+
+    queries: int
+    block_m: int
+    block_n: int
+    span: int
+    spans: int
+    warps: int
+    stages: int
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least ``count``."""
+    return 1 << (count - 1).bit_length()
+
+
+def attention_launch(
+    rows: int,
+    group: int,
+    head_dim: int,
+    itemsize: int,
+    shared_bytes: int = _SHARED_BYTES,
+    span: int = 256,
+    spans: int = 64,
+) -> AttentionLaunch:
+    """The launch for sequences of at most ``rows`` queries.
+
+    A third of the shared memory is for a tile's queries, and one for each of two stages of keys and values.
+
+    Args:
+        group: query heads that share a KV head.
+        head_dim: the larger of those of keys and values.
+        itemsize: bytes of a number.
+    """
+    share = shared_bytes // 3
+    width = power_of_two(max(head_dim, 16)) * itemsize
+    block_n = max(16, min(64, _floor_power(share // (2 * width))))
+    most = max(16, min(128, _floor_power(share // width)), power_of_two(group))
+    block_m = min(most, max(16, power_of_two(rows * group)))
+    warps = 8 if block_m * power_of_two(max(head_dim, 16)) > 8192 else 4
+    return AttentionLaunch(max(1, block_m // group), block_m, block_n, span, spans, warps, 2)
+
+
+def row_warps(block: int) -> int:
+    """For one program per row of ``block`` numbers."""
+    return 4 if block <= 2048 else 8 if block <= 8192 else 16
+
+
+def _floor_power(count: int) -> int:
+    return 1 << max(count.bit_length() - 1, 0)
