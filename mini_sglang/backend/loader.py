@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from mini_sglang.backend.attention.base import Attention
-from mini_sglang.backend.attention.choice import torch_attention
+from mini_sglang.backend.attention.choice import OWN, Heads, choose_attention
 from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Limits
@@ -29,6 +29,8 @@ from mini_sglang.backend.kernels.adapters import NativeAdapters
 from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
 from mini_sglang.backend.kernels.operations import NativeOperations
 from mini_sglang.backend.kernels.program import StepProgram
+from mini_sglang.backend.kernels.triton.available import triton_wanted
+from mini_sglang.backend.kernels.triton.operations import TritonOperations
 from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
 from mini_sglang.backend.loading.ggml_types import GGMLType
@@ -76,6 +78,7 @@ def load_backend(
     kernels, kernels_used = open_kernels(
         settings.kernels, device, settings.cache_path / "kernels", threads, notify
     )
+    triton = triton_wanted(settings.kernels, device)
     checkpoint = open_checkpoint(
         path,
         dequantize=_DEQUANTIZE[settings.gguf_dequantize],
@@ -87,8 +90,11 @@ def load_backend(
             # Imported here, since most models do without.
             from mini_sglang.backend.transformers_models.backend import Machine, load_transformers_backend
 
-            machine = Machine(device, kernels, kernels_used, sharing, compiler)
+            machine = Machine(device, kernels, kernels_used, sharing, compiler, triton)
             return load_transformers_backend(path, checkpoint, served, settings, machine, notify)
+        if settings.kernels == "triton" and compiler is not None and not compiler.demanded:
+            # On by default; its pieces would be of torch's operators.
+            compiler = None
         _refuse_levers(settings, compiler, kernels)
         config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
         context_length = _context_length(settings, config)
@@ -101,7 +107,17 @@ def load_backend(
             if formats:
                 kind = f"{settings.quantization} blocks"
             notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {kind} on {device}")
+        chosen = choose_attention(
+            settings.attn_impl,
+            [Heads(config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim)],
+            dtypes.compute,
+            device,
+            settings.page_size_tokens,
+            triton,
+        )
         decoder = _load(checkpoint, config, dtypes, device, kernels, formats)
+        if triton and compiler is None and TritonOperations.fit(config.head_dim):
+            decoder.operations = TritonOperations(config.norm_eps)
     finally:
         checkpoint.close()
     per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtypes.kv)
@@ -113,7 +129,7 @@ def load_backend(
         context_length=context_length,
         max_batch_size=settings.max_batch_size,
     )
-    attention = torch_attention(settings.attn_impl) or _attention(config, dtypes.compute, kernels)
+    attention = chosen or _attention(config, dtypes.compute, kernels)
     kv = KVPool(
         num_layers=config.num_layers,
         num_pages=num_pages,
@@ -184,7 +200,7 @@ def _dtypes(
         and NativeOperations.fit(*sizes, torch.float32)
         and NativeAttention.fit(config.num_heads, config.num_kv_heads, config.head_dim, torch.float32)
     ):
-        if torch_attention(settings.attn_impl) is not None:
+        if settings.attn_impl not in OWN:
             if settings.kv_dtype not in ("auto", "fp32"):
                 raise InvalidValueError(
                     "KV_DTYPE", settings.kv_dtype, f"auto or fp32 with ATTN_IMPL={settings.attn_impl}"
@@ -210,6 +226,8 @@ def _refuse_levers(settings: Settings, compiler: Compiler | None, kernels: Nativ
         raise compiler.refusal(
             "the compiled CPU kernels run this model; KERNELS=reference has PyTorch's operators run it"
         )
+    if compiler is not None and settings.kernels == "triton":
+        raise compiler.refusal("KERNELS=triton runs what it would compile")
 
 
 def _compile(

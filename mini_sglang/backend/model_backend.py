@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.attention.base import Attention
-from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.device import dtype_name
@@ -215,6 +214,6 @@ def _with_drafts(chosen: Iterable[tuple[int, SequenceResult]]) -> dict[int, Sequ
 
 
 def _attention_name(attention: Attention) -> str:
-    if isinstance(attention, NativeAttention):
-        return "paged, compiled"
-    return f"paged, {'sdpa' if isinstance(attention, PagedAttention) and attention.fused else 'eager'}"
+    if isinstance(attention, PagedAttention):
+        return f"paged, {'sdpa' if attention.fused else 'eager'}"
+    return f"paged, {getattr(attention, 'name', 'own')}"

@@ -32,6 +32,8 @@ class TritonAttention:
         spans: into how many parts a sequence is split at most.
     """
 
+    name = "triton"
+
     def __init__(self, span: int = 256, spans: int = 64) -> None:
         self.tables = StepTables()
         self._span, self._spans = span, spans
@@ -97,6 +99,8 @@ class TritonStep:
         form: AttentionForm = PLAIN,
     ) -> Tensor:
         rows, heads, _ = query.shape
+        if query.stride(2) != 1:
+            query = query.contiguous()
         out = query.new_empty((rows, heads * value.shape[2]))
         for first, sequences, most_rows, most_positions in self._parts:
             self._attend(layer, window, query, out, form, first, sequences, most_rows, most_positions)

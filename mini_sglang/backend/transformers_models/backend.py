@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mini_sglang.backend.attention.base import Attention
-from mini_sglang.backend.attention.choice import torch_attention
+from mini_sglang.backend.attention.choice import Heads, choose_attention
 from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.compiling import Compiler, warm_up
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 class Machine:
     """What the model runs on. ``kernels_used`` says so in words; ``sharing`` backends share the memory.
 
-    ``compiler`` is None where nothing is to be compiled.
+    ``compiler`` is None where nothing is to be compiled; ``triton`` is whether Triton's kernels may run.
     """
 
     device: torch.device
@@ -51,6 +51,7 @@ class Machine:
     kernels_used: str
     sharing: int
     compiler: Compiler | None = None
+    triton: bool = False
 
 
 def load_transformers_backend(
@@ -108,7 +109,7 @@ def _paged(
     # torch.compile cannot look into the kernels.
     pack_linears(model, None if machine.compiler else machine.kernels, settings.quantization)
     decoder = probe(model, config)
-    attention = _chosen_attention(settings, decoder, machine.kernels)
+    attention = _chosen_attention(settings, decoder, dtype, machine)
     self_check(decoder, attention, dtype)
     compiled = _compile(decoder, attention, dtype, machine.compiler) if machine.compiler else "off"
     page_size = settings.page_size_tokens
@@ -194,13 +195,20 @@ def _compile(
 
 
 def _chosen_attention(
-    settings: Settings, decoder: TransformersDecoder, kernels: NativeKernels | None
+    settings: Settings, decoder: TransformersDecoder, dtype: torch.dtype, machine: Machine
 ) -> Attention:
-    chosen = torch_attention(settings.attn_impl)
-    if chosen is not None and chosen.fused and not all(call.form.fused for call in decoder.calls):
+    if settings.attn_impl == "sdpa" and not all(call.form.fused for call in decoder.calls):
         allowed = "auto, paged or eager for this model: torch's fused attention has no soft caps and no sinks"
         raise InvalidValueError("ATTN_IMPL", settings.attn_impl, allowed)
-    return chosen or _attention(decoder, kernels)
+    layers = [
+        Heads(call.heads, shape.kv_heads, shape.key_dim, shape.value_dim, call.form)
+        for call in decoder.calls
+        for shape in [decoder.shapes[call.layer]]
+    ]
+    chosen = choose_attention(
+        settings.attn_impl, layers, dtype, machine.device, settings.page_size_tokens, machine.triton
+    )
+    return chosen or _attention(decoder, machine.kernels)
 
 
 def _attention(decoder: TransformersDecoder, kernels: NativeKernels | None) -> Attention:

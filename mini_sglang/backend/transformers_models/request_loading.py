@@ -131,7 +131,7 @@ def set_attention(model: Any, settings: Settings, why_not_paged: str) -> str:
         InvalidValueError: it, or the machine, cannot.
     """
     name = settings.attn_impl
-    if name == "paged":
+    if name in ("paged", "triton", "flashinfer"):
         raise InvalidValueError("ATTN_IMPL", name, f"another one for this model: {why_not_paged}")
     try:
         if name == "auto":

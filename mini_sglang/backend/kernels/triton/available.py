@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from mini_sglang.errors import InvalidValueError
+
 
 def interpreted() -> bool:
     """Whether Triton is told to run its kernels in Python, on any device."""
@@ -20,6 +22,18 @@ def why_no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
+
+
+def triton_wanted(setting: str, device: torch.device) -> bool:
+    """Whether ``KERNELS=setting`` has Triton's kernels run: on CUDA they are the default where they can.
+
+    Raises:
+        InvalidValueError: they are asked for and cannot.
+    """
+    why = why_no_triton(device)
+    if setting == "triton" and why is not None:
+        raise InvalidValueError("KERNELS", setting, f"auto or reference here: {why}")
+    return setting == "triton" or (setting == "auto" and device.type == "cuda" and why is None)
 
 
 def shared_bytes(device: torch.device) -> int:
