@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,13 +11,13 @@ from torch import Tensor
 from mini_sglang.backend.attention.base import PLAIN, AttentionForm
 from mini_sglang.backend.attention.tables import StepTables
 from mini_sglang.backend.batch import Batch
-from mini_sglang.backend.kernels.triton.available import shared_bytes
+from mini_sglang.backend.kernels.triton.available import interpreted, shared_bytes
 from mini_sglang.backend.kernels.triton.launch import AttentionLaunch, attention_launch, power_of_two
 from mini_sglang.backend.kv.pool import KVPool
 
 _MAX_HEAD_DIM, _MAX_GROUP = 512, 128
 # Chunks of no more queries are split over their positions, as decodes are.
-_SHORT = 32
+_SHORT, _ANY = 32, 1 << 30
 
 
 class TritonAttention:
@@ -74,6 +75,21 @@ class TritonAttention:
         return sums, peaks, weights
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A launch for those of ``sequences`` sequences from ``first`` on that have ``fewest`` to ``most`` rows.
+
+    ``rows`` and ``positions`` are the most that one of them has.
+    """
+
+    first: int
+    sequences: int
+    fewest: int
+    most: int
+    rows: int
+    positions: int
+
+
 class TritonStep:
     """One step of ``TritonAttention``; see ``StepAttention``."""
 
@@ -82,12 +98,16 @@ class TritonStep:
         self._kv = kv
         counts = [stop - start for start, stop in zip(batch.query_starts, batch.query_starts[1:], strict=False)]
         decodes, sequences = batch.num_decodes, len(batch.seq_lens)
-        # First sequence, how many, the most rows and the most positions of one.
-        self._parts = [
-            (first, stop - first, max(counts[first:stop]), max(batch.seq_lens[first:stop]))
-            for first, stop in ((0, decodes), (decodes, sequences))
-            if stop > first
-        ]
+        self._parts: list[_Part] = []
+        for first, stop, fewest, most in (
+            (0, decodes, 1, 1),
+            (decodes, sequences, 2, _SHORT),
+            (decodes, sequences, _SHORT + 1, _ANY),
+        ):
+            own = [i for i in range(first, stop) if fewest <= counts[i] <= most]
+            if own:
+                rows, positions = (max(numbers[i] for i in own) for numbers in (counts, batch.seq_lens))
+                self._parts.append(_Part(first, stop - first, fewest, most, rows, positions))
 
     def __call__(
         self,
@@ -102,8 +122,8 @@ class TritonStep:
         if query.stride(2) != 1:
             query = query.contiguous()
         out = query.new_empty((rows, heads * value.shape[2]))
-        for first, sequences, most_rows, most_positions in self._parts:
-            self._attend(layer, window, query, out, form, first, sequences, most_rows, most_positions)
+        for part in self._parts:
+            self._attend(layer, window, query, out, form, part)
         return out
 
     def _attend(
@@ -113,10 +133,7 @@ class TritonStep:
         query: Tensor,
         out: Tensor,
         form: AttentionForm,
-        first: int,
-        sequences: int,
-        most_rows: int,
-        most_positions: int,
+        part: _Part,
     ) -> None:
         from mini_sglang.backend.kernels.triton.attention_kernels import attend, merge
 
@@ -125,11 +142,14 @@ class TritonStep:
         kv_heads, value_dim = values.shape[1:]
         group = heads // kv_heads
         attention, tables, device = self._attention, self._attention.tables, query.device
-        chosen = attention.launch(most_rows, group, max(key_dim, value_dim), query.element_size(), device)
-        tiles = -(-most_rows // chosen.queries)
+        # By what such sequences have at most, not by what these have: a row's tile is the same in any company.
+        chosen = attention.launch(part.most, group, max(key_dim, value_dim), query.element_size(), device)
+        tiles = -(-part.rows // chosen.queries)
         splits = 1
-        if most_rows <= _SHORT:
-            seen = most_positions if window is None else min(most_positions, window + most_rows + chosen.block_n)
+        if part.most <= _SHORT:
+            seen = part.positions
+            if window is not None:
+                seen = min(seen, window + chosen.queries + chosen.block_n)
             splits = min(chosen.spans, -(-seen // chosen.span))
         sums = peaks = weights = out
         if splits > 1:
@@ -148,7 +168,7 @@ class TritonStep:
             "WINDOWED": window is not None,
             "SINKS": form.sinks is not None,
         }
-        attend[(tiles * splits, kv_heads, sequences)](
+        attend[(tiles * splits, kv_heads, part.sequences)](
             query,
             keys,
             values,
@@ -160,7 +180,9 @@ class TritonStep:
             tables.page_table,
             tables.query_starts,
             tables.seq_lens,
-            first,
+            part.first,
+            part.fewest,
+            part.most,
             tables.page_table.stride(0),
             query.stride(0),
             query.stride(1),
@@ -179,12 +201,13 @@ class TritonStep:
             PAGE=self._kv.page_size,
             SOFTCAP=form.softcap is not None,
             SPLIT=splits > 1,
+            WIDE=query.dtype == torch.bfloat16 and interpreted(),
             num_warps=chosen.warps,
             num_stages=chosen.stages,
             **tile,
         )
         if splits > 1:
-            merge[(tiles, kv_heads, sequences)](
+            merge[(tiles, kv_heads, part.sequences)](
                 sums,
                 peaks,
                 weights,
@@ -192,7 +215,9 @@ class TritonStep:
                 out,
                 tables.query_starts,
                 tables.seq_lens,
-                first,
+                part.first,
+                part.fewest,
+                part.most,
                 out.stride(0),
                 heads,
                 splits,

@@ -20,6 +20,8 @@ def _tile(
     seq_lens,
     sequence,
     tile,
+    fewest,
+    most,
     window,
     QUERIES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -33,8 +35,9 @@ def _tile(
     length = tl.load(seq_lens + sequence)
     first = tile * QUERIES
     here = tl.minimum(count - first, QUERIES)
+    here = tl.where((count < fewest) | (count > most), 0, here)
     position = length - count + first
-    lowest = 0
+    lowest = position * 0
     if WINDOWED:
         lowest = tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N
     stop = position + here
@@ -43,7 +46,7 @@ def _tile(
 
 
 # They change from step to step, and each value that is 1 or divides by 16 would be compiled anew.
-@triton.jit(do_not_specialize=["first_sequence", "splits", "window"])
+@triton.jit(do_not_specialize=["first_sequence", "fewest", "most", "splits", "window"])
 def attend(
     query,
     keys,
@@ -57,6 +60,8 @@ def attend(
     query_starts,
     seq_lens,
     first_sequence,
+    fewest,
+    most,
     table_stride,
     query_stride,
     query_head_stride,
@@ -85,19 +90,21 @@ def attend(
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """Grid ``(tiles * splits, kv_heads, sequences)``.
+    """Grid ``(tiles * splits, kv_heads, sequences)``; sequences of fewer rows than ``fewest``, or more than ``most``,
+    are left to another launch.
 
     ``scale`` carries log2(e), so that powers are of 2; with SOFTCAP it does not, ``softcap`` is the cap. With SPLIT the
     unnormalised sums go to ``partial_out`` ``[T, heads, splits, VALUE_DIM]``, their peaks and weights beside it; else
-    the result to ``out``.
+    the result to ``out``. WIDE is for the interpreter, which multiplies bfloat16 as if its bits were integers.
     """
     sequence = first_sequence + tl.program_id(2)
     kv_head = tl.program_id(1)
     tile = tl.program_id(0) // splits
     part = tl.program_id(0) % splits
     row, here, position, lowest, stop, span = _tile(
-        query_starts, seq_lens, sequence, tile, window, QUERIES, BLOCK_N, SPAN, SPANS, WINDOWED
+        query_starts, seq_lens, sequence, tile, fewest, most, window, QUERIES, BLOCK_N, SPAN, SPANS, WINDOWED
     )
     begin = lowest
     if SPLIT:
@@ -120,6 +127,8 @@ def attend(
         mask=mine[:, None] & (k < KEY_DIM)[None, :],
         other=0.0,
     )
+    if WIDE:
+        q = q.to(tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, VALUE_BLOCK], tl.float32)
@@ -136,6 +145,8 @@ def attend(
             mask=inside[None, :] & (k < KEY_DIM)[:, None],
             other=0.0,
         )
+        if WIDE:
+            key = key.to(tl.float32)
         score = tl.dot(q, key.to(q.dtype), input_precision="ieee") * scale
         if SOFTCAP:
             # tanh by powers of e; the product with log2(e) comes after it.
@@ -158,6 +169,9 @@ def attend(
         )
         total = total * shrink + tl.sum(weight, 1)
         acc = acc * shrink[:, None]
+        if WIDE:
+            weight = weight.to(value.dtype).to(tl.float32)
+            value = value.to(tl.float32)
         acc += tl.dot(weight.to(q.dtype), value.to(q.dtype), input_precision="ieee")
         peak = higher
 
@@ -178,7 +192,7 @@ def attend(
         tl.store(place, result.to(out.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["first_sequence", "splits", "window"])
+@triton.jit(do_not_specialize=["first_sequence", "fewest", "most", "splits", "window"])
 def merge(
     partial_out,
     partial_peak,
@@ -188,6 +202,8 @@ def merge(
     query_starts,
     seq_lens,
     first_sequence,
+    fewest,
+    most,
     out_stride,
     heads,
     splits,
@@ -206,8 +222,9 @@ def merge(
     """Grid ``(tiles, kv_heads, sequences)``: add up the spans of each tile, from the first to the last."""
     sequence = first_sequence + tl.program_id(2)
     kv_head = tl.program_id(1)
+    tile = tl.program_id(0)
     row, here, position, lowest, stop, span = _tile(
-        query_starts, seq_lens, sequence, tl.program_id(0), window, QUERIES, BLOCK_N, SPAN, SPANS, WINDOWED
+        query_starts, seq_lens, sequence, tile, fewest, most, window, QUERIES, BLOCK_N, SPAN, SPANS, WINDOWED
     )
     if (here <= 0) | (stop <= 0):
         return

@@ -53,7 +53,7 @@ def attention_launch(
     width = power_of_two(max(head_dim, 16)) * itemsize
     block_n = max(16, min(64, _floor_power(share // (2 * width))))
     most = max(16, min(128, _floor_power(share // width)), power_of_two(group))
-    block_m = min(most, max(16, power_of_two(rows * group)))
+    block_m = min(most, max(16, power_of_two(min(rows, most) * group)))
     warps = 8 if block_m * power_of_two(max(head_dim, 16)) > 8192 else 4
     return AttentionLaunch(max(1, block_m // group), block_m, block_n, span, spans, warps, 2)
 
