@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # What most GPUs since 2018 let a block have; an H100 has 227 KiB.
-_SHARED_BYTES = 96 * 1024
+_SHARED_BYTES, _LARGE_SHARED = 96 * 1024, 160 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,19 @@ def attention_launch(
         itemsize: bytes of a number.
     """
     share = shared_bytes // 3
-    width = power_of_two(max(head_dim, 16)) * itemsize
+    numbers = power_of_two(max(head_dim, 16))
+    width = numbers * itemsize
     block_n = max(16, min(64, _floor_power(share // (2 * width))))
-    most = max(16, min(128, _floor_power(share // width)), power_of_two(group))
+    most = max(16, min(128, _floor_power(share // width)))
+    if itemsize > 2:
+        # Without tensor cores a product's tiles lie in registers.
+        block_n, most = max(16, min(32, 2048 // numbers)), max(16, min(32, 4096 // numbers))
+    most = max(most, power_of_two(group))
     block_m = min(most, max(16, power_of_two(min(rows, most) * group)))
-    warps = 8 if block_m * power_of_two(max(head_dim, 16)) > 8192 else 4
-    return AttentionLaunch(max(1, block_m // group), block_m, block_n, span, spans, warps, 2)
+    # More bytes under way for decodes, which wait for memory.
+    stages = 3 if block_m == 16 and shared_bytes >= _LARGE_SHARED else 2
+    warps = 8 if block_m >= 128 or block_m * numbers > 8192 else 4
+    return AttentionLaunch(max(1, block_m // group), block_m, block_n, span, spans, warps, stages)
 
 
 def row_warps(block: int) -> int:

@@ -1,12 +1,18 @@
 """Compile every kernel for GPUs that are not here, as the code launches it, and print what each takes, as JSON.
 
+    python -m tests.backend.kernels.triton.compile_all 90 "16,8,128 14,2,64" "bfloat16 float32"
+
 Run as a script, in a process of its own: within one that interprets, triton compiles nothing.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,8 +67,20 @@ class Compiling:
         name = f"{self.kernel.fn.__name__} {signature[names[0]]} {' '.join(shapes)} {' '.join(kinds)} {num_warps}w"
         self.done[f"sm{self.capability} {name}"] = {
             "shared": made.metadata.shared,
-            "bytes": len(made.asm["cubin"]),
+            **resources(made.asm["cubin"]),
         }
+
+
+def resources(binary: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack: what the registers had no room for."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
+    assert found is not None, said.stdout
+    return {"registers": int(found[1]), "stack": int(found[2])}
 
 
 def compile_all(capability: int, shapes: list[tuple[int, int, int]], dtypes: list[torch.dtype]) -> None:
@@ -87,14 +105,12 @@ def compile_all(capability: int, shapes: list[tuple[int, int, int]], dtypes: lis
             qkv = torch.zeros(41, heads + 2 * kv_heads, head_dim, dtype=dtype)
             norm = qkv[0, : heads + kv_heads]
             operations.rotate_and_store(qkv, norm, turns, scene.kv, LAYER, slots)
-    assert all(row["shared"] <= shared for row in done.values()), done
-    print(json.dumps(done, indent=1))
+    print(json.dumps({"shared": shared, "kernels": done}))
 
 
 if __name__ == "__main__":
-    quick = len(sys.argv) > 2
     compile_all(
         int(sys.argv[1]),
-        [(16, 8, 128)] if quick else [(16, 8, 128), (14, 2, 64), (8, 4, 256), (8, 8, 80)],
-        [torch.bfloat16] if quick else [torch.bfloat16, torch.float16, torch.float32],
+        [tuple(map(int, shape.split(","))) for shape in sys.argv[2].split()],  # type: ignore[misc]
+        [getattr(torch, dtype) for dtype in sys.argv[3].split()],
     )
