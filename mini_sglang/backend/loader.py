@@ -25,6 +25,7 @@ from mini_sglang.backend.device import (
     dtype_name,
     free_memory,
 )
+from mini_sglang.backend.device_sampling import make_sampler
 from mini_sglang.backend.kernels.adapters import NativeAdapters
 from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
 from mini_sglang.backend.kernels.operations import NativeOperations
@@ -43,7 +44,6 @@ from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
 from mini_sglang.backend.models.quantization import block_formats
 from mini_sglang.backend.pieces import SHORT
-from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import LoadedBackend
 from mini_sglang.backend.transformers_models.kinds import choose_kind
 from mini_sglang.config import Settings
@@ -157,7 +157,7 @@ def load_backend(
         decoder,
         kv,
         attention,
-        Sampler(config.vocab_size),
+        make_sampler(config.vocab_size, device),
         context_length,
         num_parameters,
         kernels_used,

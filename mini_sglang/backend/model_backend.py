@@ -13,7 +13,7 @@ from torch import Tensor
 from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
-from mini_sglang.backend.device import dtype_name
+from mini_sglang.backend.device import dtype_name, to_device
 from mini_sglang.backend.kept_logits import KeptLogits
 from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool
@@ -144,7 +144,7 @@ class ModelBackend:
         if batch.samples:
             places, rows = zip(*batch.samples, strict=True)
             # Without prompts, tokens are chosen after all the output rows, in their order.
-            picked = hidden[torch.tensor(rows, device=hidden.device)] if batch.prompts else hidden
+            picked = hidden[to_device(torch.tensor(rows), hidden.device)] if batch.prompts else hidden
             logits = self.decoder.logits(picked)
             self._kept.keep(steps, places, logits)
             chosen = self.sampler.sample(logits, batch.specs)

@@ -17,13 +17,13 @@ from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.compiling import Compiler, warm_up
 from mini_sglang.backend.device import KV_DTYPES, choose_dtype, dtype_name, free_memory
+from mini_sglang.backend.device_sampling import make_sampler
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.layered import kv_pool
 from mini_sglang.backend.kv.pool import kv_pages_for
 from mini_sglang.backend.loading.checkpoint import Checkpoint
 from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.models.config import read_eos_ids
-from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import LoadedBackend
 from mini_sglang.backend.transformers_models import rotations
 from mini_sglang.backend.transformers_models.attention import stay_eager
@@ -125,7 +125,7 @@ def _paged(
         decoder,
         kv_pool(decoder.shapes, num_pages=num_pages, page_size=page_size, dtype=dtype, device=machine.device),
         attention,
-        Sampler(config.vocab_size),
+        make_sampler(config.vocab_size, machine.device),
         length,
         count,
         machine.kernels_used,
