@@ -92,8 +92,8 @@ class Settings:
         "Model and device",
         "KERNELS",
         "auto",
-        "on a CPU, auto compiles C++ matrix products at first use, where there is a compiler; on CUDA it takes "
-        "Triton's kernels, and triton does so beside a model that is not compiled; "
+        "on a CPU, auto compiles C++ matrix products at first use, where there is a compiler; on CUDA it "
+        "takes Triton's kernels, all but attention only where COMPILE_MODEL is off, which triton makes it; "
         "reference runs everything on PyTorch's operators",
         choices=("auto", "reference", "triton"),
     )
@@ -119,8 +119,8 @@ class Settings:
         ("ATTN_IMPL", "ATTN_IMPLEMENTATION"),
         "auto",
         "attention: paged is this stack's own (triton on CUDA), sdpa torch's fused one and eager an explicit "
-        "softmax over its pages; flashinfer and flash_attention_2 are packages for CUDA; for a model with one "
-        "cache per request, the way transformers does it; auto takes the fastest that the model allows",
+        "softmax over its pages; flashinfer and flash_attention_2 are packages for CUDA; for a model with "
+        "one cache per request, the way transformers does it; auto takes the fastest that the model allows",
         choices=("auto", "paged", "triton", "sdpa", "eager", "flashinfer", "flash_attention_2"),
     )
     compile_model: str = setting(

@@ -68,7 +68,8 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """``values``, of the CPU, on ``device``, without waiting for what the device is doing."""
     if device.type != "cuda":
         return values.to(device)
-    # From memory that is not pinned the copy would be waited for. torch keeps the pinned memory until it is done.
+    # From memory that is not pinned the copy would be waited for. torch keeps the pinned memory until it is
+    # done.
     return values.pin_memory().to(device, non_blocking=True)
 
 

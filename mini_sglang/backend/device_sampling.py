@@ -1,8 +1,9 @@
 """The sampler of a device that computes while the host goes on: one copy to the host, at the end of a step.
 
-Everything up to it is put in the device's queue from what the host knows, the requests. Whether a row can be chosen
-from at all, and whether the first look at its largest logits was enough, comes back with the ids; for a row that it
-was too narrow for there is a wider one, and another copy. It is the same tokens as ``Sampler``'s.
+Everything up to it is put in the device's queue from what the host knows, the requests. Whether a row can be
+chosen from at all, and whether the first look at its largest logits was enough, comes back with the ids; for
+a row that it was too narrow for there is a wider one, and another copy. It is the same tokens as
+``Sampler``'s.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ class DeviceSampler(Sampler):
         rows: Sequence[int],
         look: int,
     ) -> None:
-        """Draw for ``rows``; put their ids, and whether the look at the largest was wide enough, where they go."""
+        """Draw for ``rows``; put their ids, and whether the look at the largest was wide enough, where they
+        go.
+        """
         groups: dict[tuple[bool, int], list[int]] = {}
         for row in rows:
             limited, width = self._group(specs[row].params)
@@ -144,7 +147,9 @@ class DeviceSampler(Sampler):
                 enough.index_copy_(0, at, wide.to(enough.dtype))
 
     def _draw_of_largest(self, x: Tensor, columns: Columns, width: int) -> tuple[Tensor, Tensor]:
-        """Draw under top_k or top_p from the ``width`` largest logits: ids ``[R]``, and whether they were enough."""
+        """Draw under top_k or top_p from the ``width`` largest logits: ids ``[R]``, and whether they were
+        enough.
+        """
         values, ranked_ids = ranked(x, width)
         kept, enough = self._keep(values, columns)
         up_to = kept.cumsum(-1)
@@ -169,7 +174,8 @@ def ranked(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def logprob_numbers(x: Tensor, ids: Tensor, tops: Sequence[int]) -> Tensor:
-    """Of each row of float32 ``[R, V]``: the logprob of its id, and ids and logprobs of the most probable tokens.
+    """Of each row of float32 ``[R, V]``: the logprob of its id, and ids and logprobs of the most probable
+    tokens.
 
     Returns:
         Float64 ``[R * (1 + 2 * most)]`` for ``logprob_entries``.
@@ -189,9 +195,7 @@ def logprob_numbers(x: Tensor, ids: Tensor, tops: Sequence[int]) -> Tensor:
     return torch.cat(parts).flatten()
 
 
-def logprob_entries(
-    numbers: Sequence[float], ids: Sequence[int], tops: Sequence[int]
-) -> list[TokenLogprob]:
+def logprob_entries(numbers: Sequence[float], ids: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
     """What ``token_logprobs`` gives, from the numbers of ``logprob_numbers``."""
     width = len(numbers) // len(ids)
     most = (width - 1) // 2

@@ -212,7 +212,8 @@ class Sampler:
         return (block * _BLOCK + place)[:, 0]
 
     def _keep(self, values: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-        """Weights of the largest logits ``[R, width]``, 0 where a filter drops them, and whether they are enough.
+        """Weights of the largest logits ``[R, width]``, 0 where a filter drops them, and whether they are
+        enough.
 
         What lies beyond the width does not matter where its weights are 0 or a filter ends before it.
         """

@@ -57,7 +57,9 @@ def test_prompt_logprobs_are_those_of_the_cpu() -> None:
     for top in (0, 1, 20, 37):
         logits = random_logits(rng, generator, 9, 37)
         targets = [rng.randrange(37) for _ in range(9)]
-        ours, own = (sampler(37).prompt_logprobs(logits, targets, top) for sampler in (DeviceSampler, Sampler))
+        ours, own = (
+            sampler(37).prompt_logprobs(logits, targets, top) for sampler in (DeviceSampler, Sampler)
+        )
         assert repr(ours) == repr(own)
 
 
@@ -109,7 +111,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["greedy", "temperature", "top_k", "top_p", "min_p", "everything"])
 def test_nothing_waits_but_the_last_copy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tensors without data: what needs a value on the host raises, and so does a shape that depends on one."""
+    """On tensors without data: what needs a value on the host, or a shape that depends on one, raises."""
     shapes: dict[str, dict[str, Any]] = {
         "greedy": {"logprobs": True, "top_logprobs": 5},
         "temperature": {"temperature": 0.6},

@@ -38,7 +38,8 @@ def choose_attention(
     page_size: int,
     triton: bool,
 ) -> Attention | None:
-    """The attention that ``ATTN_IMPL`` names, or Triton's where that is the best; None leaves it to the CPU's own.
+    """The attention that ``ATTN_IMPL`` names, or Triton's where that is the best; None leaves it to the CPU's
+    own.
 
     Args:
         dtype: of queries and KV.

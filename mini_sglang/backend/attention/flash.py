@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,8 +70,8 @@ class FlashStep:
         starts = [start - decodes for start in batch.query_starts[decodes:]]
         ends = [0, *accumulate(lengths)]
         sent = to_device(torch.tensor(starts + ends, dtype=torch.int32), kv.data.device)
-        self._starts, self._ends = sent.split(len(ends))
-        self._most_rows = max(stop - start for start, stop in zip(starts, starts[1:], strict=False))
+        self._starts, self._ends = sent.view(2, -1).unbind()
+        self._most_rows = max(stop - start for start, stop in pairwise(starts))
         self._most_positions = max(lengths)
 
     def __call__(
@@ -87,7 +87,8 @@ class FlashStep:
 
         kv, decodes = self._kv, self._decodes
         keys, values = (
-            part.unflatten(0, (kv.num_pages, kv.page_size)) for part in kv.keys_values(layer, kv.rows(layer))
+            part.view(kv.num_pages, kv.page_size, *part.shape[1:])
+            for part in kv.keys_values(layer, kv.rows(layer))
         )
         how = {
             "softmax_scale": form.scale,

@@ -27,7 +27,8 @@ _Key = tuple[bool, int, int, int, int | None, float | None, float | None]
 class FlashInferAttention:
     """``Attention`` on CUDA in fp16 and bf16, over pages of any size.
 
-    The package plans each step on the host, once for every kind of layer: not for CUDA graphs as it is used here.
+    The package plans each step on the host, once for every kind of layer: not for CUDA graphs as it is used
+    here.
     """
 
     name = "flashinfer"
@@ -94,7 +95,8 @@ class FlashInferStep:
     ) -> Tensor:
         kv, decodes = self._kv, self._decodes
         keys, values = (
-            part.unflatten(0, (kv.num_pages, kv.page_size)) for part in kv.keys_values(layer, kv.rows(layer))
+            part.view(kv.num_pages, kv.page_size, *part.shape[1:])
+            for part in kv.keys_values(layer, kv.rows(layer))
         )
         parts: list[Tensor] = []
         if decodes:

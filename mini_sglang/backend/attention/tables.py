@@ -13,8 +13,9 @@ from mini_sglang.backend.device import to_device
 class StepTables:
     """What kernels that read pages in place must know of a step.
 
-    Filled by one transfer and copies on the device, outside of what a CUDA graph captures. The tensors are made anew,
-    at other addresses, by a step that needs more room than there is; ``reserve`` makes the room before a capture.
+    Filled by one transfer and copies on the device, outside of what a CUDA graph captures. The tensors are
+    made anew, at other addresses, by a step that needs more room than there is; ``reserve`` makes the room
+    before a capture.
 
     Attributes:
         page_table: ``[at least S, at least P]`` int32; what lies past a step's own is left from earlier ones.
@@ -52,7 +53,7 @@ class StepTables:
         numbers[sequences + 1 : 2 * sequences + 1] = batch.seq_lens
         numbers[2 * sequences + 1 :] = batch.page_table.ravel()
         sent = to_device(torch.from_numpy(numbers), device)
-        starts, lens, table = sent.split((sequences + 1, sequences, sequences * pages))
+        starts, lens, table = torch.split_with_sizes(sent, (sequences + 1, sequences, sequences * pages))
         self.query_starts[: sequences + 1].copy_(starts)
         self.seq_lens[:sequences].copy_(lens)
         self.page_table[:sequences, :pages].copy_(table.view(sequences, pages))

@@ -23,10 +23,11 @@ _SHORT, _ANY = 32, 1 << 30
 class TritonAttention:
     """``Attention`` on CUDA, over a pool of the queries' dtype, in every form and for heads that ``fit``.
 
-    The page table, starts and lengths of a step, and what split sequences come to, lie in int32 and float32 tensors
-    that are made once and keep their addresses until a step needs larger ones: ``reserve`` makes them as large as a
-    captured graph will need. ``begin`` fills them and is not to be captured; what it returns is. Of what is captured
-    only the grid is fixed, which may be larger than a step needs; a sequence of no rows is padding and gives nothing.
+    The page table, starts and lengths of a step, and what split sequences come to, lie in int32 and float32
+    tensors that are made once and keep their addresses until a step needs larger ones: ``reserve`` makes them
+    as large as a captured graph will need. ``begin`` fills them and is not to be captured; what it returns
+    is. Of what is captured only the grid is fixed, which may be larger than a step needs; a sequence of no
+    rows is padding and gives nothing.
 
     Args:
         span: positions of a sequence that a program walks at least before the rest is another's.
@@ -71,7 +72,9 @@ class TritonAttention:
         needed = count * (value_dim + 2)
         if self._partials is None or self._partials.numel() < needed or self._partials.device != device:
             self._partials = torch.empty(needed, dtype=torch.float32, device=device)
-        sums, peaks, weights = self._partials[:needed].split((count * value_dim, count, count))
+        sums, peaks, weights = torch.split_with_sizes(
+            self._partials[:needed], (count * value_dim, count, count)
+        )
         return sums, peaks, weights
 
 
@@ -96,7 +99,9 @@ class TritonStep:
     def __init__(self, attention: TritonAttention, batch: Batch, kv: KVPool) -> None:
         self._attention = attention
         self._kv = kv
-        counts = [stop - start for start, stop in zip(batch.query_starts, batch.query_starts[1:], strict=False)]
+        counts = [
+            stop - start for start, stop in zip(batch.query_starts, batch.query_starts[1:], strict=False)
+        ]
         decodes, sequences = batch.num_decodes, len(batch.seq_lens)
         self._parts: list[_Part] = []
         for first, stop, fewest, most in (
@@ -142,7 +147,8 @@ class TritonStep:
         kv_heads, value_dim = values.shape[1:]
         group = heads // kv_heads
         attention, tables, device = self._attention, self._attention.tables, query.device
-        # By what such sequences have at most, not by what these have: a row's tile is the same in any company.
+        # By what such sequences have at most, not by what these have: a row's tile is the same in any
+        # company.
         chosen = attention.launch(part.most, group, max(key_dim, value_dim), query.element_size(), device)
         tiles = -(-part.rows // chosen.queries)
         splits = 1

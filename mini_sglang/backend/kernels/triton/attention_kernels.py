@@ -1,13 +1,15 @@
 """Paged attention in Triton: one kernel for decodes and chunks, and the merge of what it split.
 
-A program takes a tile of rows that share a KV head: some queries of one sequence times the heads of the group, row r
-being query ``r // group`` and head ``r % group``, so that grouped heads read their keys once. It walks a span of
-positions with a running softmax in float32. Positions are found through the page table one by one, whatever the size
-of a page; those outside the sequence, the causal limit of the tile or its window are never read.
+A program takes a tile of rows that share a KV head: some queries of one sequence times the heads of the
+group, row r being query ``r // group`` and head ``r % group``, so that grouped heads read their keys once. It
+walks a span of positions with a running softmax in float32. Positions are found through the page table one by
+one, whatever the size of a page; those outside the sequence, the causal limit of the tile or its window are
+never read.
 
-Where a sequence's positions are split into spans depends on its own length alone, so a row's result does not change
-with the rest of the batch or with the grid. Lengths are read from device memory, and a grid that is larger than a step
-needs does nothing where there is nothing: both kernels can be captured in a CUDA graph and replayed with other lengths.
+Where a sequence's positions are split into spans depends on its own length alone, so a row's result does not
+change with the rest of the batch or with the grid. Lengths are read from device memory, and a grid that is
+larger than a step needs does nothing where there is nothing: both kernels can be captured in a CUDA graph and
+replayed with other lengths.
 """
 
 import triton
@@ -92,12 +94,13 @@ def attend(
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Grid ``(tiles * splits, kv_heads, sequences)``; sequences of fewer rows than ``fewest``, or more than ``most``,
-    are left to another launch.
+    """Grid ``(tiles * splits, kv_heads, sequences)``; sequences of fewer rows than ``fewest``, or more than
+    ``most``, are left to another launch.
 
-    ``scale`` carries log2(e), so that powers are of 2; with SOFTCAP it does not, ``softcap`` is the cap. With SPLIT the
-    unnormalised sums go to ``partial_out`` ``[T, heads, splits, VALUE_DIM]``, their peaks and weights beside it; else
-    the result to ``out``. WIDE is for the interpreter, which multiplies bfloat16 as if its bits were integers.
+    ``scale`` carries log2(e), so that powers are of 2; with SOFTCAP it does not, ``softcap`` is the cap. With
+    SPLIT the unnormalised sums go to ``partial_out`` ``[T, heads, splits, VALUE_DIM]``, their peaks and
+    weights beside it; else the result to ``out``. WIDE is for the interpreter, which multiplies bfloat16 as
+    if its bits were integers.
     """
     sequence = first_sequence + tl.program_id(2)
     kv_head = tl.program_id(1)
@@ -223,7 +226,7 @@ def merge(
     sequence = first_sequence + tl.program_id(2)
     kv_head = tl.program_id(1)
     tile = tl.program_id(0)
-    row, here, position, lowest, stop, span = _tile(
+    row, here, _position, lowest, stop, span = _tile(
         query_starts, seq_lens, sequence, tile, fewest, most, window, QUERIES, BLOCK_N, SPAN, SPANS, WINDOWED
     )
     if (here <= 0) | (stop <= 0):
@@ -239,7 +242,7 @@ def merge(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, VALUE_BLOCK], tl.float32)
-    for part in range(0, tl.cdiv(stop - lowest, span)):
+    for part in range(tl.cdiv(stop - lowest, span)):
         place = (rows * heads + head) * splits + part
         other = tl.load(partial_peak + place, mask=mine, other=float("-inf"))
         higher = tl.maximum(peak, other)

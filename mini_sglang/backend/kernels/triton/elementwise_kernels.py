@@ -1,4 +1,5 @@
-"""What lies between the products, in Triton; rounds where ``models/operations.py``, its twin in torch, rounds.
+"""What lies between the products, in Triton; rounds where ``models/operations.py``, its twin in torch,
+rounds.
 
 Nothing depends on a length but the grid: all of it can be captured in a CUDA graph.
 """
@@ -61,7 +62,8 @@ def rotate_and_store(
 ):
     """Grid ``(T, groups of BLOCK_HEADS heads)``; a row whose slot is negative writes no KV.
 
-    The halves of a head are two tiles, so that rotating them against each other moves nothing between threads.
+    The halves of a head are two tiles, so that rotating them against each other moves nothing between
+    threads.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0).to(tl.int64)

@@ -14,7 +14,8 @@ class AttentionLaunch:
 
     Attributes:
         queries: of a tile, times the group's heads: at most ``block_m`` rows.
-        span: positions that a program walks at least, where a sequence is split; ``spans`` are the most parts.
+        span: positions that a program walks at least, where a sequence is split; ``spans`` are the most
+        parts.
     """
 
     queries: int

@@ -16,8 +16,8 @@ _TILE = 2048
 class TritonOperations:
     """``Operations`` on CUDA, in any floating dtype, for even head sizes.
 
-    Each call is one launch whose grid depends on shapes alone and allocates its result alone: all of it can be
-    captured in a CUDA graph. A row whose slot is negative, padding, writes nothing to the pool.
+    Each call is one launch whose grid depends on shapes alone and allocates its result alone: all of it can
+    be captured in a CUDA graph. A row whose slot is negative, padding, writes nothing to the pool.
     """
 
     def __init__(self, eps: float) -> None:

@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that are not here, as the code launches it, and print what each takes, as JSON.
+"""Compile every kernel for GPUs that are not here, as the code launches it, and print what it takes as JSON.
 
     python -m tests.backend.kernels.triton.compile_all 90 "16,8,128 14,2,64" "bfloat16 float32"
 
@@ -63,9 +63,13 @@ class Compiling:
             options={"num_warps": num_warps, "num_stages": num_stages},
         )
         shapes = [str(constants.get(name)) for name in ("KEY_DIM", "BLOCK_M", "BLOCK_N", "HEAD_DIM", "WIDTH")]
-        kinds = [name for name in ("SPLIT", "WINDOWED", "SOFTCAP", "SINKS", "NORM", "ROTATE") if constants.get(name)]
-        name = f"{self.kernel.fn.__name__} {signature[names[0]]} {' '.join(shapes)} {' '.join(kinds)} {num_warps}w"
-        self.done[f"sm{self.capability} {name}"] = {
+        kinds = [
+            name
+            for name in ("SPLIT", "WINDOWED", "SOFTCAP", "SINKS", "NORM", "ROTATE")
+            if constants.get(name)
+        ]
+        words = [self.kernel.fn.__name__, signature[names[0]], *shapes, *kinds, f"{num_warps}w"]
+        self.done[" ".join([f"sm{self.capability}", *words])] = {
             "shared": made.metadata.shared,
             **resources(made.asm["cubin"]),
         }
@@ -77,7 +81,9 @@ def resources(binary: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
     assert found is not None, said.stdout
     return {"registers": int(found[1]), "stack": int(found[2])}

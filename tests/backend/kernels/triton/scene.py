@@ -55,7 +55,9 @@ class Scene:
             pages, order = order[:count], order[count:]
             steps.append(SequenceStep([0] * new, before, array("i", pages)))
             slots = [pages[p // page_size] * page_size + p % page_size for p in range(new + before)]
-            self.kv.write(LAYER, torch.tensor(slots), self._random(len(slots), 2 * kv_heads * head_dim, dtype))
+            self.kv.write(
+                LAYER, torch.tensor(slots), self._random(len(slots), 2 * kv_heads * head_dim, dtype)
+            )
         limits = Limits(page_size, num_pages, vocab_size=1, context_length=1 << 20)
         self.batch = Batch.build(steps, limits, CPU)
         # Queries lie among keys and values, as in a fused product.
@@ -68,9 +70,7 @@ class Scene:
     def _random(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(rows, width, generator=self.generator).to(dtype)
 
-    def attend(
-        self, attention: Attention, window: int | None = None, form: AttentionForm = PLAIN
-    ) -> Tensor:
+    def attend(self, attention: Attention, window: int | None = None, form: AttentionForm = PLAIN) -> Tensor:
         """``[T, heads * head_dim]``."""
         step = attention.begin(self.batch, self.kv)
         return step(LAYER, window, self.query, self.key, self.value, form)
@@ -90,9 +90,7 @@ class Scene:
         step = PagedAttention().begin(self.batch, kv)
         return step(LAYER, window, self.query.float(), self.key.float(), self.value.float(), form)
 
-    def check(
-        self, attention: Attention, window: int | None = None, form: AttentionForm = PLAIN
-    ) -> None:
+    def check(self, attention: Attention, window: int | None = None, form: AttentionForm = PLAIN) -> None:
         """The attention gives what the twin gives, and leaves the pool as it is."""
         before = self.kv.data.clone().view(torch.uint8)
         out = self.attend(attention, window, form)

@@ -20,7 +20,14 @@ def test_every_kernel_compiles_without_spilling(
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "tests.backend.kernels.triton.compile_all", str(capability), shapes, dtypes]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.backend.kernels.triton.compile_all",
+        str(capability),
+        shapes,
+        dtypes,
+    ]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[4]
     )

@@ -82,7 +82,11 @@ def test_norm_of_heads_rotation_and_kv(heads: int, kv_heads: int, head_dim: int,
 
 def test_rows_of_padding_write_no_kv() -> None:
     kv = LayeredKVPool(
-        [LayerShape(2, 16, 16), LayerShape(2, 16, 16)], num_pages=2, page_size=4, dtype=torch.float32, device=CPU
+        [LayerShape(2, 16, 16), LayerShape(2, 16, 16)],
+        num_pages=2,
+        page_size=4,
+        dtype=torch.float32,
+        device=CPU,
     )
     kv.data.fill_(torch.nan)
     qkv = random((3, 8, 16), 0, torch.float32)
