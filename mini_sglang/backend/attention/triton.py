@@ -67,7 +67,7 @@ class TritonAttention:
     def partials(
         self, rows: int, splits: int, value_dim: int, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums, peaks and weights of ``rows`` rows times heads, each in ``splits`` parts; layers share them."""
+        """Sums, peaks and weights of ``rows`` rows times heads, each in ``splits`` parts; layers share it."""
         count = rows * splits
         needed = count * (value_dim + 2)
         if self._partials is None or self._partials.numel() < needed or self._partials.device != device:

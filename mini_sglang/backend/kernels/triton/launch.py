@@ -1,4 +1,4 @@
-"""With which tiles and how many warps a kernel is launched: by sizes and types alone, nothing is tried out."""
+"""With which tiles and how many warps a kernel is launched: by sizes and types; nothing is tried out."""
 
 from __future__ import annotations
 

@@ -51,11 +51,11 @@ def test_a_chunk_of_several_tiles(dtype: torch.dtype, window: int | None) -> Non
         Scene(sequences, (4, 2, 64), 16, dtype).check(TritonAttention(), window)
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 100, 1000])
-@pytest.mark.parametrize("spans", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("window", [None, 1, 100])
+@pytest.mark.parametrize("spans", [1, 2, 7, 64])
 def test_a_long_context_in_any_number_of_parts(spans: int, window: int | None) -> None:
     scene = Scene([(1, 699), (5, 320), (1, 0), (1, 63)], (4, 2, 16))
-    for span in (1, 64, 192):
+    for span in (1, 192):
         scene.check(TritonAttention(span, spans), window)
 
 
