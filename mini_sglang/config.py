@@ -95,9 +95,10 @@ class Settings:
         "Model and device",
         "KERNELS",
         "auto",
-        "on a CPU, auto compiles C++ matrix products at first use, where there is a compiler; "
+        "on a CPU, auto compiles C++ matrix products at first use, where there is a compiler; on CUDA it "
+        "takes Triton's kernels, all but attention only where COMPILE_MODEL is off, which triton makes it; "
         "reference runs everything on PyTorch's operators",
-        choices=("auto", "reference"),
+        choices=("auto", "reference", "triton"),
     )
     gguf_dequantize: str = setting(
         "Model and device",
@@ -120,10 +121,10 @@ class Settings:
         "Model and device",
         ("ATTN_IMPL", "ATTN_IMPLEMENTATION"),
         "auto",
-        "attention: paged is this stack's own, sdpa torch's fused one and eager an explicit softmax over its "
-        "pages; for a model with one cache per request, the way transformers does it; auto takes the "
-        "fastest that the model allows",
-        choices=("auto", "paged", "sdpa", "eager", "flash_attention_2"),
+        "attention: paged is this stack's own (triton on CUDA), sdpa torch's fused one and eager an explicit "
+        "softmax over its pages; flashinfer and flash_attention_2 are packages for CUDA; for a model with "
+        "one cache per request, the way transformers does it; auto takes the fastest that the model allows",
+        choices=("auto", "paged", "triton", "sdpa", "eager", "flashinfer", "flash_attention_2"),
     )
     compile_model: str = setting(
         "Model and device",

@@ -17,6 +17,8 @@ for _spec in setting_fields():
         os.environ.pop(_variable, None)
 os.environ["NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when triton is imported, which other tests may do too.
+os.environ["TRITON_INTERPRET"] = "1"
 # No test fails for being slow.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mini_sglang.backend.device import to_device
 from mini_sglang.backend.step import SampleSpec, SequenceStep
 from mini_sglang.errors import InvalidValueError
 
@@ -173,13 +174,13 @@ def _tensors(
     numbers, length = array("q", token_ids + positions + slots), len(slots)
     if device.type != "cpu":
         # One transfer for the three arrays of the step.
-        return torch.frombuffer(numbers, dtype=torch.int64).to(device).view(3, length).unbind()
+        return to_device(torch.frombuffer(numbers, dtype=torch.int64), device).view(3, length).unbind()
     starts = (0, 8 * length, 16 * length)
     return [torch.frombuffer(numbers, dtype=torch.int64, count=length, offset=start) for start in starts]
 
 
 def _indices(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(device)
+    return to_device(torch.tensor(values, dtype=torch.int64), device)
 
 
 def _outputs(

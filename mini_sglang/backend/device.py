@@ -65,6 +65,15 @@ def choose_dtype(setting: str, device: torch.device) -> torch.dtype:
     return _DTYPES[setting]
 
 
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``values``, of the CPU, on ``device``, without waiting for what the device is doing."""
+    if device.type != "cuda":
+        return values.to(device)
+    # From memory that is not pinned the copy would be waited for. torch keeps the pinned memory until it is
+    # done.
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def cpu_has_bf16(proc: Path = _PROC) -> bool:
     """Whether this CPU multiplies bf16 in hardware; without it bf16 is slower than fp32."""
     try:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mini_sglang.backend.device import to_device
+
 # Logits handled at once: a chunk's float64 temporaries stay in a CPU's cache, and modest on a GPU.
 _CHUNK_CPU, _CHUNK_GPU = 1 << 19, 1 << 24
 
@@ -36,7 +38,7 @@ def take(x: Tensor, rows: Sequence[int]) -> Tensor:
     """Rows of ``x`` by ascending index, at least one: a view where they are neighbours, else a copy."""
     if rows[-1] - rows[0] == len(rows) - 1:
         return x[rows[0] : rows[-1] + 1]
-    return x[torch.tensor(rows, device=x.device)]
+    return x[to_device(torch.tensor(rows), x.device)]
 
 
 def weight_unit(vocab_size: int) -> float:
@@ -73,7 +75,9 @@ def argmax_items(logits: Tensor) -> list[tuple[int, float]]:
     """What ``argmax`` says of each row of ``logits``, of any type: index and value."""
     if not logits.is_cpu or logits.dtype != torch.float32:
         top, peak = argmax(usable(logits))
-        return list(zip(top.tolist(), peak[:, 0].tolist(), strict=True))
+        # Together, since each copy waits for the device.
+        ids, peaks = torch.stack((top.double(), peak[:, 0].double())).tolist()
+        return list(zip(map(int, ids), peaks, strict=True))
     # One operator of torch: most steps come here, where each costs as much as dozens of items of a list.
     values = logits.numpy()
     return [(index, values.item(row, index)) for row, index in enumerate(values.argmax(-1).tolist())]

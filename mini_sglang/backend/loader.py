@@ -1,69 +1,26 @@
-"""From a model's files and the settings to a backend: what runs it, in which types, over how many pages."""
+"""From a model's files and the settings to a backend: what it runs on, and who runs it."""
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 
-from mini_sglang.backend.attention.base import Attention
-from mini_sglang.backend.attention.choice import torch_attention
-from mini_sglang.backend.attention.native import NativeAttention
-from mini_sglang.backend.attention.paged import PagedAttention
-from mini_sglang.backend.batch import Limits
-from mini_sglang.backend.compiling import Compiler, choose_compiler
-from mini_sglang.backend.device import (
-    KV_DTYPES,
-    choose_device,
-    choose_dtype,
-    choose_threads,
-    dtype_name,
-    free_memory,
-)
-from mini_sglang.backend.kernels.adapters import NativeAdapters
-from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
-from mini_sglang.backend.kernels.operations import NativeOperations
-from mini_sglang.backend.kernels.program import StepProgram
-from mini_sglang.backend.kv.pool import KVPool, kv_bytes_per_token, kv_pages_for
-from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
-from mini_sglang.backend.loading.ggml_types import GGMLType
-from mini_sglang.backend.loading.progress import progress_bar
-from mini_sglang.backend.lora.store import AdapterMath, Adapters, TorchAdapters
-from mini_sglang.backend.model_backend import ModelBackend
-from mini_sglang.backend.models.compiled import CompiledDecoder, prove
-from mini_sglang.backend.models.config import ModelConfig
-from mini_sglang.backend.models.decoder import Decoder
-from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
-from mini_sglang.backend.models.quantization import block_formats
-from mini_sglang.backend.parallel.backend import Member
-from mini_sglang.backend.parallel.checkpoint import ShardedCheckpoint
-from mini_sglang.backend.parallel.choice import (
-    choose_size,
-    refuse_other_models,
-    threads_per_rank,
-    weight_bytes,
-)
-from mini_sglang.backend.parallel.group import Group
-from mini_sglang.backend.parallel.leader import Leader
-from mini_sglang.backend.parallel.shards import Division
-from mini_sglang.backend.parallel.weights import join
-from mini_sglang.backend.pieces import SHORT
-from mini_sglang.backend.sampling import Sampler
+from mini_sglang.backend.compiling import choose_compiler
+from mini_sglang.backend.device import choose_device, choose_threads
+from mini_sglang.backend.kernels.library import open_kernels
+from mini_sglang.backend.kernels.triton.available import triton_wanted
+from mini_sglang.backend.loading.checkpoint import open_checkpoint
+from mini_sglang.backend.machine import Machine
+from mini_sglang.backend.native_model import load_native_backend
+from mini_sglang.backend.parallel.choice import refuse_other_models, threads_per_rank
+from mini_sglang.backend.parallel.rank import Member
 from mini_sglang.backend.step import LoadedBackend
 from mini_sglang.backend.transformers_models.kinds import choose_kind
 from mini_sglang.config import Settings
-from mini_sglang.errors import InvalidValueError
 
-logger = logging.getLogger(__name__)
-
-# Of a recorded step: its buffers take tens of KB a row.
-_PROGRAM_ROWS = 512
 _DEQUANTIZE = MappingProxyType({"auto": None, "0": False, "1": True})
 
 
@@ -88,19 +45,6 @@ def load_backend(
         ModelLoadError: the model is damaged, incomplete or unsupported.
         InvalidValueError: a setting that this model or machine cannot honour.
     """
-    with ExitStack() as loading:
-        return _load_backend(path, settings, notify, sharing, member, loading)
-
-
-def _load_backend(
-    path: Path,
-    settings: Settings,
-    notify: Callable[[str], None] | None,
-    sharing: int,
-    member: Member | None,
-    loading: ExitStack,
-) -> LoadedBackend:
-    """See ``load_backend``; ``loading`` is left when it returns or raises."""
     device = choose_device(settings.device)
     compiler = choose_compiler(settings, device)
     threads = threads_per_rank(choose_threads(settings.num_threads), settings)
@@ -108,6 +52,8 @@ def _load_backend(
     kernels, kernels_used = open_kernels(
         settings.kernels, device, settings.cache_path / "kernels", threads, notify
     )
+    triton = triton_wanted(settings.kernels, device)
+    machine = Machine(device, kernels, kernels_used, sharing, compiler, triton)
     checkpoint = open_checkpoint(
         path,
         dequantize=_DEQUANTIZE[settings.gguf_dequantize],
@@ -115,226 +61,12 @@ def _load_backend(
     )
     try:
         served = choose_kind(path, checkpoint.config, settings.trust_remote_code)
-        if served != "native" or settings.engine_fast_decode:
-            refuse_other_models(settings)
-            # Imported here, since most models do without.
-            from mini_sglang.backend.transformers_models.backend import Machine, load_transformers_backend
+        if served == "native" and not settings.engine_fast_decode:
+            return load_native_backend(path, checkpoint, settings, machine, notify, member)
+        refuse_other_models(settings)
+        # Imported here, since most models do without.
+        from mini_sglang.backend.transformers_models.backend import load_transformers_backend
 
-            machine = Machine(device, kernels, kernels_used, sharing, compiler)
-            return load_transformers_backend(path, checkpoint, served, settings, machine, notify)
-        _refuse_levers(settings, compiler, kernels)
-        config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
-        context_length = _context_length(settings, config)
-        num_parameters = check_tensors(checkpoint, config)
-        formats = block_formats(checkpoint, expected_tensors(config), settings.quantization)
-        in_blocks = checkpoint.quantized or bool(formats)
-        dtypes = _dtypes(settings, config, device, kernels, in_blocks)
-        if notify is not None:
-            kind = "quantised blocks" if in_blocks else dtype_name(dtypes.weights)
-            if formats:
-                kind = f"{settings.quantization} blocks"
-            notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {kind} on {device}")
-        division = Division.of(config, checkpoint, formats)
-        stored = weight_bytes(checkpoint, num_parameters, dtypes.weights, bool(formats))
-        size = choose_size(settings, device, division, stored)
-        compiled = "off"
-        if size > 1 and compiler is not None:
-            compiled = compiler.give_up(f"TENSOR_PARALLEL_SIZE is {size}, and the ranks meet in every layer")
-            compiler = None
-        if size > 1 and member is None:
-            leader = Leader(path, settings, size, device, sharing)
-            loading.enter_context(leader.loading())
-            member = leader
-        group = member.group if member is not None else Group()
-        if member is None:
-            decoder = _load(checkpoint, config, dtypes, device, kernels, formats)
-        else:
-            shard = division.shard(group.rank, size)
-            config = shard.local
-            part = ShardedCheckpoint(checkpoint, shard)
-            decoder = _load(part, config, dtypes, device, kernels, formats)
-            join(decoder, shard, group)
-            # Each sees what memory is free once all have loaded.
-            group.least(0)
-            if device.type == "cpu":
-                sharing *= size
+        return load_transformers_backend(path, checkpoint, served, settings, machine, notify)
     finally:
         checkpoint.close()
-    per_token = kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtypes.kv)
-    num_pages = kv_pages_for(
-        token_budget=settings.kv_token_budget,
-        page_size=settings.page_size_tokens,
-        bytes_per_token=per_token,
-        free_bytes=free_memory(device) // sharing,
-        context_length=context_length,
-        max_batch_size=settings.max_batch_size,
-    )
-    num_pages = group.least(num_pages)
-    attention = torch_attention(settings.attn_impl) or _attention(config, dtypes.compute, kernels)
-    kv = KVPool(
-        num_layers=config.num_layers,
-        num_pages=num_pages,
-        page_size=settings.page_size_tokens,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=dtypes.kv,
-        device=device,
-        tiled=isinstance(attention, NativeAttention)
-        and attention.tiles(dtypes.kv, settings.page_size_tokens),
-    )
-    program = None
-    if (
-        kernels
-        and isinstance(attention, NativeAttention)
-        and isinstance(decoder.operations, NativeOperations)
-    ):
-        rows = max(settings.max_batch_size, min(settings.max_prefill_tokens, _PROGRAM_ROWS), SHORT)
-        program = StepProgram.build(kernels, decoder, kv, rows)
-    if compiler is not None:
-        limits = Limits(kv.page_size, num_pages, config.vocab_size, context_length)
-        decoder, compiled = _compile(decoder, kv, attention, limits, compiler)
-    make: Callable[..., ModelBackend] = ModelBackend if member is None else member.backend
-    backend = make(
-        decoder,
-        kv,
-        attention,
-        Sampler(config.vocab_size),
-        context_length,
-        num_parameters,
-        kernels_used,
-        dtypes.weights,
-        program,
-        settings.quantization,
-        _adapters(settings, decoder, device, kernels, program) if member is None else None,
-        compiled=compiled,
-        path=path,
-    )
-    logger.info("Loaded %s", backend.describe())
-    return backend
-
-
-class _Dtypes(NamedTuple):
-    weights: torch.dtype  # of the plain ones
-    compute: torch.dtype  # of what is between the products
-    kv: torch.dtype
-
-
-def _dtypes(
-    settings: Settings,
-    config: ModelConfig,
-    device: torch.device,
-    kernels: NativeKernels | None,
-    quantized: bool,
-) -> _Dtypes:
-    """What the settings come to for this model.
-
-    Raises:
-        InvalidValueError: a dtype that the device or the operators in use cannot honour.
-    """
-    weights = choose_dtype(settings.dtype, device)
-    if quantized and settings.dtype == "auto" and device.type == "cpu":
-        weights = torch.float32
-    sizes = config.hidden_size, config.intermediate_size, config.head_dim
-    if (
-        kernels is not None
-        and kernels.fast
-        and NativeOperations.fit(*sizes, torch.float32)
-        and NativeAttention.fit(config.num_heads, config.num_kv_heads, config.head_dim, torch.float32)
-    ):
-        if torch_attention(settings.attn_impl) is not None:
-            if settings.kv_dtype not in ("auto", "fp32"):
-                raise InvalidValueError(
-                    "KV_DTYPE", settings.kv_dtype, f"auto or fp32 with ATTN_IMPL={settings.attn_impl}"
-                )
-            return _Dtypes(weights, torch.float32, torch.float32)
-        kv = KV_DTYPES.get(settings.kv_dtype, kernels.half if quantized else weights)
-        return _Dtypes(weights, torch.float32, kv)
-    if settings.kv_dtype != "auto" and KV_DTYPES[settings.kv_dtype] != weights:
-        raise InvalidValueError(
-            "KV_DTYPE",
-            settings.kv_dtype,
-            f"auto: KV is kept as {dtype_name(weights)} where the compiled CPU kernels do not run the model",
-        )
-    return _Dtypes(weights, weights, weights)
-
-
-def _refuse_levers(settings: Settings, compiler: Compiler | None, kernels: NativeKernels | None) -> None:
-    """Refuse what would do nothing for a model that our own decoder runs."""
-    if settings.force_legacy_cache:
-        allowed = "0 for this model: it runs over this stack's pages, whose shape is fixed"
-        raise InvalidValueError("FORCE_LEGACY_CACHE", True, allowed)
-    if compiler is not None and kernels is not None:
-        raise compiler.refusal(
-            "the compiled CPU kernels run this model; KERNELS=reference has PyTorch's operators run it"
-        )
-
-
-def _compile(
-    decoder: Decoder, kv: KVPool, attention: Attention, limits: Limits, compiler: Compiler
-) -> tuple[Decoder, str]:
-    """The decoder to use, and what became of ``COMPILE_MODEL``."""
-    compiled = CompiledDecoder(decoder, compiler)
-    try:
-        prove(compiled, decoder, kv, attention, limits)
-    except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        return decoder, compiler.give_up(f"the compiled model failed: {said}")
-    return compiled, compiler.mode
-
-
-def _attention(config: ModelConfig, dtype: torch.dtype, kernels: NativeKernels | None) -> Attention:
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    if kernels and kernels.fast and NativeAttention.fit(heads, kv_heads, config.head_dim, dtype):
-        return NativeAttention(kernels)
-    return PagedAttention()
-
-
-def _adapters(
-    settings: Settings,
-    decoder: Decoder,
-    device: torch.device,
-    kernels: NativeKernels | None,
-    program: StepProgram | None,
-) -> Adapters:
-    config, room = decoder.config, settings.max_loras
-    math: AdapterMath = TorchAdapters(device, room)
-    if kernels is not None and kernels.fast and decoder.dtype == torch.float32:
-        math = NativeAdapters(kernels, config.num_layers, room)
-        if program is not None:
-            program.adapt(math)
-    return Adapters(config, math, room, settings.max_lora_rank)
-
-
-def _context_length(settings: Settings, config: ModelConfig) -> int:
-    if settings.context_length > config.context_length:
-        raise InvalidValueError(
-            "CONTEXT_LENGTH", settings.context_length, f"at most {config.context_length}, the model's own"
-        )
-    return settings.context_length or config.context_length
-
-
-def _load(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    dtypes: _Dtypes,
-    device: torch.device,
-    kernels: NativeKernels | None,
-    formats: Mapping[str, GGMLType],
-) -> Decoder:
-    counts = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
-    total = sum(counts.values())
-    # The bar counts the file's bytes, shared out by the numbers in each tensor.
-    with progress_bar(checkpoint.nbytes, "Loading weights") as bar:
-        done = shown = 0
-
-        def loaded(name: str) -> None:
-            nonlocal done, shown
-            done += counts[name]
-            now = checkpoint.nbytes * done // total
-            bar.update(now - shown)
-            shown = now
-
-        with torch.inference_mode():
-            return load_decoder(
-                checkpoint, config, dtypes.weights, device, loaded, kernels, dtypes.compute, formats
-            )

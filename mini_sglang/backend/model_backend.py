@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.attention.base import Attention
-from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
-from mini_sglang.backend.device import dtype_name
+from mini_sglang.backend.device import dtype_name, to_device
 from mini_sglang.backend.kept_logits import KeptLogits
 from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool
@@ -162,7 +161,7 @@ class ModelBackend:
         if not batch.prompts:
             # Tokens are chosen after all the output rows, in their order.
             return hidden
-        return hidden[torch.tensor([row for _, row in batch.samples], device=hidden.device)]
+        return hidden[to_device(torch.tensor([row for _, row in batch.samples]), hidden.device)]
 
     def describe(self) -> dict[str, str | int]:
         """What is loaded, for logs and ``stats``; sizes in bytes."""
@@ -221,6 +220,6 @@ def _with_drafts(chosen: Iterable[tuple[int, SequenceResult]]) -> dict[int, Sequ
 
 
 def _attention_name(attention: Attention) -> str:
-    if isinstance(attention, NativeAttention):
-        return "paged, compiled"
-    return f"paged, {'sdpa' if isinstance(attention, PagedAttention) and attention.fused else 'eager'}"
+    if isinstance(attention, PagedAttention):
+        return f"paged, {'sdpa' if attention.fused else 'eager'}"
+    return f"paged, {getattr(attention, 'name', 'own')}"

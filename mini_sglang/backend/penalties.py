@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mini_sglang.backend.device import to_device
 from mini_sglang.backend.step import SampleSpec
 
 _Ids = npt.NDArray[np.int64]
@@ -39,9 +40,9 @@ class _Edits:
             return None
         rows, ids, operands = (np.concatenate(part) for part in (self._rows, self._ids, self._operands))
         return (
-            torch.from_numpy(rows).to(x.device),
-            torch.from_numpy(ids).to(x.device),
-            torch.from_numpy(operands).to(x.device, x.dtype),
+            to_device(torch.from_numpy(rows), x.device),
+            to_device(torch.from_numpy(ids), x.device),
+            to_device(torch.from_numpy(operands), x.device).to(x.dtype),
         )
 
 
@@ -140,10 +141,10 @@ def deny_on_cpu(x: Tensor, rows: Sequence[int], words: npt.NDArray[np.int32]) ->
 
 def deny_on_device(x: Tensor, rows: Sequence[int], words: npt.NDArray[np.int32]) -> None:
     """``deny_on_cpu`` with torch: the bits are unpacked where the logits are."""
-    packed = torch.from_numpy(words).to(x.device)
+    packed = to_device(torch.from_numpy(words), x.device)
     places = torch.arange(32, dtype=torch.int32, device=x.device)
     denied = ((packed.unsqueeze(-1) >> places) & 1 == 0).flatten(1)[:, : x.shape[1]]
-    at = torch.tensor(rows, device=x.device)
+    at = to_device(torch.tensor(rows), x.device)
     x[at] = x[at].masked_fill_(denied, -torch.inf)
 
 

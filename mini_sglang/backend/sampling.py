@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mini_sglang.backend.device import to_device
 from mini_sglang.backend.distribution import (
     argmax,
     argmax_items,
@@ -36,7 +37,7 @@ __all__ = ["Sampler", "prompt_logprobs", "uniform"]
 
 _MASK64 = (1 << 64) - 1
 _BLOCK = 256
-_NARROW, _WIDE = 64, 1024
+_NARROW, WIDE = 64, 1024
 
 
 def uniform(seed: int, index: int) -> float:
@@ -114,7 +115,7 @@ class Sampler:
     @torch.inference_mode()
     def _sample(self, x: Tensor, specs: Sequence[SampleSpec]) -> list[SequenceResult]:
         top, peak = argmax(x)
-        errors = [None if math.isfinite(value) else _bad_logits(value) for value in peak[:, 0].tolist()]
+        errors = [None if math.isfinite(value) else bad_logits(value) for value in peak[:, 0].tolist()]
         reported = [row for row, spec in enumerate(specs) if spec.params.logprobs and not errors[row]]
         raw = take(x, reported) if reported else None
         if any(map(adjusts, specs)):
@@ -124,7 +125,7 @@ class Sampler:
             top, peak = argmax(x)
             for row, value in enumerate(peak[:, 0].tolist()):
                 if not math.isfinite(value):
-                    errors[row] = errors[row] or _bad_adjustment(value, specs[row])
+                    errors[row] = errors[row] or bad_adjustment(value, specs[row])
 
         ids: list[int] = top.tolist()
         drawn = [row for row, spec in enumerate(specs) if not (spec.params.greedy or errors[row])]
@@ -170,11 +171,11 @@ class Sampler:
         is needed)."""
         if 0 < params.top_k < self._vocab_size:
             # More than k: only a smaller value shows that all ties of the k-th are there.
-            widths = (width for width in (_NARROW, _WIDE) if params.top_k < width < self._vocab_size)
+            widths = (width for width in (_NARROW, WIDE) if params.top_k < width < self._vocab_size)
             return True, next(widths, self._vocab_size)
         return False, min(_NARROW, self._vocab_size) if params.top_p < 1.0 else 0
 
-    def _columns(self, peak: Tensor, specs: Sequence[SampleSpec]) -> _Columns:
+    def _columns(self, peak: Tensor, specs: Sequence[SampleSpec]) -> Columns:
         # A scale above 1e300 would change nothing but 0 times infinity: no two float32 are that close.
         table = [
             [min(1.0 / spec.params.temperature, 1e300) for spec in specs],
@@ -183,15 +184,15 @@ class Sampler:
             [spec.params.top_p for spec in specs],
             [spec.params.min_p * self._unit for spec in specs],
         ]
-        columns = torch.tensor(table, dtype=torch.float64).to(peak.device).unsqueeze(-1)
+        columns = to_device(torch.tensor(table, dtype=torch.float64), peak.device).unsqueeze(-1)
         scale, uniforms, top_k, top_p, floor = columns
         filtered = any(spec.params.min_p for spec in specs)
-        return _Columns(peak.double(), scale, uniforms, top_k.long(), top_p, floor if filtered else None)
+        return Columns(peak.double(), scale, uniforms, top_k.long(), top_p, floor if filtered else None)
 
-    def _weights(self, values: Tensor, columns: _Columns) -> Tensor:
+    def _weights(self, values: Tensor, columns: Columns) -> Tensor:
         return weights_of(values, columns.peak, columns.scale, self._unit)
 
-    def _draw_any(self, x: Tensor, columns: _Columns) -> Tensor:
+    def _draw_any(self, x: Tensor, columns: Columns) -> Tensor:
         """Draw under temperature and min_p alone. Returns ids ``[R]``."""
         weights = self._weights(x, columns)
         if columns.floor is not None:
@@ -203,24 +204,22 @@ class Sampler:
         sums = blocks.sum(-1)
         up_to = sums.cumsum(-1)
         target = draw_target(columns.uniform, up_to[:, -1:])
-        block = torch.searchsorted(up_to, target, right=True)
+        # A row that is not finite, which a device learns with its id, would point past the end.
+        block = torch.searchsorted(up_to, target, right=True).clamp_(max=sums.shape[1] - 1)
         inside = target - (up_to.gather(1, block) - sums.gather(1, block))
         rows = torch.arange(len(blocks), device=x.device)
         place = torch.searchsorted(blocks[rows, block[:, 0]].cumsum(-1), inside, right=True)
         return (block * _BLOCK + place)[:, 0]
 
-    def _draw_ranked(self, x: Tensor, columns: _Columns, width: int) -> Tensor:
-        """Draw under top_k or top_p from the ``width`` largest logits; rows for which these are not
-        enough are drawn again from more. Returns ids ``[R]``.
+    def _keep(self, values: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+        """Weights of the largest logits ``[R, width]``, 0 where a filter drops them, and whether they are
+        enough.
 
-        It ranks values and finds the id last, since the ids that a device's topk gives for equal values
-        are not defined.
+        What lies beyond the width does not matter where its weights are 0 or a filter ends before it.
         """
-        values = largest(x, width)
         weights = self._weights(values, columns)
-        last = slice(width - 1, width)
+        last = slice(values.shape[1] - 1, values.shape[1])
         kept = weights.clone()
-        # What lies beyond the width does not matter where its weights are 0 or a filter ends before it.
         enough = weights[:, last] == 0.0
         if columns.total is None:
             kth = values.gather(1, columns.top_k - 1)
@@ -233,7 +232,17 @@ class Sampler:
             kept.masked_fill_(weights < columns.floor, 0.0)
         if columns.total is not None:
             enough |= kept[:, last] == 0.0
+        return kept, enough
 
+    def _draw_ranked(self, x: Tensor, columns: Columns, width: int) -> Tensor:
+        """Draw under top_k or top_p from the ``width`` largest logits; rows for which these are not
+        enough are drawn again from more. Returns ids ``[R]``.
+
+        It ranks values and finds the id last, since the ids that a device's topk gives for equal values
+        are not defined.
+        """
+        values = largest(x, width)
+        kept, enough = self._keep(values, columns)
         up_to = kept.cumsum(-1)
         place = torch.searchsorted(up_to, draw_target(columns.uniform, up_to[:, -1:]), right=True)
         value = values.gather(1, place)
@@ -242,13 +251,13 @@ class Sampler:
             return ids
         short = (~enough[:, 0]).nonzero()[:, 0]
         if len(short):
-            wider = min(_WIDE, self._vocab_size) if width < _WIDE else self._vocab_size
+            wider = min(WIDE, self._vocab_size) if width < WIDE else self._vocab_size
             ids[short] = self._draw_ranked(x[short], columns.of(short), wider)
         return ids
 
 
 @dataclass(frozen=True, slots=True)
-class _Columns:
+class Columns:
     """What a draw needs of some rows, each ``[R, 1]`` and float64 (``top_k`` int64).
 
     ``scale`` is one over the temperature, ``floor`` the weight below which min_p drops a token,
@@ -263,8 +272,8 @@ class _Columns:
     floor: Tensor | None = None
     total: Tensor | None = None
 
-    def of(self, rows: Tensor) -> _Columns:
-        return _Columns(
+    def of(self, rows: Tensor) -> Columns:
+        return Columns(
             self.peak[rows],
             self.scale[rows],
             self.uniform[rows],
@@ -282,19 +291,19 @@ def _takes_argmax(spec: SampleSpec) -> bool:
 
 def _argmax_results(logits: Tensor) -> list[SequenceResult]:
     return [
-        SequenceResult(token_id) if math.isfinite(peak) else SequenceResult(error=_bad_logits(peak))
+        SequenceResult(token_id) if math.isfinite(peak) else SequenceResult(error=bad_logits(peak))
         for token_id, peak in argmax_items(logits)
     ]
 
 
-def _bad_logits(value: float) -> str:
+def bad_logits(value: float) -> str:
     return (
         f"The model's logits are not finite (the largest is {value}): no token can be chosen. "
         "Its weights are damaged, or overflow in this type (MODEL_DTYPE)."
     )
 
 
-def _bad_adjustment(value: float, spec: SampleSpec) -> str:
+def bad_adjustment(value: float, spec: SampleSpec) -> str:
     if value == -math.inf and spec.grammar is not None:
         return "Every token that the grammar allows here is banned: no token can be chosen."
     if value == -math.inf:

@@ -56,7 +56,7 @@ def served_in_thread(model: Path, num_engines: int) -> EngineThread:
 def test_served_engines_share_the_memory_and_the_public_one_does_not(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, threads: None
 ) -> None:
-    monkeypatch.setattr("mini_sglang.backend.loader.free_memory", lambda device: 8 << 20)
+    monkeypatch.setattr("mini_sglang.backend.native_model.free_memory", lambda device: 8 << 20)
     with Engine(str(tiny_model), dtype="fp32", num_engines=4) as engine:
         whole = engine.description["kv_tokens"]
     assert served_in_process(tiny_model, 1).info.kv_tokens == whole

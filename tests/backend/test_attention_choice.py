@@ -98,7 +98,8 @@ def test_the_name_goes_to_transformers_where_it_keeps_the_cache(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("settings", "field", "reason"),
     [
-        ({"attn_impl": "flash_attention_2"}, "ATTN_IMPL", "does not read this stack's pages"),
+        ({"attn_impl": "flash_attention_2"}, "ATTN_IMPL", "flash_attn runs on CUDA alone"),
+        ({"attn_impl": "flashinfer"}, "ATTN_IMPL", "flashinfer runs on CUDA alone"),
         ({"attn_impl": "sdpa", "kv_dtype": "bf16"}, "KV_DTYPE", "auto"),
     ],
 )

@@ -18,6 +18,8 @@ _MAX_HEAD_DIM, _MAX_GROUP = 256, 48
 class NativeAttention:
     """``Attention`` of float32 queries on the CPU, over KV of any dtype, for the sizes that ``fit`` names."""
 
+    name = "compiled"
+
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels
 

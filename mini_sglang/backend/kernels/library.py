@@ -18,6 +18,7 @@ from torch import Tensor
 from mini_sglang.backend.huge_pages import Arena
 from mini_sglang.backend.kernels.build import BuildError, build_library
 from mini_sglang.backend.kernels.jobs import FORMATS, Embed, Entry, Job, Product
+from mini_sglang.backend.kernels.triton.available import triton_wanted, why_no_triton
 from mini_sglang.backend.loading.ggml_types import GGMLType
 
 logger = logging.getLogger(__name__)
@@ -176,8 +177,10 @@ def open_kernels(
     """The kernels for ``KERNELS=setting``, or None for torch's operators; and a word on which and why."""
     if setting == "reference":
         return None, "torch: KERNELS=reference"
+    if triton_wanted(setting, device):
+        return None, "triton"
     if device.type != "cpu":
-        return None, f"torch: the device is {device.type}"
+        return None, f"torch: {why_no_triton(device)}"
     try:
         kernels = NativeKernels(build_library(cache, notify), threads)
     except BuildError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -29,15 +29,6 @@ logger = logging.getLogger(__name__)
 
 # How long the reason of a failed step may take to arrive from the rank that has it.
 _REASON_SECONDS = 3.0
-
-
-class Member(Protocol):
-    """One rank while its model is loaded."""
-
-    group: Group
-
-    def backend(self, *parts: Any, **more: Any) -> ModelBackend:
-        """What ``ModelBackend`` is for a rank of its own."""
 
 
 class LeadingBackend(ModelBackend):

@@ -5,25 +5,25 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mini_sglang.backend.attention.base import Attention
-from mini_sglang.backend.attention.choice import torch_attention
+from mini_sglang.backend.attention.choice import Heads, choose_attention
 from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.compiling import Compiler, warm_up
 from mini_sglang.backend.device import KV_DTYPES, choose_dtype, dtype_name, free_memory
+from mini_sglang.backend.device_sampling import make_sampler
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.layered import kv_pool
 from mini_sglang.backend.kv.pool import kv_pages_for
 from mini_sglang.backend.loading.checkpoint import Checkpoint
+from mini_sglang.backend.machine import Machine
 from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.models.config import read_eos_ids
-from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import LoadedBackend
 from mini_sglang.backend.transformers_models import rotations
 from mini_sglang.backend.transformers_models.attention import stay_eager
@@ -37,20 +37,6 @@ from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What the model runs on. ``kernels_used`` says so in words; ``sharing`` backends share the memory.
-
-    ``compiler`` is None where nothing is to be compiled.
-    """
-
-    device: torch.device
-    kernels: NativeKernels | None
-    kernels_used: str
-    sharing: int
-    compiler: Compiler | None = None
 
 
 def load_transformers_backend(
@@ -108,7 +94,7 @@ def _paged(
     # torch.compile cannot look into the kernels.
     pack_linears(model, None if machine.compiler else machine.kernels, settings.quantization)
     decoder = probe(model, config)
-    attention = _chosen_attention(settings, decoder, machine.kernels)
+    attention = _chosen_attention(settings, decoder, dtype, machine)
     self_check(decoder, attention, dtype)
     compiled = _compile(decoder, attention, dtype, machine.compiler) if machine.compiler else "off"
     page_size = settings.page_size_tokens
@@ -124,7 +110,7 @@ def _paged(
         decoder,
         kv_pool(decoder.shapes, num_pages=num_pages, page_size=page_size, dtype=dtype, device=machine.device),
         attention,
-        Sampler(config.vocab_size),
+        make_sampler(config.vocab_size, machine.device),
         length,
         count,
         machine.kernels_used,
@@ -194,13 +180,20 @@ def _compile(
 
 
 def _chosen_attention(
-    settings: Settings, decoder: TransformersDecoder, kernels: NativeKernels | None
+    settings: Settings, decoder: TransformersDecoder, dtype: torch.dtype, machine: Machine
 ) -> Attention:
-    chosen = torch_attention(settings.attn_impl)
-    if chosen is not None and chosen.fused and not all(call.form.fused for call in decoder.calls):
+    if settings.attn_impl == "sdpa" and not all(call.form.fused for call in decoder.calls):
         allowed = "auto, paged or eager for this model: torch's fused attention has no soft caps and no sinks"
         raise InvalidValueError("ATTN_IMPL", settings.attn_impl, allowed)
-    return chosen or _attention(decoder, kernels)
+    layers = [
+        Heads(call.heads, shape.kv_heads, shape.key_dim, shape.value_dim, call.form)
+        for call in decoder.calls
+        for shape in [decoder.shapes[call.layer]]
+    ]
+    chosen = choose_attention(
+        settings.attn_impl, layers, dtype, machine.device, settings.page_size_tokens, machine.triton
+    )
+    return chosen or _attention(decoder, machine.kernels)
 
 
 def _attention(decoder: TransformersDecoder, kernels: NativeKernels | None) -> Attention:

@@ -33,9 +33,11 @@ def self_check(decoder: TransformersDecoder, attention: Attention, dtype: torch.
     device = next(decoder.model.parameters()).device
     ids = torch.split_with_sizes(probe_ids(decoder.config.vocab_size, sum(_LENGTHS)), _LENGTHS)
     expected = _own_logits(decoder, [part.to(device) for part in ids])
-    kv = kv_pool(decoder.shapes, num_pages=_PAGES, page_size=_PAGE, dtype=dtype, device=device)
+    # Small pages, where the attention takes them: then every sequence has several.
+    page = max(_PAGE, getattr(attention, "page_multiple", 1))
+    kv = kv_pool(decoder.shapes, num_pages=_PAGES, page_size=page, dtype=dtype, device=device)
     kv.data.fill_(torch.nan)
-    limits = Limits(_PAGE, _PAGES, decoder.config.vocab_size, max(_LENGTHS))
+    limits = Limits(page, _PAGES, decoder.config.vocab_size, max(_LENGTHS))
     pages = (array("i", (6, 1, 4, 3)), array("i", (5, 0, 7)))
     done = [0, 0]
     for taken in _STEPS:

@@ -12,8 +12,9 @@ import torch
 from mini_sglang.backend.compiling import Compiler
 from mini_sglang.backend.device import dtype_name, free_memory
 from mini_sglang.backend.loading.checkpoint import Checkpoint
+from mini_sglang.backend.machine import Machine
 from mini_sglang.backend.transformers_models import rotations
-from mini_sglang.backend.transformers_models.backend import Machine, read_transformers_config
+from mini_sglang.backend.transformers_models.backend import read_transformers_config
 from mini_sglang.backend.transformers_models.caches import CacheKind, why_no_fixed_shape
 from mini_sglang.backend.transformers_models.decoder import TransformersConfig
 from mini_sglang.backend.transformers_models.generate import GenerateBackend
@@ -131,7 +132,7 @@ def set_attention(model: Any, settings: Settings, why_not_paged: str) -> str:
         InvalidValueError: it, or the machine, cannot.
     """
     name = settings.attn_impl
-    if name == "paged":
+    if name in ("paged", "triton", "flashinfer"):
         raise InvalidValueError("ATTN_IMPL", name, f"another one for this model: {why_not_paged}")
     try:
         if name == "auto":

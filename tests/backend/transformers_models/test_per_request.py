@@ -234,6 +234,8 @@ def test_a_forward_that_fails_ends_its_requests_and_no_others(tmp_path: Path) ->
         ({"kv_token_budget": 100}, "KV_TOKEN_BUDGET"),
         ({"kv_token_budget": (1 << 31) - 1}, "KV_TOKEN_BUDGET"),
         ({"attn_impl": "paged"}, "ATTN_IMPL"),
+        ({"attn_impl": "triton"}, "ATTN_IMPL"),
+        ({"attn_impl": "flashinfer"}, "ATTN_IMPL"),
         ({"attn_impl": "flash_attention_2"}, "ATTN_IMPL"),
         ({"quantization": "int8"}, "QUANTIZATION"),
     ],

@@ -1,0 +1,211 @@
+"""The sampler of a device that computes while the host goes on: one copy to the host, at the end of a step.
+
+Everything up to it is put in the device's queue from what the host knows, the requests. Whether a row can be
+chosen from at all, and whether the first look at its largest logits was enough, comes back with the ids; for
+a row that it was too narrow for there is a wider one, and another copy. It is the same tokens as
+``Sampler``'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mini_sglang.backend.device import to_device
+from mini_sglang.backend.distribution import (
+    argmax,
+    chunk_rows,
+    draw_target,
+    take,
+    usable,
+    weight_unit,
+    weights_of,
+)
+from mini_sglang.backend.penalties import adjust_logits, adjusts
+from mini_sglang.backend.sampling import (
+    WIDE,
+    Columns,
+    Sampler,
+    bad_adjustment,
+    bad_logits,
+)
+from mini_sglang.backend.step import SampleSpec, SequenceResult
+from mini_sglang.types import TokenLogprob
+
+_LOW = 0xFFFFFFFF
+
+
+def fetch(numbers: Tensor) -> list[float]:
+    """Float64 ``[N]`` on the host: the one place that waits for the device."""
+    return numbers.tolist()
+
+
+def make_sampler(vocab_size: int, device: torch.device) -> Sampler:
+    """The sampler for logits on ``device``."""
+    return (DeviceSampler if device.type == "cuda" else Sampler)(vocab_size)
+
+
+class DeviceSampler(Sampler):
+    """``Sampler`` without a copy to the host but the last."""
+
+    @torch.inference_mode()
+    def prompt_logprobs(self, logits: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
+        if not targets:
+            return []
+        x = usable(logits[: len(targets), : self._vocab_size])
+        tops = [top] * len(targets)
+        return logprob_entries(fetch(logprob_numbers(x, _indices(targets, x), tops)), targets, tops)
+
+    @torch.inference_mode()
+    def _sample(self, x: Tensor, specs: Sequence[SampleSpec]) -> list[SequenceResult]:
+        top, peak = argmax(x)
+        first_peak = peak
+        reported = [row for row, spec in enumerate(specs) if spec.params.logprobs]
+        raw = take(x, reported) if reported else None
+        refused: dict[int, str] = {}
+        if any(map(adjusts, specs)):
+            raw = None if raw is None else raw.clone()
+            refused = adjust_logits(x, specs)
+            top, peak = argmax(x)
+        ids, enough = top.clone(), torch.ones_like(peak[:, 0])
+        peaks = torch.cat((first_peak, peak), 1).double()
+        tops = [specs[row].params.top_logprobs for row in reported]
+        left = [row for row, spec in enumerate(specs) if not spec.params.greedy]
+        for look in range(3):
+            self._draw_into(ids, enough, x, peak, specs, left, look)
+            columns = [ids.double(), enough.double(), peaks.flatten()]
+            if raw is not None:
+                columns.append(logprob_numbers(raw, ids[_indices(reported, x)], tops))
+            numbers = fetch(torch.cat(columns))
+            short = {row for row in left if not numbers[len(specs) + row]}
+            found, kept = self._results(numbers, specs, refused)
+            left = [row for row in left if row in short and kept[row] is None]
+            if not left:
+                break
+        if raw is not None:
+            chosen = [int(numbers[row]) for row in reported]
+            entries = logprob_entries(numbers[4 * len(specs) :], chosen, tops)
+            for row, entry in zip(reported, entries, strict=True):
+                if kept[row] is None:
+                    found[row].logprob = entry
+        return found
+
+    def _results(
+        self, numbers: Sequence[float], specs: Sequence[SampleSpec], refused: dict[int, str]
+    ) -> tuple[list[SequenceResult], list[str | None]]:
+        """Results without logprobs, and the error of each row."""
+        count = len(specs)
+        errors: list[str | None] = []
+        for row, spec in enumerate(specs):
+            own, adjusted = numbers[2 * count + 2 * row : 2 * count + 2 * row + 2]
+            error = None if math.isfinite(own) else bad_logits(own)
+            error = error or refused.get(row)
+            errors.append(error or (None if math.isfinite(adjusted) else bad_adjustment(adjusted, spec)))
+        results = [
+            SequenceResult(error=error) if error else SequenceResult(token_id=int(numbers[row]))
+            for row, error in enumerate(errors)
+        ]
+        return results, errors
+
+    def _draw_into(
+        self,
+        ids: Tensor,
+        enough: Tensor,
+        x: Tensor,
+        peak: Tensor,
+        specs: Sequence[SampleSpec],
+        rows: Sequence[int],
+        look: int,
+    ) -> None:
+        """Draw for ``rows``; put their ids, and whether the look at the largest was wide enough, where they
+        go.
+        """
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for row in rows:
+            limited, width = self._group(specs[row].params)
+            for _ in range(look):
+                width = WIDE if width < WIDE < self._vocab_size else self._vocab_size
+            groups.setdefault((limited, width), []).append(row)
+        step = chunk_rows(x)
+        for (limited, width), members in groups.items():
+            for start in range(0, len(members), step):
+                chunk = members[start : start + step]
+                part, at = take(x, chunk), _indices(chunk, x)
+                columns = self._columns(take(peak, chunk), [specs[row] for row in chunk])
+                if not width:
+                    # See _draw_of_largest.
+                    drawn = self._draw_any(part, columns).clamp_(max=self._vocab_size - 1)
+                    ids.index_copy_(0, at, drawn)
+                    continue
+                total = None if limited else self._weights(part, columns).sum(-1, keepdim=True)
+                drawn, wide = self._draw_of_largest(part, replace(columns, total=total), width)
+                ids.index_copy_(0, at, drawn)
+                enough.index_copy_(0, at, wide.to(enough.dtype))
+
+    def _draw_of_largest(self, x: Tensor, columns: Columns, width: int) -> tuple[Tensor, Tensor]:
+        """Draw under top_k or top_p from the ``width`` largest logits: ids ``[R]``, and whether they were
+        enough.
+        """
+        values, ranked_ids = ranked(x, width)
+        kept, enough = self._keep(values, columns)
+        up_to = kept.cumsum(-1)
+        place = torch.searchsorted(up_to, draw_target(columns.uniform, up_to[:, -1:]), right=True)
+        # A row that is not finite may point past the end, which a device must not follow.
+        ids = ranked_ids.gather(1, place.clamp_(max=width - 1))[:, 0]
+        return ids, torch.ones_like(enough[:, 0]) if width == self._vocab_size else enough[:, 0]
+
+
+def ranked(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of each row of float32 ``[R, V]``, equal ones by ascending id: values and ids.
+
+    Value and id make one whole number, of which no two are equal: what a device does with ties cannot show.
+    """
+    # Of -0.0 and 0.0, which are equal, the bits differ.
+    bits = (x + 0.0).view(torch.int32)
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    columns = torch.arange(x.shape[1], device=x.device)
+    largest = (order * (_LOW + 1) + (_LOW - columns)).topk(count).values
+    ids = _LOW - (largest & _LOW)
+    return x.gather(1, ids), ids
+
+
+def logprob_numbers(x: Tensor, ids: Tensor, tops: Sequence[int]) -> Tensor:
+    """Of each row of float32 ``[R, V]``: the logprob of its id, and ids and logprobs of the most probable
+    tokens.
+
+    Returns:
+        Float64 ``[R * (1 + 2 * most)]`` for ``logprob_entries``.
+    """
+    unit, parts = weight_unit(x.shape[1]), []
+    most = min(max(tops), x.shape[1])
+    for start in range(0, len(tops), chunk_rows(x)):
+        rows = slice(start, start + chunk_rows(x))
+        part = x[rows]
+        peak = part.amax(-1, keepdim=True).double()
+        log_total = (weights_of(part, peak, 1.0, unit).sum(-1, keepdim=True) / unit).log_()
+        own = (part.gather(1, ids[rows].unsqueeze(1)).double() - peak) - log_total
+        if most:
+            values, best = ranked(part, most)
+            own = torch.cat((own, best.double(), (values.double() - peak) - log_total), 1)
+        parts.append(own)
+    return torch.cat(parts).flatten()
+
+
+def logprob_entries(numbers: Sequence[float], ids: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
+    """What ``token_logprobs`` gives, from the numbers of ``logprob_numbers``."""
+    width = len(numbers) // len(ids)
+    most = (width - 1) // 2
+    entries = []
+    for row, (token_id, top) in enumerate(zip(ids, tops, strict=True)):
+        own, *rest = numbers[row * width : (row + 1) * width]
+        best = [(int(i), lp) for i, lp in zip(rest[:most], rest[most:], strict=True) if math.isfinite(lp)]
+        entries.append(TokenLogprob(token_id, own, tuple(best[:top])))
+    return entries
+
+
+def _indices(rows: Sequence[int], like: Tensor) -> Tensor:
+    return to_device(torch.tensor(rows), like.device)

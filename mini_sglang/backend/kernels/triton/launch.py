@@ -1,0 +1,75 @@
+"""With which tiles and how many warps a kernel is launched: by sizes and types; nothing is tried out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# What most GPUs since 2018 let a block have; an H100 has 227 KiB.
+_SHARED_BYTES, _LARGE_SHARED = 96 * 1024, 160 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLaunch:
+    """Tiles of ``attend``.
+
+    Attributes:
+        queries: of a tile, times the group's heads: at most ``block_m`` rows.
+        span: positions that a program walks at least, where a sequence is split; ``spans`` are the most
+        parts.
+    """
+
+    queries: int
+    block_m: int
+    block_n: int
+    span: int
+    spans: int
+    warps: int
+    stages: int
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least ``count``."""
+    return 1 << (count - 1).bit_length()
+
+
+def attention_launch(
+    rows: int,
+    group: int,
+    head_dim: int,
+    itemsize: int,
+    shared_bytes: int = _SHARED_BYTES,
+    span: int = 256,
+    spans: int = 64,
+) -> AttentionLaunch:
+    """The launch for sequences of at most ``rows`` queries.
+
+    A third of the shared memory is for a tile's queries, and one for each of two stages of keys and values.
+
+    Args:
+        group: query heads that share a KV head.
+        head_dim: the larger of those of keys and values.
+        itemsize: bytes of a number.
+    """
+    share = shared_bytes // 3
+    numbers = power_of_two(max(head_dim, 16))
+    width = numbers * itemsize
+    block_n = max(16, min(64, _floor_power(share // (2 * width))))
+    most = max(16, min(128, _floor_power(share // width)))
+    if itemsize > 2:
+        # Without tensor cores a product's tiles lie in registers.
+        block_n, most = max(16, min(32, 2048 // numbers)), max(16, min(32, 4096 // numbers))
+    most = max(most, power_of_two(group))
+    block_m = min(most, max(16, power_of_two(min(rows, most) * group)))
+    # More bytes under way for decodes, which wait for memory.
+    stages = 3 if block_m == 16 and shared_bytes >= _LARGE_SHARED else 2
+    warps = 8 if block_m >= 128 or block_m * numbers > 8192 else 4
+    return AttentionLaunch(max(1, block_m // group), block_m, block_n, span, spans, warps, stages)
+
+
+def row_warps(block: int) -> int:
+    """For one program per row of ``block`` numbers."""
+    return 4 if block <= 2048 else 8 if block <= 8192 else 16
+
+
+def _floor_power(count: int) -> int:
+    return 1 << max(count.bit_length() - 1, 0)

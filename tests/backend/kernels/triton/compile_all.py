@@ -1,0 +1,122 @@
+"""Compile every kernel for GPUs that are not here, as the code launches it, and print what it takes as JSON.
+
+    python -m tests.backend.kernels.triton.compile_all 90 "16,8,128 14,2,64" "bfloat16 float32"
+
+Run as a script, in a process of its own: within one that interprets, triton compiles nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mini_sglang.backend.attention import triton as attention
+from mini_sglang.backend.attention.base import PLAIN, AttentionForm
+from mini_sglang.backend.kernels.triton import attention_kernels, elementwise_kernels
+from mini_sglang.backend.kernels.triton.operations import TritonOperations
+from mini_sglang.backend.models.rope import Rotations
+from tests.backend.kernels.triton.scene import LAYER, Scene
+
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+_TYPES[torch.int64] = "*i64"
+
+
+class Compiling:
+    """Stands for a kernel: a launch compiles it and computes nothing."""
+
+    def __init__(self, kernel: Any, capability: int, done: dict[str, dict[str, int]]) -> None:
+        self.kernel = kernel
+        self.capability = capability
+        self.done = done
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert all(size > 0 for size in grid)
+        return self.compile
+
+    def compile(self, *args: Any, num_warps: int, num_stages: int = 3, **constants: Any) -> None:
+        names = self.kernel.arg_names
+        signature, attributes = {}, {}
+        for place, (name, value) in enumerate(zip(names, args, strict=False)):
+            if isinstance(value, torch.Tensor):
+                signature[name] = _TYPES[value.dtype]
+                attributes[(place,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                if isinstance(value, int) and value and value % 16 == 0 and "stride" in name:
+                    attributes[(place,)] = [["tt.divisibility", 16]]
+        signature |= dict.fromkeys(names[len(args) :], "constexpr")
+        assert set(constants) == set(names[len(args) :])
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        made = triton.compile(
+            source,
+            target=GPUTarget("cuda", self.capability, 32),
+            options={"num_warps": num_warps, "num_stages": num_stages},
+        )
+        shapes = [str(constants.get(name)) for name in ("KEY_DIM", "BLOCK_M", "BLOCK_N", "HEAD_DIM", "WIDTH")]
+        kinds = [
+            name
+            for name in ("SPLIT", "WINDOWED", "SOFTCAP", "SINKS", "NORM", "ROTATE")
+            if constants.get(name)
+        ]
+        words = [self.kernel.fn.__name__, signature[names[0]], *shapes, *kinds, f"{num_warps}w"]
+        self.done[" ".join([f"sm{self.capability}", *words])] = {
+            "shared": made.metadata.shared,
+            **resources(made.asm["cubin"]),
+        }
+
+
+def resources(binary: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack: what the registers had no room for."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
+    assert found is not None, said.stdout
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def compile_all(capability: int, shapes: list[tuple[int, int, int]], dtypes: list[torch.dtype]) -> None:
+    done: dict[str, dict[str, int]] = {}
+    for module in (attention_kernels, elementwise_kernels):
+        for name in ("attend", "merge", "add_and_norm", "rotate_and_store", "silu_and_mul"):
+            if hasattr(module, name):
+                setattr(module, name, Compiling(getattr(module, name), capability, done))
+    shared = {80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024
+    attention.shared_bytes = lambda device: shared  # type: ignore[assignment]
+    for heads, kv_heads, head_dim in shapes:
+        for dtype in dtypes:
+            scene = Scene([(1, 600), (40, 0)], (heads, kv_heads, head_dim), 16, dtype)
+            both = AttentionForm(0.5, 30.0, torch.zeros(heads))
+            for window, form in ((None, PLAIN), (100, both)):
+                scene.attend(attention.TritonAttention(), window, form)
+            operations, slots = TritonOperations(1e-5), torch.zeros(41, dtype=torch.int64)
+            hidden = torch.zeros(41, heads * head_dim, dtype=dtype)
+            operations.norm(hidden, hidden, hidden[0])
+            operations.silu_and_mul(hidden)
+            turns = Rotations(torch.zeros(head_dim // 2), 1.0, dtype).at(slots, 1)
+            qkv = torch.zeros(41, heads + 2 * kv_heads, head_dim, dtype=dtype)
+            norm = qkv[0, : heads + kv_heads]
+            operations.rotate_and_store(qkv, norm, turns, scene.kv, LAYER, slots)
+    print(json.dumps({"shared": shared, "kernels": done}))
+
+
+if __name__ == "__main__":
+    compile_all(
+        int(sys.argv[1]),
+        [tuple(map(int, shape.split(","))) for shape in sys.argv[2].split()],  # type: ignore[misc]
+        [getattr(torch, dtype) for dtype in sys.argv[3].split()],
+    )

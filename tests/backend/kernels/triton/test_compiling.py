@@ -1,0 +1,39 @@
+"""Triton compiles the kernels for GPUs that are not here, and they fit these."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("capability", "shapes", "dtypes"),
+    [(90, "16,8,128", "bfloat16"), (86, "14,2,64", "float16 float32")],
+)
+def test_every_kernel_compiles_without_spilling(
+    capability: int, shapes: str, dtypes: str, tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.backend.kernels.triton.compile_all",
+        str(capability),
+        shapes,
+        dtypes,
+    ]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[4]
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    names = {name.split()[1] for name in said["kernels"]}
+    assert names == {"attend", "merge", "add_and_norm", "rotate_and_store", "silu_and_mul"}
+    for name, taken in said["kernels"].items():
+        assert taken["shared"] <= said["shared"] and taken["stack"] <= 16, (name, taken)
