@@ -20,6 +20,7 @@ from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.kv.store import PoolStore
 from mini_sglang.backend.loading.fingerprint import weights_fingerprint
 from mini_sglang.backend.lora.store import Adapters
+from mini_sglang.backend.memory import give_back, says_out_of_memory
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.pieces import cut, join
 from mini_sglang.backend.sampling import Sampler
@@ -98,6 +99,7 @@ class ModelBackend:
         """Ids that end an answer."""
         return self.decoder.config.eos_ids
 
+    @says_out_of_memory()
     def run(self, steps: Sequence[SequenceStep]) -> list[SequenceResult]:
         """See ``Backend.run``.
 
@@ -118,6 +120,10 @@ class ModelBackend:
         return join(
             len(steps), pieces, [self._run(part, batch) for part, batch in zip(parts, batches, strict=True)]
         )
+
+    def free_memory(self) -> None:
+        """See ``Backend``."""
+        give_back(self.kv.data.device)
 
     def _batch(self, steps: Sequence[SequenceStep]) -> Batch:
         batch = Batch.build(steps, self._limits, self.kv.data.device)
