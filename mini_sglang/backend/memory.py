@@ -17,7 +17,13 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 # As torch, CUDA's libraries, MPS and the C library say it, where the exception is a plain RuntimeError.
-_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "_alloc_failed")
+_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "_alloc_failed",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

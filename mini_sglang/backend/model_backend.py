@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -60,7 +60,9 @@ class ModelBackend:
         implementation: str = "native",
         compiled: str = "off",
         path: Path | None = None,
+        about: Mapping[str, str] | None = None,
     ) -> None:
+        self._about = dict(about or {})
         self.adapters = adapters
         self.decoder = decoder
         self.kv = kv
@@ -189,6 +191,7 @@ class ModelBackend:
             "kv_tokens": self.num_pages * self.page_size,
             "kv_bytes_per_token": self.kv.bytes_per_token,
             "weight_bytes": self.decoder.nbytes,
+            **self._about,
         }
 
     def _identity(self) -> dict[str, str]:

@@ -153,7 +153,13 @@ def test_sequences_whose_past_is_lost_are_computed_again(
 ) -> None:
     """As with one cache per request."""
     backend = TightBackend(
-        64, 4, room=room, measure=MEASURES[measure], loses_past=True, shares_prefixes=False, copies_pages=False
+        64,
+        4,
+        room=room,
+        measure=MEASURES[measure],
+        loses_past=True,
+        shares_prefixes=False,
+        copies_pages=False,
     )
     driver = driver_with(backend)
     for name, (prompt, params, _) in zip(serve(driver, load), load, strict=True):
