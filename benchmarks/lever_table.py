@@ -174,6 +174,7 @@ NOT_LEVERS: Mapping[str, str] = {
     "model_local_dir": _WHICH_MODEL,
     "modelscope_model_name": _WHICH_MODEL,
     "model_revision": _WHICH_MODEL,
+    "load_format": "makes weights up, changes no step",
     "device": "there is one device here",
     "tensor_parallel_size": "lends one model the memory of several devices, and there is one here; what it "
     "costs on a CPU is in docs/parallel.md",

@@ -66,6 +66,14 @@ class Settings:
         "main",
         "branch, tag or commit of the repository; ModelScope's default branch is used for `main`",
     )
+    load_format: str = setting(
+        "Model and device",
+        "LOAD_FORMAT",
+        "auto",
+        "dummy makes random weights for the config.json of a folder, to measure speed without the real ones; "
+        "where there is no tokenizer either every byte is a token; the answers mean nothing",
+        choices=("auto", "dummy"),
+    )
     dtype: str = setting(
         "Model and device",
         ("MODEL_DTYPE", "TORCH_DTYPE"),

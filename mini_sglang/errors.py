@@ -53,6 +53,19 @@ class BackendLostError(EngineError):
     """What runs an engine's steps is gone, one of several ranks say: the engine cannot go on."""
 
 
+class OutOfMemoryError(EngineError):
+    """A backend's step did not fit the device's memory; a smaller one may.
+
+    Args:
+        past_lost: whether the KV of the step's older positions went too, so that its sequences must be
+            computed from their starts.
+    """
+
+    def __init__(self, message: str, *, past_lost: bool = False) -> None:
+        self.past_lost = past_lost
+        super().__init__(message)
+
+
 class OverloadedError(MiniSglangError):
     """The queue is full; ``retry_after`` says in how many seconds a place may be free."""
 

@@ -53,7 +53,12 @@ def load_draft_model(
         chosen=(settings.chosen | {"model"}) - {"model_local_dir", "modelscope_model_name"},
     )
     path = resolve_model(own, notify=notify).path
-    other = load_tokenizer(path, cache_dir=own.cache_path, trust_remote_code=own.trust_remote_code)
+    other = load_tokenizer(
+        path,
+        cache_dir=own.cache_path,
+        trust_remote_code=own.trust_remote_code,
+        stand_in=own.load_format == "dummy",
+    )
     _check_vocabulary(name, tokenizer, other)
     notify(f"Loading {path.name} as draft model …")
     backend = load_backend(path, own, notify=notify, sharing=sharing)

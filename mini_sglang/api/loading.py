@@ -57,7 +57,10 @@ def read_model(files: ModelFiles, settings: Settings) -> FoundModel:
     from mini_sglang.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(
-        files.path, cache_dir=settings.cache_path, trust_remote_code=settings.trust_remote_code
+        files.path,
+        cache_dir=settings.cache_path,
+        trust_remote_code=settings.trust_remote_code,
+        stand_in=settings.load_format == "dummy",
     )
     return FoundModel(files, tokenizer)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mini_sglang.api.errors import DeadlineError
 from mini_sglang.api.streams import cache_figures
+from mini_sglang.backend.step import OUT_OF_MEMORY
 from mini_sglang.engine.handle import NOT_STARTED, TIMEOUT, UNAVAILABLE
 from mini_sglang.errors import EngineError, OverloadedError, UnavailableError
 from mini_sglang.text.stream import TextStream
@@ -243,6 +244,6 @@ def _error_of(event: TokenEvent) -> Exception:
     message = event.error or "the request failed in its engine"
     if event.error_kind == TIMEOUT:
         return OverloadedError(message, retry_after=1.0)
-    if event.error_kind in (UNAVAILABLE, NOT_STARTED):
+    if event.error_kind in (UNAVAILABLE, NOT_STARTED, OUT_OF_MEMORY):
         return UnavailableError(message, retry_after=1.0)
     return EngineError(f"The request failed: {message}")

@@ -12,8 +12,9 @@ from mini_sglang.backend.compiling import choose_compiler
 from mini_sglang.backend.device import choose_device, choose_threads
 from mini_sglang.backend.kernels.library import open_kernels
 from mini_sglang.backend.kernels.triton.available import triton_wanted
-from mini_sglang.backend.loading.checkpoint import open_checkpoint
+from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
 from mini_sglang.backend.machine import Machine
+from mini_sglang.backend.models.dummy import open_dummy
 from mini_sglang.backend.native_model import load_native_backend
 from mini_sglang.backend.parallel.choice import refuse_other_models, threads_per_rank
 from mini_sglang.backend.parallel.rank import Member
@@ -54,11 +55,15 @@ def load_backend(
     )
     triton = triton_wanted(settings.kernels, device)
     machine = Machine(device, kernels, kernels_used, sharing, compiler, triton)
-    checkpoint = open_checkpoint(
-        path,
-        dequantize=_DEQUANTIZE[settings.gguf_dequantize],
-        fast_types=kernels.fast_formats if kernels else frozenset(),
-    )
+    checkpoint: Checkpoint
+    if settings.load_format == "dummy":
+        checkpoint = open_dummy(path, settings, device)
+    else:
+        checkpoint = open_checkpoint(
+            path,
+            dequantize=_DEQUANTIZE[settings.gguf_dequantize],
+            fast_types=kernels.fast_formats if kernels else frozenset(),
+        )
     try:
         served = choose_kind(path, checkpoint.config, settings.trust_remote_code)
         if served == "native" and not settings.engine_fast_decode:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.kv.store import PoolStore
 from mini_sglang.backend.loading.fingerprint import weights_fingerprint
 from mini_sglang.backend.lora.store import Adapters
+from mini_sglang.backend.memory import give_back, says_out_of_memory
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.pieces import cut, join
 from mini_sglang.backend.sampling import Sampler
@@ -59,7 +60,9 @@ class ModelBackend:
         implementation: str = "native",
         compiled: str = "off",
         path: Path | None = None,
+        about: Mapping[str, str] | None = None,
     ) -> None:
+        self._about = dict(about or {})
         self.adapters = adapters
         self.decoder = decoder
         self.kv = kv
@@ -98,6 +101,7 @@ class ModelBackend:
         """Ids that end an answer."""
         return self.decoder.config.eos_ids
 
+    @says_out_of_memory()
     def run(self, steps: Sequence[SequenceStep]) -> list[SequenceResult]:
         """See ``Backend.run``.
 
@@ -118,6 +122,10 @@ class ModelBackend:
         return join(
             len(steps), pieces, [self._run(part, batch) for part, batch in zip(parts, batches, strict=True)]
         )
+
+    def free_memory(self) -> None:
+        """See ``Backend``."""
+        give_back(self.kv.data.device)
 
     def _batch(self, steps: Sequence[SequenceStep]) -> Batch:
         batch = Batch.build(steps, self._limits, self.kv.data.device)
@@ -183,6 +191,7 @@ class ModelBackend:
             "kv_tokens": self.num_pages * self.page_size,
             "kv_bytes_per_token": self.kv.bytes_per_token,
             "weight_bytes": self.decoder.nbytes,
+            **self._about,
         }
 
     def _identity(self) -> dict[str, str]:

@@ -34,6 +34,7 @@ from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.models.compiled import CompiledDecoder, prove
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.decoder import Decoder
+from mini_sglang.backend.models.dummy import RANDOM
 from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
 from mini_sglang.backend.models.quantization import block_formats
 from mini_sglang.backend.parallel.choice import choose_size, weight_bytes
@@ -65,11 +66,14 @@ def load_native_backend(
     formats = block_formats(checkpoint, expected_tensors(config), settings.quantization)
     in_blocks = checkpoint.quantized or bool(formats)
     dtypes = choose_dtypes(settings, config, machine.device, machine.kernels, in_blocks)
+    dummy = settings.load_format == "dummy"
     if notify is not None:
         kind = "quantised blocks" if in_blocks else dtype_name(dtypes.weights)
         if formats:
             kind = f"{settings.quantization} blocks"
         notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {kind} on {machine.device}")
+        if dummy:
+            notify("LOAD_FORMAT=dummy: the weights are random, and the answers mean nothing")
     division = Division.of(config, checkpoint, formats)
     stored = weight_bytes(checkpoint, num_parameters, dtypes.weights, bool(formats))
     size = choose_size(settings, machine.device, division, stored)
@@ -102,7 +106,9 @@ def load_native_backend(
             settings.quantization,
             adapters,
             compiled=compiled,
-            path=path,
+            # A file that lies there is not what is loaded.
+            path=None if dummy else path,
+            about={"weights": RANDOM} if dummy else None,
         )
     logger.info("Loaded %s", backend.describe())
     return backend

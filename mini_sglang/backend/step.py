@@ -102,12 +102,17 @@ class SequenceStep:
     adapter: int = 0
 
 
+OUT_OF_MEMORY = "out_of_memory"
+"""An ``error_kind``: one sequence alone does not fit the device's memory."""
+
+
 @dataclass(slots=True)
 class SequenceResult:
     """The outcome of one ``SequenceStep``, in the same order.
 
     ``error`` is set, and ``token_id`` is not, where the logits of this sequence are not finite. ``drafted``
-    has what was chosen after each draft, as if the drafts before it were right.
+    has what was chosen after each draft, as if the drafts before it were right. ``error_kind`` goes into
+    ``TokenEvent``; of ``OUT_OF_MEMORY`` the sequence's older positions are lost too.
     """
 
     token_id: int | None = None
@@ -115,6 +120,7 @@ class SequenceResult:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     error: str | None = None
     drafted: Sequence[SequenceResult] = ()
+    error_kind: str | None = None
 
 
 class Transfer(Protocol):
@@ -183,12 +189,19 @@ def release(backend: Backend) -> None:
         close()
 
 
+def free_memory(backend: Backend) -> None:
+    """Give back the device's memory that the backend holds and does not use."""
+    free: Callable[[], None] | None = getattr(backend, "free_memory", None)
+    if free is not None:
+        free()
+
+
 class Backend(Protocol):
     """A model with its KV pool. Not thread-safe: one thread calls ``run``.
 
     One that can copy pages and keep logits has a ``store`` beside these, a ``PageStore``. One that is more
     than this process has ``check``, which raises ``BackendLostError`` where the rest of it is gone, and
-    ``close``, which ends that.
+    ``close``, which ends that. One that keeps memory it does not use has ``free_memory``.
     """
 
     @property
@@ -218,9 +231,10 @@ class Backend(Protocol):
         """Write the KV of every step's tokens into its pages and choose the tokens asked for.
 
         Rows of one call must not write the same page position; pages may be shared between sequences for
-        reading. Raises ``BackendLostError`` where no step will run any more, else whatever the device
-        raises (out of memory): nothing about the KV of these
-        steps' new positions may then be assumed, older positions are intact.
+        reading. Raises ``BackendLostError`` where no step will run any more, ``OutOfMemoryError`` where
+        fewer tokens may fit, else whatever the device raises: nothing about the KV of these steps' new
+        positions, and the logits they were to keep, may then be assumed; older positions are intact, unless
+        an ``OutOfMemoryError`` says ``past_lost``.
         """
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+from mini_sglang.backend.step import OUT_OF_MEMORY
 from mini_sglang.config import Settings
 from mini_sglang.engine.handle import EngineHandle, EngineInfo, Sink, Work, call_watchers
 from mini_sglang.engine.limits import make_work
@@ -60,7 +61,7 @@ class CanaryEngine:
 
     def submit(self, work: Work, sink: Sink) -> None:
         def hear(event: TokenEvent) -> None:
-            if event.finish is FinishReason.ERROR and event.error_kind is None:
+            if event.finish is FinishReason.ERROR and event.error_kind in (None, OUT_OF_MEMORY):
                 self._ask()
             sink(event)
 
@@ -112,7 +113,7 @@ class CanaryEngine:
             self._asking = False
             if first:
                 call_watchers(self._watchers, "a canary")
-        elif event.error_kind is None and event.finish is FinishReason.ERROR:
+        elif event.error_kind in (None, OUT_OF_MEMORY) and event.finish is FinishReason.ERROR:
             self._fail(event.error or "it does not say why")
 
     def _fail(self, why: str) -> None:

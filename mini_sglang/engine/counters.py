@@ -30,6 +30,7 @@ class EngineCounters:
     prefill_cache_hit_tokens: int = 0
     prefill_cache_miss_tokens: int = 0
     lora_requests: int = 0
+    out_of_memory: int = 0
 
     def figures(self) -> dict[str, int]:
         """Each total by its name."""

@@ -25,6 +25,7 @@ from mini_sglang.engine.grammars import GrammarRoom
 from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.engine.kv_cache import KVCacheManager
 from mini_sglang.engine.limits import BY_CONTEXT, BY_LOAD, make_prefix_work, make_work
+from mini_sglang.engine.recovery import Recovery
 from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from mini_sglang.engine.speculation import Speculator
@@ -117,6 +118,7 @@ class EngineCore:
         paged = backend.shares_prefixes
         self.speculator = Speculator(settings, self.cache, draft_model, allowed=paged)
         self.counters = EngineCounters()
+        self.recovery = Recovery(backend, self.scheduler, self.cache, self.counters)
         self._requests: dict[str, Request] = {}
         self._arrivals: dict[int, float] = {}
         self._warm: Request | None = None  # the one of the queue's that runs
@@ -285,7 +287,7 @@ class EngineCore:
         speculating = self.speculator.propose(plan)
         started = time.perf_counter() if speculating else 0.0
         try:
-            results = self._backend.run([self._sequence_step(item) for item in plan])
+            results = self.recovery.run(plan, [self._sequence_step(item) for item in plan])
         except BackendLostError:
             raise
         except Exception as error:
@@ -307,6 +309,7 @@ class EngineCore:
             "prefixes": cache.num_prefixes,
             "prefix_reuse": int(cache.limits.enabled),
             "retractions": self.scheduler.num_retractions,
+            "step_tokens_limit": self.recovery.size.limit or 0,
             "loras": len(self.adapters),
             "speculation_switched_off": self.speculator.switched_off,
             "kv_tokens_total": cache.num_pages * page_size,
@@ -381,7 +384,7 @@ class EngineCore:
         for item, result in zip(plan, results, strict=True):
             request, num_tokens = item.request, item.num_tokens
             if result.error is not None:
-                events.append(self._fail(request, result.error))
+                events.append(self._fail(request, result.error, result.error_kind))
                 continue
             if item.drafts is not None:
                 events.extend(self._accept_drafts(request, item.drafts, result))
@@ -484,13 +487,19 @@ class EngineCore:
             request.request_id, request.num_prompt, cached, num_tokens,
         )  # fmt: skip
 
-    def _fail(self, request: Request, message: str) -> TokenEvent:
+    def _fail(self, request: Request, message: str, kind: str | None = None) -> TokenEvent:
         self.counters.failed += 1
         # Nothing is known of the KV this step was writing, so none of this request's is kept.
-        return self._end(request, FinishReason.ERROR, keep_kv=False, error=message)
+        return self._end(request, FinishReason.ERROR, keep_kv=False, error=message, kind=kind)
 
     def _end(
-        self, request: Request, reason: FinishReason, *, keep_kv: bool, error: str | None = None
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        keep_kv: bool,
+        error: str | None = None,
+        kind: str | None = None,
     ) -> TokenEvent:
         """The one place where a request ends."""
         assert request.phase is not Phase.FINISHED
@@ -512,4 +521,5 @@ class EngineCore:
             error=error,
             prompt_tokens=request.num_prompt,
             cached_tokens=request.num_cached or 0,
+            error_kind=kind,
         )

@@ -24,6 +24,7 @@ ENGINE_DIED = "engine_died"  # under this request: it ran there
 NOT_STARTED = "not_started"  # the engine ended before it ran any of this request
 TIMEOUT = "timeout"  # it waited QUEUE_TIMEOUT seconds for room
 UNAVAILABLE = "unavailable"  # the server ends, or no engine is left
+# ``backend.step.OUT_OF_MEMORY`` is one more: the device had no room for a step of it alone.
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,6 +201,13 @@ class KVCacheManager:
         if request.keep_logits is not None:
             self._reserved.add(request.keep_logits)
 
+    def keep_no_logits(self, request: Request) -> None:
+        """Undo what ``first_token`` reserved: the step did not come to choose the token."""
+        if request.keep_logits is not None and self.prompts is not None:
+            self._reserved.discard(request.keep_logits)
+            self.prompts.give_back(request.keep_logits)
+            request.keep_logits = None
+
     def keep_prompt(self, request: Request) -> None:
         """Put a prompt in the exact-prompt cache: its step is done, its whole pages are published."""
         request.from_logits = None
@@ -257,10 +264,7 @@ class KVCacheManager:
             self._tree.unlock(request.node)
         request.node = None
         request.from_logits = request.tail_page = None
-        if request.keep_logits is not None and self.prompts is not None:
-            self._reserved.discard(request.keep_logits)
-            self.prompts.give_back(request.keep_logits)
-            request.keep_logits = None
+        self.keep_no_logits(request)
         request.pages = array("i")
         request.num_tree_pages = 0
         request.num_computed = 0

@@ -49,6 +49,7 @@ class Request:
         speculation: what is known for guessing its tokens ahead; None where that is off.
         from_logits: kept logits that its first token is chosen from, in the step it is admitted to.
         tail_page: with ``from_logits``, the page to be copied into its own first one.
+        memory_refusals: how often the device had no memory for a single token of it.
         keep_logits: where the logits of its prompt's last token are kept in the step that computes it.
         grammar: what the answer must follow, as far as its tokens have come; retraction does not touch it.
         lora: ``Adapter.key`` of its adapter, and ``adapter`` the backend's id of it; none without.
@@ -87,6 +88,7 @@ class Request:
     finish: FinishReason | None = None
     matched_token_id: int | None = None
     speculation: Speculation | None = None
+    memory_refusals: int = 0
     end_ids: tuple[int, ...] = field(init=False)
     _spec: SampleSpec = field(init=False)
 

@@ -67,6 +67,7 @@ class Scheduler:
         self.waiting: Line[Request] = Line()
         self.running: list[Request] = []
         self.num_retractions = 0
+        self.max_running = limits.max_batch_size  # lower while the device's memory has room for fewer
 
     def add(self, request: Request) -> None:
         priority, aging = request.params.priority, self._limits.aging_seconds
@@ -121,12 +122,13 @@ class Scheduler:
         """Get pages for ``num_tokens``, retracting the last of the order; False if it had to go itself."""
         while not self._cache.extend(request, num_tokens):
             victim = self.running[-1]
-            self._retract(victim)
+            self.retract(victim)
             if victim is request:
                 return False
         return True
 
-    def _retract(self, request: Request) -> None:
+    def retract(self, request: Request) -> None:
+        """Set a running request back to its place in the line."""
         self.running.remove(request)
         self._cache.release(request, keep=True)
         if not request.prompt_logprobs_done:
@@ -151,7 +153,7 @@ class Scheduler:
         chunked = self._limits.chunk_tokens is not None
         while at < len(self.waiting):
             request = self.waiting[at]
-            if len(self.running) >= self._limits.max_batch_size or budget <= 0:
+            if len(self.running) >= self.max_running or budget <= 0:
                 break
             if before is not None and request.order > before.order:
                 break

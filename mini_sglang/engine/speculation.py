@@ -203,7 +203,7 @@ class Speculator:
 
     def note_step(self, plan: Sequence[Scheduled], seconds: float) -> None:
         """A step of ``plan`` took so long."""
-        if all(item.num_tokens == 1 for item in plan):
+        if plan and all(item.num_tokens == 1 for item in plan):
             self.costs.observe(
                 sum(1 + len(item.drafts.tokens) if item.drafts else 1 for item in plan), seconds
             )

@@ -200,7 +200,9 @@ class PythonTokenizer(Tokenizer):
         return inputs, {}
 
 
-def load_tokenizer(path: Path, *, cache_dir: Path, trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(
+    path: Path, *, cache_dir: Path, trust_remote_code: bool = False, stand_in: bool = False
+) -> Tokenizer:
     """Load the tokenizer of a model folder or GGUF file.
 
     Args:
@@ -208,14 +210,17 @@ def load_tokenizer(path: Path, *, cache_dir: Path, trust_remote_code: bool = Fal
             a ``.gguf`` file.
         cache_dir: where the converted tokenizer of a GGUF file is kept.
         trust_remote_code: let ``transformers`` run the repository's own Python code where it must.
+        stand_in: take a token for each byte where a folder has no tokenizer.
 
     Raises:
         ModelLoadError: files are missing or damaged, or ``transformers`` is needed and not installed.
     """
     if path.is_dir():
-        from mini_sglang.text.tokenizer_files import load_folder
+        from mini_sglang.text.tokenizer_files import load_folder, load_folder_or_stand_in
 
-        return load_folder(path, trust_remote_code=trust_remote_code)
+        return (load_folder_or_stand_in if stand_in else load_folder)(
+            path, trust_remote_code=trust_remote_code
+        )
     if path.suffix.lower() != ".gguf":
         raise ModelLoadError(f"{path} is neither a model folder nor a .gguf file, so it has no tokenizer.")
     return _load_gguf(path, cache_dir)

@@ -60,6 +60,20 @@ def load_folder(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
     )
 
 
+def load_folder_or_stand_in(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+    """``load_folder``, or a token for each byte where the folder has no tokenizer.
+
+    Raises:
+        ModelLoadError: as ``load_folder``, or config.json is damaged.
+    """
+    if any(next(folder.glob(name), None) for name in ("tokenizer.json", *_OLDER_FILES)):
+        return load_folder(folder, trust_remote_code=trust_remote_code)
+    from mini_sglang.text.byte_tokenizer import byte_tokenizer
+
+    size = _read_json(folder / "config.json").get("vocab_size")
+    return byte_tokenizer(size if isinstance(size, int) else 256)
+
+
 def _read_tokenizer(file: Path) -> RustTokenizer:
     from tokenizers import Tokenizer as RustTokenizer
 

@@ -336,6 +336,7 @@ def test_counters_add_up() -> None:
         "lora_requests": 0, "loras": 0,
         "warm_prefixes": 0, "warm_prefixes_done": 0, "warm_prefixes_failed": 0,
         "capped_by_load": 0, "capped_by_context": 0,
+        "out_of_memory": 0, "step_tokens_limit": 0,
         "draft_steps": 0, "draft_tokens": 0, "draft_tokens_accepted": 0, "speculation_switched_off": 0,
     }  # fmt: skip
 

@@ -305,6 +305,11 @@ def _no_weights(folder: Path) -> ModelLoadError:
     return ModelLoadError(f"The model folder {folder} has no {found}.")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model. Raises ``ModelLoadError`` where there is none."""
+    return _read_json(path)
+
+
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
     """The JSON object that ``text`` is. Raises ``ModelLoadError``, of ``what``, where it is none."""
     return _parse_json(text, what)

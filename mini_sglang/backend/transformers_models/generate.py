@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.compiling import Compiler
+from mini_sglang.backend.memory import give_back, is_out_of_memory, says_out_of_memory
 from mini_sglang.backend.sampling import Sampler
-from mini_sglang.backend.step import SampleSpec, SequenceResult, SequenceStep
+from mini_sglang.backend.step import OUT_OF_MEMORY, SampleSpec, SequenceResult, SequenceStep
 from mini_sglang.backend.transformers_models.decoder import TransformersConfig
 from mini_sglang.backend.transformers_models.runner import said
 from mini_sglang.backend.transformers_models.steps import OwnCacheBackend, check_steps
@@ -68,6 +69,7 @@ class GenerateBackend(OwnCacheBackend):
             "batched_decode": "one by one: transformers' generate",
         }
 
+    @says_out_of_memory(past_lost=True)
     def run(self, steps: Sequence[SequenceStep]) -> list[SequenceResult]:
         """See ``Backend.run``.
 
@@ -93,6 +95,9 @@ class GenerateBackend(OwnCacheBackend):
         if result.error is not None:
             del self._answers[page]
             answer.end()
+            if result.error_kind is not None:
+                give_back(self._model.device)
+            return result
         if step.prompt_targets and not step.start:
             result.prompt_logprobs = self._sampler.prompt_logprobs(
                 self._prompt_logits(step.token_ids)[: len(step.prompt_targets)],
@@ -155,7 +160,8 @@ class _Answer:
             if not self._ended:
                 self._generate()
         except Exception as error:
-            self._result = SequenceResult(error=f"generate failed: {said(error)}.")
+            kind = OUT_OF_MEMORY if is_out_of_memory(error) else None
+            self._result = SequenceResult(error=f"generate failed: {said(error)}.", error_kind=kind)
         finally:
             self._has_stopped.release()
 

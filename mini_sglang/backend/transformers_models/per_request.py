@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mini_sglang.backend.memory import give_back, says_out_of_memory
 from mini_sglang.backend.step import SequenceResult, SequenceStep
 from mini_sglang.backend.transformers_models.caches import Past, stack, take
 from mini_sglang.backend.transformers_models.decoder import TransformersConfig
@@ -84,6 +85,7 @@ class RequestBackend(OwnCacheBackend):
             "batched_decode": _yes_or("one by one", self._abilities.no_stacks),
         }
 
+    @says_out_of_memory(past_lost=True)
     @torch.inference_mode()
     def run(self, steps: Sequence[SequenceStep]) -> list[SequenceResult]:
         """See ``Backend.run``.
@@ -100,6 +102,10 @@ class RequestBackend(OwnCacheBackend):
             for live in lives:
                 self._drop(live)
             raise
+
+    def free_memory(self) -> None:
+        """See ``Backend``."""
+        give_back(self._runner.model.device)
 
     def _run(self, steps: Sequence[SequenceStep], lives: list[_Live]) -> list[SequenceResult]:
         results = [SequenceResult() for _ in steps]
