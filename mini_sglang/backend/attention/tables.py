@@ -31,6 +31,13 @@ class StepTables:
         self._sequences = self._pages = 0
         self._device: torch.device | None = None
 
+    @classmethod
+    def over(cls, page_table: Tensor, query_starts: Tensor, seq_lens: Tensor) -> StepTables:
+        """Tables that somebody else fills."""
+        tables = cls()
+        tables.page_table, tables.query_starts, tables.seq_lens = page_table, query_starts, seq_lens
+        return tables
+
     def reserve(self, sequences: int, pages: int, device: torch.device) -> None:
         """Make room for steps of so many sequences of at most so many pages."""
         if device == self._device and sequences <= self._sequences and pages <= self._pages:

@@ -38,7 +38,7 @@ class TritonAttention:
 
     def __init__(self, span: int = 256, spans: int = 64) -> None:
         self.tables = StepTables()
-        self._span, self._spans = span, spans
+        self.span, self.spans = span, spans
         self._partials: Tensor | None = None
 
     @staticmethod
@@ -53,16 +53,14 @@ class TritonAttention:
         self, rows: int, group: int, head_dim: int, itemsize: int, device: torch.device
     ) -> AttentionLaunch:
         """For sequences of at most ``rows`` queries."""
-        return attention_launch(
-            rows, group, head_dim, itemsize, shared_bytes(device), self._span, self._spans
-        )
+        return attention_launch(rows, group, head_dim, itemsize, shared_bytes(device), self.span, self.spans)
 
     def reserve(
         self, sequences: int, pages: int, rows: int, heads: int, value_dim: int, device: torch.device
     ) -> None:
         """Make room for steps of so many sequences of so many pages, and ``rows`` rows that are split."""
         self.tables.reserve(sequences, pages, device)
-        self.partials(rows * heads, self._spans, value_dim, device)
+        self.partials(rows * heads, self.spans, value_dim, device)
 
     def partials(
         self, rows: int, splits: int, value_dim: int, device: torch.device
