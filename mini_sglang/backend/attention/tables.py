@@ -14,8 +14,8 @@ class StepTables:
     """What kernels that read pages in place must know of a step.
 
     Filled by one transfer and copies on the device, outside of what a CUDA graph captures. The tensors are
-    made anew, at other addresses, by a step that needs more room than there is; ``reserve`` makes the room
-    before a capture.
+    made anew, at other addresses, by a step that needs more room than there is; a graph has some ``over``
+    tensors of its own.
 
     Attributes:
         page_table: ``[at least S, at least P]`` int32; what lies past a step's own is left from earlier ones.

@@ -87,8 +87,7 @@ class Graphs:
         if isinstance(attention, TritonAttention):
             self._attention = attention
         else:
-            name = getattr(attention, "name", "this one")
-            obstacle = obstacle or f"they need Triton's attention, and {name} plans each step on the host"
+            obstacle = obstacle or "they need Triton's attention, and this one plans each step on the host"
         if obstacle is not None:
             self._turn_off(obstacle)
 

@@ -29,7 +29,9 @@ SMALL: dict[str, Any] = {
 
 def load_recorded(folder: Path, **settings: object) -> ModelBackend:
     """On Triton's kernels, with recordings of up to five decodes and of prompts of up to 20 tokens."""
-    few = {"kernels": "triton", "max_batch_size": 5, "cuda_graph_max_seq_len": 20, "kv_token_budget": 1024}
+    few: dict[str, object] = {"kernels": "triton", "max_batch_size": 5, "kv_token_budget": 1024}
+    if settings.get("enable_cuda_graph", True):
+        few["cuda_graph_max_seq_len"] = 20
     return load(folder, **{**few, **settings})
 
 
@@ -63,9 +65,12 @@ def fill(backend: ModelBackend, prompts: Sequence[Sequence[int]], tables: Sequen
     plain(backend, steps)
     own = torch.zeros(backend.kv.data.shape[1], dtype=torch.bool)
     own[torch.cat([batch_of(backend, [one]).slot_mapping for one in steps])] = True
-    backend.kv.data[:, ~own] = backend.kv.data.new_zeros(1).view(torch.uint8).new_full(
-        (backend.kv.data.element_size(),), CANARY
-    ).view(backend.kv.data.dtype)
+    backend.kv.data[:, ~own] = (
+        backend.kv.data.new_zeros(1)
+        .view(torch.uint8)
+        .new_full((backend.kv.data.element_size(),), CANARY)
+        .view(backend.kv.data.dtype)
+    )
 
 
 def assert_same(backend: ModelBackend, steps: Sequence[SequenceStep], *, exactly: bool = True) -> None:

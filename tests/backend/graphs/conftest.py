@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mini_sglang.backend import loader
 from mini_sglang.backend.attention.triton import TritonAttention
+from mini_sglang.backend.graphs import recorder as recorders
 from tests.backend.graphs.recorder import FaithfulRecorder
 
 
@@ -15,7 +16,11 @@ from tests.backend.graphs.recorder import FaithfulRecorder
 def recorder(monkeypatch: pytest.MonkeyPatch) -> FaithfulRecorder:
     """What models loaded from now on record with."""
     recorder = FaithfulRecorder()
-    monkeypatch.setattr(loader, "choose_recorder", lambda settings, device: recorder)
+    monkeypatch.setattr(recorders, "CudaRecorder", lambda device: recorder)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(
+        loader, "choose_recorder", lambda settings, device: recorders.choose_recorder(settings, cuda)
+    )
     return recorder
 
 

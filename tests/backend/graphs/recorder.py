@@ -1,4 +1,4 @@
-"""A ``Recorder`` on a CPU that knows of a step what a CUDA graph knows: which kernels ran, on which addresses.
+"""A ``Recorder`` on a CPU that knows of a step what a CUDA graph knows: which kernels ran, and where.
 
 Recording notes each of torch's operators and each launch of Triton; a replay does them again, on the very
 tensors of the recording, and runs none of the Python between them. So whatever a step takes from the host
@@ -34,16 +34,17 @@ class _Call:
     fills: bool = True
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[_Call] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, given = func._schema.name, kwargs or {}
-        if name in _FORBIDDEN:
+        by_mask = name == "aten::index" and any(t.dtype == torch.bool for t in _tensors(args[1]))
+        if name in _FORBIDDEN or by_mask:
             raise NotStaticError(name)
         out = func(*args, **given)
         call = _Call(lambda: func(*args, **given), _tensors((args, given)), _tensors(out), False)
@@ -70,7 +71,8 @@ def _watch(step: Callable[[], None]) -> list[_Call]:
     with pytest.MonkeyPatch.context() as patch, _Watch() as watch:
         patch.setattr(InterpretedFunction, "run", launch)
         step()
-    return watch.calls
+    calls: list[_Call] = watch.calls
+    return calls
 
 
 def _tensors(values: Any) -> list[Tensor]:
