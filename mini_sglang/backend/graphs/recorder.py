@@ -40,8 +40,11 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Always the same: a pool is shared only by what was recorded on one stream.
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._begin()
+
+    def _begin(self) -> None:
+        # Always the same for one pool, which only what was recorded on one stream can share.
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, step: Callable[[], None]) -> Replay:
@@ -52,9 +55,15 @@ class CudaRecorder:
             step()
         steps.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: another engine's may load its model meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            step()
+        try:
+            # Errors of this thread alone: another engine's may load its model meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                step()
+        finally:
+            # torch stays on the other stream where the end of a capture fails.
+            torch.cuda.set_stream(steps)
         replay: Replay = graph.replay
         return replay
 
@@ -66,8 +75,8 @@ class CudaRecorder:
     def release(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
-        # The last of a pool's graphs took it along.
-        self._pool = torch.cuda.graph_pool_handle()
+        # The pool went with the last of its graphs; after a failure the stream is of no use either.
+        self._begin()
 
 
 def choose_recorder(settings: Settings, device: torch.device) -> Recorder | None:

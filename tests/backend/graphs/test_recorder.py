@@ -92,6 +92,7 @@ def test_cuda_warms_up_beside_the_steps_and_shares_one_pool(monkeypatch: pytest.
         "graph": graph,
         "graph_pool_handle": lambda: f"pool {next(pools)}",
         "current_stream": lambda device: Stream("main"),
+        "set_stream": lambda stream: said.append(f"back on {stream.name}"),
         "synchronize": lambda device: said.append("synchronize"),
         "mem_get_info": lambda device: (300, 1000),
         "empty_cache": lambda: said.append("empty"),
@@ -102,6 +103,7 @@ def test_cuda_warms_up_beside_the_steps_and_shares_one_pool(monkeypatch: pytest.
     one = [
         "side waits for main", "on side", "step", "off", "main waits for side",
         "capture on side into pool 0, thread_local", "step", "captured",
+        "back on main",
     ]  # fmt: skip
     assert said == one
     replay()
