@@ -22,6 +22,8 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "hidden_size": 32,
     "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "vocab_size": 200,
     "max_position_embeddings": 128,
 }
