@@ -487,6 +487,29 @@ class Settings:
         "a small model of the same vocabulary that guesses tokens for the large one: a repository, a local "
         "folder, or a .gguf file",
     )
+    enable_decode_cuda_graph: bool = setting(
+        "Decode speed",
+        "ENABLE_DECODE_CUDA_GRAPH",
+        True,
+        "on CUDA, record the step of so many decodes once, for numbers up to MAX_BATCH_SIZE, and replay it; "
+        "needs Triton's attention, without which it turns itself off and says so",
+        shown="on for CUDA",
+    )
+    enable_cuda_graph: bool = setting(
+        "Decode speed",
+        "ENABLE_CUDA_GRAPH",
+        True,
+        "the same for the step of a prompt, or of a chunk of one, that runs alone",
+        shown="on for CUDA",
+    )
+    cuda_graph_max_seq_len: int = setting(
+        "Decode speed",
+        "CUDA_GRAPH_MAX_SEQ_LEN",
+        512,
+        "with ENABLE_CUDA_GRAPH: most tokens of such a step",
+        low=2,
+        high=65536,
+    )
     force_legacy_cache: bool = setting(
         "Decode speed",
         "FORCE_LEGACY_CACHE",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -66,6 +66,24 @@ class Batch:
     prompts: list[tuple[int, int, int]]
     drafts: bool
     adapters: list[int] | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors, which are on the host, on ``device``, in one transfer."""
+        if device.type == "cpu":
+            return self
+        parts = [self.token_ids, self.positions, self.slot_mapping]
+        others = (self.opened_pages, self.output_rows)
+        parts += [indices for indices in others if indices is not None]
+        sizes = [len(part) for part in parts]
+        sent = iter(torch.split_with_sizes(to_device(torch.cat(parts), device), sizes))
+        return replace(
+            self,
+            token_ids=next(sent),
+            positions=next(sent),
+            slot_mapping=next(sent),
+            opened_pages=None if self.opened_pages is None else next(sent),
+            output_rows=None if self.output_rows is None else next(sent),
+        )
 
     @classmethod
     def build(cls, steps: Sequence[SequenceStep], limits: Limits, device: torch.device) -> Batch:

@@ -27,6 +27,11 @@ class Compiler:
     mode: str
     demanded: bool
 
+    @property
+    def records(self) -> bool:
+        """Whether what it compiles is recorded as CUDA graphs by itself."""
+        return self.mode in ("reduce-overhead", "max-autotune")
+
     def compile(self, function: F) -> F:
         """``function`` compiled at its first call, and again for other numbers of dimensions or types."""
         return cast(F, torch.compile(function, dynamic=True, mode=self.mode))

@@ -74,6 +74,12 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+def host_buffer(nbytes: int, device: torch.device) -> torch.Tensor:
+    """``nbytes`` uint8 on the host, not yet set, from which a copy to ``device`` need not be waited for."""
+    # torch keeps pinned memory until copies from it are done.
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
 def cpu_has_bf16(proc: Path = _PROC) -> bool:
     """Whether this CPU multiplies bf16 in hardware; without it bf16 is slower than fp32."""
     try:

@@ -10,6 +10,7 @@ import torch
 
 from mini_sglang.backend.compiling import choose_compiler
 from mini_sglang.backend.device import choose_device, choose_threads
+from mini_sglang.backend.graphs.recorder import choose_recorder
 from mini_sglang.backend.kernels.library import open_kernels
 from mini_sglang.backend.kernels.triton.available import triton_wanted
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
@@ -48,13 +49,14 @@ def load_backend(
     """
     device = choose_device(settings.device)
     compiler = choose_compiler(settings, device)
+    recorder = choose_recorder(settings, device)
     threads = threads_per_rank(choose_threads(settings.num_threads), settings)
     torch.set_num_threads(threads)
     kernels, kernels_used = open_kernels(
         settings.kernels, device, settings.cache_path / "kernels", threads, notify
     )
     triton = triton_wanted(settings.kernels, device)
-    machine = Machine(device, kernels, kernels_used, sharing, compiler, triton)
+    machine = Machine(device, kernels, kernels_used, sharing, compiler, triton, recorder)
     checkpoint: Checkpoint
     if settings.load_format == "dummy":
         checkpoint = open_dummy(path, settings, device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mini_sglang.backend.compiling import Compiler
+from mini_sglang.backend.graphs.recorder import Recorder
 from mini_sglang.backend.kernels.library import NativeKernels
 
 
@@ -20,6 +21,7 @@ class Machine:
         sharing: backends that are loaded side by side and share the device's free memory.
         compiler: None where nothing is to be compiled.
         triton: whether Triton's kernels may run.
+        recorder: for CUDA graphs; None where none are wanted.
     """
 
     device: torch.device
@@ -28,3 +30,4 @@ class Machine:
     sharing: int
     compiler: Compiler | None = None
     triton: bool = False
+    recorder: Recorder | None = None

@@ -15,7 +15,6 @@ from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.device import dtype_name, to_device
 from mini_sglang.backend.kept_logits import KeptLogits
-from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.kv.store import PoolStore
 from mini_sglang.backend.loading.fingerprint import weights_fingerprint
@@ -23,6 +22,7 @@ from mini_sglang.backend.lora.store import Adapters
 from mini_sglang.backend.memory import give_back, says_out_of_memory
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.pieces import cut, join
+from mini_sglang.backend.program import Program
 from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import SequenceResult, SequenceStep
 from mini_sglang.backend.transformers_models.decoder import TransformersDecoder
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Rows of prompt logprobs at a time: a row of float32 logits is up to a megabyte.
 LOGPROB_ROWS = 128
+_HOST = torch.device("cpu")
 
 
 class ModelBackend:
@@ -54,13 +55,14 @@ class ModelBackend:
         num_parameters: int,
         kernels: str,
         dtype: torch.dtype,
-        program: StepProgram | None = None,
+        program: Program | None = None,
         quantization: str = "none",
         adapters: Adapters | None = None,
         implementation: str = "native",
         compiled: str = "off",
         path: Path | None = None,
         about: Mapping[str, str] | None = None,
+        graphs: str = "off",
     ) -> None:
         self._about = dict(about or {})
         self.adapters = adapters
@@ -74,6 +76,7 @@ class ModelBackend:
         self._quantization = quantization
         self._implementation = implementation
         self._compiled = compiled
+        self._graphs = graphs
         self.program = program
         self._path = path
         self._kept = KeptLogits()
@@ -112,11 +115,11 @@ class ModelBackend:
             return []
         if any(step.from_logits is not None for step in steps):
             return self._kept.run(steps, self.sampler, self.run)
-        program = self.program
-        if program is None or sum([len(step.token_ids) for step in steps]) <= program.max_rows:
+        most = None if self.program is None else self.program.max_rows
+        if most is None or sum([len(step.token_ids) for step in steps]) <= most:
             return self._run(steps, self._batch(steps))
         # Bit for bit the same, as in chunks.
-        pieces = cut(steps, program.max_rows)
+        pieces = cut(steps, most)
         parts = [[part for _, part in piece] for piece in pieces]
         batches = [self._batch(part) for part in parts]
         return join(
@@ -128,17 +131,18 @@ class ModelBackend:
         give_back(self.kv.data.device)
 
     def _batch(self, steps: Sequence[SequenceStep]) -> Batch:
-        batch = Batch.build(steps, self._limits, self.kv.data.device)
+        batch = Batch.build(steps, self._limits, _HOST)
         if batch.adapters is not None:
             assert self.adapters is not None
             self.adapters.check(batch.adapters)
         return batch
 
     def _run(self, steps: Sequence[SequenceStep], batch: Batch) -> list[SequenceResult]:
-        if self.program is not None:
+        if self.program is not None and self.program.takes(batch):
             # Without torch's inference mode: to enter it takes a tenth of the time outside the kernels.
             return self._results(steps, batch, self.program.forward(batch))
         with torch.inference_mode():
+            batch = batch.to(self.kv.data.device)
             if self.adapters is not None and batch.adapters is not None and isinstance(self.decoder, Decoder):
                 adapters = self.adapters.begin(batch)
                 hidden = self.decoder.forward(batch, self.kv, self.attention, adapters)
@@ -185,6 +189,7 @@ class ModelBackend:
             "kernels": self._kernels,
             "attention": _attention_name(self.attention),
             "compile": self._compiled,
+            "cuda_graphs": self._graphs,
             "context_length": self.context_length,
             "vocab_size": self.vocab_size,
             "page_size": self.page_size,

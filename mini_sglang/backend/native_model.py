@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from mini_sglang.backend.compiling import Compiler
 from mini_sglang.backend.device import dtype_name, free_memory
 from mini_sglang.backend.device_sampling import make_sampler
 from mini_sglang.backend.dtypes import Dtypes, choose_dtypes
+from mini_sglang.backend.graphs.setup import Graphs, why_not_recorded
 from mini_sglang.backend.kernels.adapters import NativeAdapters
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kernels.operations import NativeOperations
@@ -48,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 # Of a recorded step: its buffers take tens of KB a row.
 _PROGRAM_ROWS = 512
+# Of a pool to try a model out over.
+_TRIAL_TOKENS = 64
 
 
 def load_native_backend(
@@ -87,11 +91,18 @@ def load_native_backend(
         decoder = _load(rank, dtypes, machine, formats)
         checkpoint.close()
         rank.join(decoder)
-        kv = _pages(settings, rank, dtypes, machine.device, attention, context_length)
-        program = _program(settings, decoder, kv, attention, machine.kernels)
+        pages = partial(_pages, settings, rank, dtypes, machine.device, attention)
+        # For what runs before the pool takes its part of the memory.
+        trial = partial(pages, -(-_TRIAL_TOKENS // settings.page_size_tokens))
         if machine.compiler is not None:
-            limits = Limits(kv.page_size, kv.num_pages, config.vocab_size, context_length)
-            decoder, compiled = _compile(decoder, kv, attention, limits, machine.compiler)
+            decoder, compiled = _compile(decoder, trial(), attention, context_length, machine.compiler)
+        obstacle = why_not_recorded(decoder, size, machine.compiler)
+        graphs = Graphs(settings, machine.recorder, attention, context_length, obstacle)
+        taken = graphs.measure(decoder, trial(graphs.spare_pages)) if graphs.on else 0
+        num_pages = _num_pages(settings, rank, dtypes, machine.device, context_length, taken)
+        kv = pages(num_pages, graphs.spare_pages)
+        recorded = graphs.record(decoder, kv)
+        program = _program(settings, decoder, kv, attention, machine.kernels)
         adapters = _adapters(settings, decoder, machine, program) if size == 1 else None
         backend = rank.backend(
             decoder,
@@ -102,13 +113,14 @@ def load_native_backend(
             num_parameters,
             machine.kernels_used,
             dtypes.weights,
-            program,
+            program or recorded,
             settings.quantization,
             adapters,
             compiled=compiled,
             # A file that lies there is not what is loaded.
             path=None if dummy else path,
             about={"weights": RANDOM} if dummy else None,
+            graphs=graphs.describe(),
         )
     logger.info("Loaded %s", backend.describe())
     return backend
@@ -150,34 +162,49 @@ def _attention(settings: Settings, config: ModelConfig, dtype: torch.dtype, mach
     return PagedAttention()
 
 
+def _num_pages(
+    settings: Settings,
+    rank: Rank,
+    dtypes: Dtypes,
+    device: torch.device,
+    context_length: int,
+    taken: int,
+) -> int:
+    """Pages of the pool; ``taken`` bytes of the device's memory are for something else."""
+    config = rank.config
+    num_pages = kv_pages_for(
+        token_budget=settings.kv_token_budget,
+        page_size=settings.page_size_tokens,
+        bytes_per_token=kv_bytes_per_token(
+            config.num_layers, config.num_kv_heads, config.head_dim, dtypes.kv
+        ),
+        free_bytes=max(0, free_memory(device) - taken) // rank.sharing,
+        context_length=context_length,
+        max_batch_size=settings.max_batch_size,
+    )
+    return rank.group.least(num_pages)
+
+
 def _pages(
     settings: Settings,
     rank: Rank,
     dtypes: Dtypes,
     device: torch.device,
     attention: Attention,
-    context_length: int,
+    num_pages: int,
+    spare_pages: int = 0,
 ) -> KVPool:
     config, page_size = rank.config, settings.page_size_tokens
-    num_pages = kv_pages_for(
-        token_budget=settings.kv_token_budget,
-        page_size=page_size,
-        bytes_per_token=kv_bytes_per_token(
-            config.num_layers, config.num_kv_heads, config.head_dim, dtypes.kv
-        ),
-        free_bytes=free_memory(device) // rank.sharing,
-        context_length=context_length,
-        max_batch_size=settings.max_batch_size,
-    )
     return KVPool(
         num_layers=config.num_layers,
-        num_pages=rank.group.least(num_pages),
+        num_pages=num_pages,
         page_size=page_size,
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         dtype=dtypes.kv,
         device=device,
         tiled=isinstance(attention, NativeAttention) and attention.tiles(dtypes.kv, page_size),
+        spare_pages=spare_pages,
     )
 
 
@@ -195,9 +222,10 @@ def _program(
 
 
 def _compile(
-    decoder: Decoder, kv: KVPool, attention: Attention, limits: Limits, compiler: Compiler
+    decoder: Decoder, kv: KVPool, attention: Attention, context_length: int, compiler: Compiler
 ) -> tuple[Decoder, str]:
-    """The decoder to use, and what became of ``COMPILE_MODEL``."""
+    """The decoder to use, and what became of ``COMPILE_MODEL``; it is proved over ``kv``."""
+    limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
     compiled = CompiledDecoder(decoder, compiler)
     try:
         prove(compiled, decoder, kv, attention, limits)

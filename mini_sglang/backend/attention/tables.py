@@ -14,8 +14,8 @@ class StepTables:
     """What kernels that read pages in place must know of a step.
 
     Filled by one transfer and copies on the device, outside of what a CUDA graph captures. The tensors are
-    made anew, at other addresses, by a step that needs more room than there is; ``reserve`` makes the room
-    before a capture.
+    made anew, at other addresses, by a step that needs more room than there is; a graph has some ``over``
+    tensors of its own.
 
     Attributes:
         page_table: ``[at least S, at least P]`` int32; what lies past a step's own is left from earlier ones.
@@ -30,6 +30,13 @@ class StepTables:
     def __init__(self) -> None:
         self._sequences = self._pages = 0
         self._device: torch.device | None = None
+
+    @classmethod
+    def over(cls, page_table: Tensor, query_starts: Tensor, seq_lens: Tensor) -> StepTables:
+        """Tables that somebody else fills."""
+        tables = cls()
+        tables.page_table, tables.query_starts, tables.seq_lens = page_table, query_starts, seq_lens
+        return tables
 
     def reserve(self, sequences: int, pages: int, device: torch.device) -> None:
         """Make room for steps of so many sequences of at most so many pages."""

@@ -24,10 +24,9 @@ class TritonAttention:
     """``Attention`` on CUDA, over a pool of the queries' dtype, in every form and for heads that ``fit``.
 
     The page table, starts and lengths of a step, and what split sequences come to, lie in int32 and float32
-    tensors that are made once and keep their addresses until a step needs larger ones: ``reserve`` makes them
-    as large as a captured graph will need. ``begin`` fills them and is not to be captured; what it returns
-    is. Of what is captured only the grid is fixed, which may be larger than a step needs; a sequence of no
-    rows is padding and gives nothing.
+    tensors that are made once and keep their addresses until a step needs larger ones. ``begin`` fills them
+    and is not to be captured in a CUDA graph; what it returns is. Of what is captured only the grid is fixed,
+    which may be larger than a step needs; a sequence of no rows is padding and gives nothing.
 
     Args:
         span: positions of a sequence that a program walks at least before the rest is another's.
@@ -38,7 +37,7 @@ class TritonAttention:
 
     def __init__(self, span: int = 256, spans: int = 64) -> None:
         self.tables = StepTables()
-        self._span, self._spans = span, spans
+        self.span, self.spans = span, spans
         self._partials: Tensor | None = None
 
     @staticmethod
@@ -53,16 +52,7 @@ class TritonAttention:
         self, rows: int, group: int, head_dim: int, itemsize: int, device: torch.device
     ) -> AttentionLaunch:
         """For sequences of at most ``rows`` queries."""
-        return attention_launch(
-            rows, group, head_dim, itemsize, shared_bytes(device), self._span, self._spans
-        )
-
-    def reserve(
-        self, sequences: int, pages: int, rows: int, heads: int, value_dim: int, device: torch.device
-    ) -> None:
-        """Make room for steps of so many sequences of so many pages, and ``rows`` rows that are split."""
-        self.tables.reserve(sequences, pages, device)
-        self.partials(rows * heads, self._spans, value_dim, device)
+        return attention_launch(rows, group, head_dim, itemsize, shared_bytes(device), self.span, self.spans)
 
     def partials(
         self, rows: int, splits: int, value_dim: int, device: torch.device

@@ -34,7 +34,7 @@ from mini_sglang.backend.weights import Weight
 
 
 class StepProgram:
-    """The layers of a decoder as one list of jobs over buffers that stay where they are.
+    """A ``Program``: the layers of a decoder as one list of jobs over buffers that stay where they are.
 
     Build one with ``build``. One thread uses it.
     """
@@ -105,6 +105,10 @@ class StepProgram:
         self._adapted_entries = _entries(
             self._adapted_jobs, self._adapted_jobs.index(self.jobs[self._wanted_from])
         )
+
+    def takes(self, batch: Batch) -> bool:
+        """See ``Program``: all of at most ``max_rows`` rows."""
+        return True
 
     def forward(self, batch: Batch) -> Tensor:
         """``Decoder.forward`` for a batch of at most ``max_rows`` rows.

@@ -39,6 +39,7 @@ class LayeredKVPool(KVPool):
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        spare_pages: int = 0,
     ) -> None:
         """Allocate. Raises ``InvalidValueError`` as ``KVPool``."""
         self.num_pages = num_pages
@@ -47,11 +48,13 @@ class LayeredKVPool(KVPool):
         self.shapes = tuple(shapes)
         # Written and read by torch's operators: tiles are the compiled attention's own.
         self.tiled = False
+        self.spare_pages = spare_pages
         self.kv_heads, self.head_dim = shapes[0].kv_heads, shapes[0].key_dim
         ends = [0, *accumulate(shape.width for shape in shapes)]
-        self.data = allocate_kv((1, num_pages * page_size, ends[-1]), dtype, device)
+        total = num_pages + spare_pages
+        self.data = allocate_kv((1, total * page_size, ends[-1]), dtype, device)
         parts = [slice(*bounds) for bounds in pairwise(ends)]
-        pages = self.data.view(num_pages, page_size, ends[-1])
+        pages = self.data.view(total, page_size, ends[-1])
         self._layers = tuple(self.data[0][:, part] for part in parts)
         self._paged = tuple(pages[:, :, part] for part in parts)
         self._widest = max(shape.width for shape in shapes)
@@ -81,12 +84,25 @@ class LayeredKVPool(KVPool):
 
 
 def kv_pool(
-    shapes: Sequence[LayerShape], *, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    shapes: Sequence[LayerShape],
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    spare_pages: int = 0,
 ) -> KVPool:
     """The pool for these layers: a plain one where they are all alike."""
     first = shapes[0]
     if len(set(shapes)) > 1 or first.key_dim != first.value_dim:
-        return LayeredKVPool(shapes, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
+        return LayeredKVPool(
+            shapes,
+            num_pages=num_pages,
+            page_size=page_size,
+            dtype=dtype,
+            device=device,
+            spare_pages=spare_pages,
+        )
     return KVPool(
         num_layers=len(shapes),
         num_pages=num_pages,
@@ -95,4 +111,5 @@ def kv_pool(
         head_dim=first.key_dim,
         dtype=dtype,
         device=device,
+        spare_pages=spare_pages,
     )

@@ -23,6 +23,7 @@ class KVPool:
             the compiled kernels alone read it.
         tiled: keeps 16 rows of bfloat16 together as the compiled attention reads them, and only it does; see
             kernels.h. Pages are then whole tiles.
+        spare_pages: more of them, after the others, which no sequence has: padding is written there.
 
     Layout otherwise: ``data[layer, slot]`` is one token's ``2 * kv_heads * head_dim`` numbers, keys before
     values, so that the rows a fused qkv projection gives are written, and a page is read, in one piece.
@@ -43,6 +44,7 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
         tiled: bool = False,
+        spare_pages: int = 0,
     ) -> None:
         """Allocate.
 
@@ -55,16 +57,18 @@ class KVPool:
         self.head_dim = head_dim
         self.dtype = dtype
         self.tiled = tiled
+        self.spare_pages = spare_pages
         assert not tiled or (dtype == torch.bfloat16 and page_size % TILE == 0)
         self._row = (2, kv_heads, head_dim)
         width = kv_bytes_per_token(1, kv_heads, head_dim, dtype) // dtype.itemsize
-        self.data = allocate_kv((num_layers, num_pages * page_size, width), dtype, device)
+        pages = num_pages + spare_pages
+        self.data = allocate_kv((num_layers, pages * page_size, width), dtype, device)
         self._layers: tuple[Tensor, ...] = tuple(self.data)
-        self._paged = tuple(self.data.view(num_layers, num_pages, page_size * width))
+        self._paged = tuple(self.data.view(num_layers, pages, page_size * width))
 
     def open_pages(self, pages: Tensor) -> None:
         """Clear ``pages`` ``[N]`` int64 in every layer, before a step writes their first slots."""
-        self.data.view(self.data.shape[0], self.num_pages, -1).index_fill_(1, pages, 0)
+        self.data.view(self.data.shape[0], self.num_pages + self.spare_pages, -1).index_fill_(1, pages, 0)
 
     def rows(self, layer: int) -> Tensor:
         """All slots of a layer as they are stored, ``[slots, numbers of a row]``."""

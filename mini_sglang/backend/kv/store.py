@@ -31,7 +31,7 @@ class PoolStore:
     def __init__(self, kv: KVPool, identity: Callable[[], dict[str, str]], sharing: int = 1) -> None:
         layers = kv.data.shape[0]
         # [layers, pages, bytes of a page in a layer]
-        self._pool = kv.data.view(torch.uint8).view(layers, kv.num_pages, -1)
+        self._pool = kv.data.view(torch.uint8).view(layers, kv.num_pages + kv.spare_pages, -1)
         self._host: Tensor | None = None
         self._page_size = kv.page_size
         self._identity = identity

@@ -14,10 +14,10 @@ _ROWS = 2
 
 
 class Progress(Protocol):
-    """What counts the bytes of a download or of a load."""
+    """What counts the bytes of a download or of a load, or other things."""
 
     def update(self, n: int, /) -> object:
-        """Count ``n`` more bytes; a negative ``n`` takes back bytes that must come again."""
+        """Count ``n`` more; a negative ``n`` takes back what must come again."""
 
 
 class _NoProgress:
@@ -26,8 +26,8 @@ class _NoProgress:
 
 
 @contextmanager
-def progress_bar(total_bytes: int, description: str) -> Iterator[Progress]:
-    """A bar that counts bytes up to ``total_bytes`` and is wiped away at the end.
+def progress_bar(total: int, description: str, unit: str = "B") -> Iterator[Progress]:
+    """A bar that counts bytes, or things of another ``unit``, up to ``total`` and is wiped away at the end.
 
     Where stderr is no terminal nothing is printed and tqdm is not imported.
     """
@@ -37,11 +37,11 @@ def progress_bar(total_bytes: int, description: str) -> Iterator[Progress]:
     from tqdm import tqdm
 
     with tqdm(
-        total=total_bytes,
+        total=total,
         desc=description,
         file=sys.stderr,
-        unit="B",
-        unit_scale=True,
+        unit=unit,
+        unit_scale=unit == "B",
         ncols=_columns(),
         nrows=_ROWS,
         leave=False,

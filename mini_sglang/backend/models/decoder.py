@@ -40,6 +40,10 @@ class LayerWeights:
     down: Weight
     down_bias: Tensor | None
 
+    @property
+    def matrices(self) -> tuple[Weight, Weight, Weight, Weight]:
+        return self.qkv, self.o, self.gate_up, self.down
+
 
 class Decoder:
     """Weights and flags. Calling it changes nothing but the KV pool it is handed."""
@@ -66,7 +70,7 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of the weight matrices, tied ones once."""
-        matrices = [w for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        matrices = [weight for layer in self.layers for weight in layer.matrices]
         matrices.append(self.embedding)
         if self.lm_head is not self.embedding:
             matrices.append(self.lm_head)

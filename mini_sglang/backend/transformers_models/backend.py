@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.compiling import Compiler, warm_up
 from mini_sglang.backend.device import KV_DTYPES, choose_dtype, dtype_name, free_memory
 from mini_sglang.backend.device_sampling import make_sampler
+from mini_sglang.backend.graphs.setup import Graphs, why_not_recorded
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.layered import kv_pool
 from mini_sglang.backend.kv.pool import kv_pages_for
@@ -98,27 +100,36 @@ def _paged(
     self_check(decoder, attention, dtype)
     compiled = _compile(decoder, attention, dtype, machine.compiler) if machine.compiler else "off"
     page_size = settings.page_size_tokens
+    pages = partial(kv_pool, decoder.shapes, page_size=page_size, dtype=dtype, device=machine.device)
+    obstacle = why_not_recorded(decoder, 1, machine.compiler)
+    graphs = Graphs(settings, machine.recorder, attention, length, obstacle)
+    # Before the pool takes its part of the memory.
+    taken = graphs.measure(decoder, pages(num_pages=1, spare_pages=graphs.spare_pages)) if graphs.on else 0
     num_pages = kv_pages_for(
         token_budget=settings.kv_token_budget,
         page_size=page_size,
         bytes_per_token=sum(shape.width for shape in decoder.shapes) * dtype.itemsize,
-        free_bytes=free_memory(machine.device) // machine.sharing,
+        free_bytes=max(0, free_memory(machine.device) - taken) // machine.sharing,
         context_length=length,
         max_batch_size=settings.max_batch_size,
     )
+    kv = pages(num_pages=num_pages, spare_pages=graphs.spare_pages)
+    program = graphs.record(decoder, kv)
     backend = ModelBackend(
         decoder,
-        kv_pool(decoder.shapes, num_pages=num_pages, page_size=page_size, dtype=dtype, device=machine.device),
+        kv,
         attention,
         make_sampler(config.vocab_size, machine.device),
         length,
         count,
         machine.kernels_used,
         dtype,
-        quantization=settings.quantization,
+        program,
+        settings.quantization,
         implementation="transformers paged",
         compiled=compiled,
         path=path,
+        graphs=graphs.describe(),
     )
     if machine.compiler and compiled == machine.compiler.mode:
         warm_up(backend)

@@ -79,6 +79,7 @@ def request_backend(
             "attention": attention,
             "cache": _shape(runner.kind),
             "compile": compiled,
+            "cuda_graphs": _graphs(runner, machine),
         },
     )
     logger.info("Loaded %s", backend.describe())
@@ -119,6 +120,7 @@ def generate_backend(
             "attention": attention,
             "cache": _shape(kind),
             "compile": compiled,
+            "cuda_graphs": _graphs(runner, machine),
         },
     )
     logger.info("Loaded %s", backend.describe())
@@ -197,11 +199,27 @@ def _runner(
     if compiler is None:
         return runner, "off"
     if growing:
-        hint = "" if why_no_fixed_shape(model) else "; FORCE_LEGACY_CACHE=1 gives it a fixed shape"
-        reason = f"the model's cache grows with every token{hint}"
+        reason = _growth(model)
         logger.warning("torch.compile is off: %s", reason)
         return runner, f"off: {reason}"
     return Runner(model, kind, config.vocab_size, compiler.compile(model.forward)), compiler.mode
+
+
+def _growth(model: Any) -> str:
+    hint = "" if why_no_fixed_shape(model) else "; FORCE_LEGACY_CACHE=1 gives it a fixed shape"
+    return f"the model's cache grows with every token{hint}"
+
+
+def _graphs(runner: Runner, machine: Machine) -> str:
+    """What became of the CUDA graphs. Not of torch.compile's own, which a cache of fixed shape allows."""
+    if machine.recorder is None:
+        return "off"
+    if not runner.kind.fixed and runner.grows:
+        reason = _growth(runner.model)
+    else:
+        reason = "each request has a cache elsewhere; COMPILE_MODE=reduce-overhead copies it to where it was"
+    logger.warning("CUDA graphs are off: %s", reason)
+    return f"off: {reason}"
 
 
 def _shape(kind: CacheKind) -> str:

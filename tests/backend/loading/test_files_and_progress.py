@@ -67,6 +67,14 @@ def test_bar_on_a_terminal_shows_size_and_speed(monkeypatch: pytest.MonkeyPatch)
     assert re.search(r"B/s", screen.getvalue())
 
 
+def test_a_bar_counts_other_things_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    with progress_bar(1200, "Recording", unit="graph") as bar:
+        bar.update(1200)
+    assert "/1200 [" in screen.getvalue() and "graph/s" in screen.getvalue()
+
+
 def test_no_bar_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = io.StringIO()
     monkeypatch.setattr("sys.stderr", pipe)

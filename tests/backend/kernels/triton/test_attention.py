@@ -120,15 +120,6 @@ def test_a_step_can_be_replayed_with_other_sequences_at_the_same_addresses() -> 
     torch.testing.assert_close(out, small.expected(), rtol=2e-5, atol=2e-5)
 
 
-def test_room_is_reserved_once() -> None:
-    attention = TritonAttention()
-    scene = Scene([(1, 300), (1, 20)], (4, 2, 16))
-    attention.reserve(4, 40, 4, 4, 16, scene.kv.data.device)
-    at = attention.tables.page_table.data_ptr(), attention._partials
-    scene.check(attention)
-    assert at[0] == attention.tables.page_table.data_ptr() and at[1] is attention._partials
-
-
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256, 512])
 @pytest.mark.parametrize("shared", [64 * 1024, 99 * 1024, 227 * 1024])
