@@ -10,6 +10,7 @@ import torch
 
 from mini_sglang.backend.compiling import choose_compiler
 from mini_sglang.backend.device import choose_device, choose_threads
+from mini_sglang.backend.fp8 import refuse_fp8
 from mini_sglang.backend.kernels.library import open_kernels
 from mini_sglang.backend.kernels.triton.available import triton_wanted
 from mini_sglang.backend.loading.checkpoint import open_checkpoint
@@ -46,6 +47,7 @@ def load_backend(
         InvalidValueError: a setting that this model or machine cannot honour.
     """
     device = choose_device(settings.device)
+    refuse_fp8(settings, device)
     compiler = choose_compiler(settings, device)
     threads = threads_per_rank(choose_threads(settings.num_threads), settings)
     torch.set_num_threads(threads)

@@ -22,84 +22,43 @@ def _scale(own, shared, group, n, inside, stride, GROUP: tl.constexpr, NESTED: t
 
 
 @triton.jit
-def _numbers(
-    codes,
-    group,
-    scales,
-    minima,
-    supers,
-    super_minima,
-    n,
-    inside,
-    stride,
-    OFFSET: tl.constexpr,
-    GROUP: tl.constexpr,
-    MINIMUM: tl.constexpr,
-    NESTED: tl.constexpr,
-):
-    """A group's weights in float32, in the shape of ``codes``; ``n`` and ``inside`` broadcast to it."""
-    scale = _scale(scales, supers, group, n, inside, stride, GROUP, NESTED)
-    numbers = (codes.to(tl.int16) - OFFSET).to(tl.float32) * scale
-    if MINIMUM:
-        numbers += _scale(minima, super_minima, group, n, inside, stride, GROUP, NESTED)
-    return numbers
+def _whole(codes, dtype: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr):
+    """``codes - OFFSET`` in a float type."""
+    if BITS < 8 and dtype == tl.bfloat16:
+        # Under the exponent of 128 a code is bfloat16's last bits: cheaper than a conversion.
+        whole = (codes.to(tl.int16) | 0x4300).to(dtype, bitcast=True) - (128.0 + OFFSET)
+    elif BITS < 8 and dtype == tl.float16:
+        whole = (codes.to(tl.int16) | 0x6400).to(dtype, bitcast=True) - (1024.0 + OFFSET)
+    else:
+        whole = (codes.to(tl.int16) - OFFSET).to(dtype)
+    return whole
 
 
 @triton.jit
-def _product(
-    acc,
-    codes,
-    group,
-    x,
-    row,
-    mine,
-    columns,
-    scales,
-    minima,
-    supers,
-    super_minima,
-    n,
-    inside,
-    stride,
-    OFFSET: tl.constexpr,
-    GROUP: tl.constexpr,
-    MINIMUM: tl.constexpr,
-    NESTED: tl.constexpr,
-    EXACT: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """``acc`` and what a group's columns add to it; ``codes`` are ``[GROUP, BLOCK_N]``."""
-    k = group * GROUP + tl.arange(0, GROUP)
-    a = tl.load(x + row[:, None] + k[None, :], mask=mine[:, None] & (k < columns)[None, :], other=0.0)
-    if EXACT:
-        b = (codes.to(tl.int16) - OFFSET).to(a.dtype)
-        if WIDE:
-            a = a.to(tl.float32)
-            b = (codes.to(tl.int16) - OFFSET).to(tl.float32)
-        scale = _scale(scales, supers, group, n, inside, stride, GROUP, NESTED)
-        acc += tl.dot(a, b, input_precision="ieee") * scale[None, :]
+def _tiles(place, inside, BITS: tl.constexpr):
+    """A unit's bytes as tiles, of which each column is one of a group; ``place`` is the first tile's."""
+    first = tl.load(place, mask=inside, other=0)
+    if BITS == 8:
+        tiles = (first, tl.load(place + 32, mask=inside, other=0))
+    elif BITS == 6:
+        second = tl.load(place + 16, mask=inside, other=0)
+        tiles = (first, second, tl.load(place + 32, mask=inside, other=0))
     else:
-        numbers = _numbers(
-            codes,
-            group,
-            scales,
-            minima,
-            supers,
-            super_minima,
-            n[None, :],
-            inside[None, :],
-            stride,
-            OFFSET,
-            GROUP,
-            MINIMUM,
-            NESTED,
-        )
-        b = numbers.to(a.dtype)
-        if WIDE:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    return acc
+        tiles = (first,)
+    return tiles
+
+
+@triton.jit
+def _codes(tiles, step: tl.constexpr, BITS: tl.constexpr):
+    """The codes of a group of a unit, from what ``_tiles`` gave for it."""
+    if BITS == 8:
+        codes = tiles[step]
+    elif BITS == 6:
+        four = tiles[step // 2] & 15 if step % 2 == 0 else tiles[step // 2] >> 4
+        codes = four | (tiles[2] >> (2 * step) & 3) << 4
+    else:
+        codes = tiles[0] & 15 if step == 0 else tiles[0] >> 4
+    return codes
 
 
 # Each number of rows that is 1 or divides by 16 would be compiled anew.
@@ -131,13 +90,15 @@ def multiply(
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNITS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Grid ``(tiles of rows, tiles of features, parts of the columns)``.
 
-    With SPLIT ``out`` is float32 ``[parts, rows, features]`` for ``add_parts``, else the result. WIDE is for
-    the interpreter, which multiplies bfloat16 as if its bits were integers.
+    With SPLIT ``out`` is float32 ``[parts, rows, features]`` for ``add_parts``, else the result. UNITS are
+    walked at a time. WIDE is for the interpreter, which multiplies bfloat16 as if its bits were integers.
     """
+    GROUPS: tl.constexpr = 64 // GROUP
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mine = m < rows
     row = m.to(tl.int64) * x_stride
@@ -146,53 +107,44 @@ def multiply(
     part = tl.program_id(2)
     first = part * units_of_part
     last = tl.minimum(first + units_of_part, units)
-    line = codes + n.to(tl.int64)[None, :] * code_stride
+    line = codes + n.to(tl.int64)[None, :] * code_stride + tl.arange(0, GROUP)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for unit in range(first, last):
-        if BITS == 6:
-            place = line + unit * 48 + tl.arange(0, 16)[:, None]
-            left = tl.load(place, mask=inside[None, :], other=0)
-            right = tl.load(place + 16, mask=inside[None, :], other=0)
-            high = tl.load(place + 32, mask=inside[None, :], other=0)
-        elif BITS == 4:
-            place = line + unit * 32 + tl.arange(0, 32)[:, None]
-            left = tl.load(place, mask=inside[None, :], other=0)
-        for step in tl.static_range(64 // GROUP):
-            if BITS == 6:
-                four = left if step < 2 else right
-                four = four & 15 if step % 2 == 0 else four >> 4
-                part_codes = four | (high >> (2 * step) & 3) << 4
-            elif BITS == 4:
-                part_codes = left & 15 if step == 0 else left >> 4
-            else:
-                place = line + unit * 64 + step * GROUP + tl.arange(0, GROUP)[:, None]
-                part_codes = tl.load(place, mask=inside[None, :], other=0)
-            acc = _product(
-                acc,
-                part_codes,
-                unit * (64 // GROUP) + step,
-                x,
-                row,
-                mine,
-                columns,
-                scales,
-                minima,
-                supers,
-                super_minima,
-                n,
-                inside,
-                scale_stride,
-                OFFSET,
-                GROUP,
-                MINIMUM,
-                NESTED,
-                EXACT,
-                WIDE,
-            )
+    for start in range(first, last, UNITS):
+        # All scales before the first product: what waits for them waits once.
+        held = ()
+        lows = ()
+        for place in tl.static_range(UNITS * GROUPS):
+            group = start * GROUPS + place
+            there = inside & (group < last * GROUPS)
+            held += (_scale(scales, supers, group, n, there, scale_stride, GROUP, NESTED),)
+            if MINIMUM and not EXACT:
+                lows += (_scale(minima, super_minima, group, n, there, scale_stride, GROUP, NESTED),)
+        for offset in tl.static_range(UNITS):
+            unit = start + offset
+            here = inside & (unit < last)
+            tiles = _tiles(line + unit * (8 * BITS), here[None, :], BITS)
+            for step in tl.static_range(GROUPS):
+                group = unit * GROUPS + step
+                k = group * GROUP + tl.arange(0, GROUP)
+                wanted = mine[:, None] & (k < columns)[None, :] & (unit < last)
+                a = tl.load(x + row[:, None] + k[None, :], mask=wanted, other=0.0)
+                found = _codes(tiles, step, BITS)
+                if WIDE:
+                    a = a.to(tl.float32)
+                scale = held[offset * GROUPS + step][None, :]
+                if EXACT:
+                    b = _whole(found, a.dtype, BITS, OFFSET)
+                    acc += tl.dot(a, b, input_precision="ieee") * scale
+                else:
+                    numbers = (found.to(tl.int16) - OFFSET).to(tl.float32) * scale
+                    if MINIMUM:
+                        numbers += lows[offset * GROUPS + step][None, :]
+                    b = numbers.to(x.dtype.element_ty)
+                    acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
     if EXACT and MINIMUM:
         # A group's minimum counts as often as the sum of its columns of x says; 16 groups at a time.
-        stop = last * (64 // GROUP)
-        for start in range(first * (64 // GROUP), stop, 16):
+        stop = last * GROUPS
+        for start in range(first * GROUPS, stop, 16):
             group = start + tl.arange(0, 16)
             k = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
             wanted = (group < stop)[:, None] & (k < columns)
@@ -202,7 +154,7 @@ def multiply(
                 other=0.0,
             )
             sums = tl.sum(a.to(tl.float32), 2)
-            lows = _scale(
+            low = _scale(
                 minima,
                 super_minima,
                 group[:, None],
@@ -212,7 +164,7 @@ def multiply(
                 GROUP,
                 NESTED,
             )
-            acc += tl.dot(sums, lows, input_precision="ieee")
+            acc += tl.dot(sums, low, input_precision="ieee")
     kept = mine[:, None] & inside[None, :]
     if SPLIT:
         place = (part.to(tl.int64) * rows + m)[:, None] * features + n[None, :]
@@ -270,44 +222,17 @@ def unpack(
     n = (first + r).to(tl.int64)[:, None]
     if CHOSEN:
         n = tl.load(ids + r, mask=r < count, other=0).to(tl.int64)[:, None]
-    line = codes + n * code_stride
+    line = codes + n * code_stride + tl.arange(0, GROUP)[None, :]
     target = out + r.to(tl.int64)[:, None] * columns
     for offset in tl.static_range(UNITS):
         unit = tl.program_id(1) * UNITS + offset
         here = inside & (unit * 64 < columns)
-        if BITS == 6:
-            place = line + unit * 48 + tl.arange(0, 16)[None, :]
-            left = tl.load(place, mask=here, other=0)
-            right = tl.load(place + 16, mask=here, other=0)
-            high = tl.load(place + 32, mask=here, other=0)
-        elif BITS == 4:
-            place = line + unit * 32 + tl.arange(0, 32)[None, :]
-            left = tl.load(place, mask=here, other=0)
+        tiles = _tiles(line + unit * (8 * BITS), here, BITS)
         for step in tl.static_range(64 // GROUP):
-            if BITS == 6:
-                four = left if step < 2 else right
-                four = four & 15 if step % 2 == 0 else four >> 4
-                part_codes = four | (high >> (2 * step) & 3) << 4
-            elif BITS == 4:
-                part_codes = left & 15 if step == 0 else left >> 4
-            else:
-                place = line + unit * 64 + step * GROUP + tl.arange(0, GROUP)[None, :]
-                part_codes = tl.load(place, mask=here, other=0)
             group = unit * (64 // GROUP) + step
-            numbers = _numbers(
-                part_codes,
-                group,
-                scales,
-                minima,
-                supers,
-                super_minima,
-                n,
-                here,
-                scale_stride,
-                OFFSET,
-                GROUP,
-                MINIMUM,
-                NESTED,
-            )
+            scale = _scale(scales, supers, group, n, here, scale_stride, GROUP, NESTED)
+            numbers = (_codes(tiles, step, BITS).to(tl.int16) - OFFSET).to(tl.float32) * scale
+            if MINIMUM:
+                numbers += _scale(minima, super_minima, group, n, here, scale_stride, GROUP, NESTED)
             k = group * GROUP + tl.arange(0, GROUP)[None, :]
             tl.store(target + k, numbers.to(out.dtype.element_ty), mask=here & (k < columns))

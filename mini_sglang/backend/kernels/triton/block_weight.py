@@ -30,6 +30,7 @@ class ProductLaunch:
 
     Attributes:
         exact: multiply codes and scale the sums, rather than make weights dense.
+        units_at_once: walked between two waits for scales.
         units: that one program walks.
         parts: that a row's columns are divided into.
     """
@@ -37,28 +38,35 @@ class ProductLaunch:
     exact: bool
     block_m: int
     block_n: int
+    units_at_once: int
     units: int
     parts: int
     warps: int
     stages: int
 
 
-def product_launch(rows: int, features: int, units: int) -> ProductLaunch:
+def product_launch(rows: int, features: int, units: int, itemsize: int = 2) -> ProductLaunch:
     """The launch for ``rows`` rows of ``x``.
 
     It is the same for all rows up to 16, from 17 to 64, and above: within each a row's sum has one order.
     Columns are split where there are too few features to keep a GPU busy; into at least 256 each.
     """
     if rows <= 16:
-        exact, block_m, block_n, warps, stages, programs = True, 16, 64 if features >= 8192 else 32, 4, 4, 512
+        exact, block_m, block_n, at_once, warps, stages, programs = True, 16, 64, 4, 4, 3, 512
+        if features < 8192:
+            block_n = 32
     elif rows <= 64:
-        exact, block_m, block_n, warps, stages, programs = False, 64, 64, 4, 3, 256
+        exact, block_m, block_n, at_once, warps, stages, programs = False, 64, 64, 1, 4, 3, 256
     else:
-        exact, block_m, block_n, warps, stages, programs = False, 128, 128, 8, 3, 128
+        exact, block_m, block_n, at_once, warps, stages, programs = False, 128, 64, 1, 4, 3, 128
+    if itemsize > 2:
+        # Twice the bytes in shared memory; without tensor cores the tiles lie in registers.
+        stages = 2
+        block_n = 32
     tiles = -(-features // block_n)
     parts = max(1, min(programs // tiles, units // 4))
     share = -(-units // parts)
-    return ProductLaunch(exact, block_m, block_n, share, -(-units // share), warps, stages)
+    return ProductLaunch(exact, block_m, block_n, at_once, share, -(-units // share), warps, stages)
 
 
 class TritonWeight(Weight):
@@ -112,9 +120,7 @@ class TritonWeight(Weight):
         return TritonWeight(planes, self.type, self.shape, self.dtype)
 
 
-def multiply_blocks(
-    x: Tensor, planes: list[Tensor], bias: Tensor | None, name: str, features: int
-) -> Tensor:
+def multiply_blocks(x: Tensor, planes: list[Tensor], bias: Tensor | None, name: str, features: int) -> Tensor:
     """``x @ W.T + bias``: ``[..., K]`` to ``[..., features]`` in the type of ``x``."""
     columns = x.shape[-1]
     flat = x.reshape(-1, columns)
@@ -127,17 +133,13 @@ def multiply_blocks(
     return out.view(*x.shape[:-1], features)
 
 
-def rows_of_blocks(
-    ids: Tensor, planes: list[Tensor], name: str, columns: int, dtype: torch.dtype
-) -> Tensor:
+def rows_of_blocks(ids: Tensor, planes: list[Tensor], name: str, columns: int, dtype: torch.dtype) -> Tensor:
     """The rows ``ids``, integers ``[...]``, as ``[..., columns]``."""
     flat = ids.reshape(-1)
     return _dense(Planes(*planes), name, 0, len(flat), columns, dtype, flat).view(*ids.shape, columns)
 
 
-def _multiply_packed(
-    x: Tensor, planes: Planes, bias: Tensor | None, name: str, features: int
-) -> Tensor:
+def _multiply_packed(x: Tensor, planes: Planes, bias: Tensor | None, name: str, features: int) -> Tensor:
     from mini_sglang.backend.kernels.triton.block_kernels import add_parts, multiply
 
     rows, columns = x.shape
@@ -145,7 +147,7 @@ def _multiply_packed(
     if not out.numel():
         return out
     form, units = FORMATS[name], -(-columns // UNIT)
-    launch = product_launch(rows, features, units)
+    launch = product_launch(rows, features, units, x.element_size())
     split = launch.parts > 1
     parts = x.new_empty((launch.parts, rows, features), dtype=torch.float32) if split else out
     multiply[(-(-rows // launch.block_m), -(-features // launch.block_n), launch.parts)](
@@ -171,6 +173,7 @@ def _multiply_packed(
         SPLIT=split,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
+        UNITS=launch.units_at_once,
         WIDE=x.dtype == torch.bfloat16 and interpreted(),
         num_warps=launch.warps,
         num_stages=launch.stages,
@@ -191,9 +194,7 @@ def _multiply_packed(
     return out
 
 
-def _multiply_dense(
-    x: Tensor, planes: Planes, bias: Tensor | None, name: str, features: int
-) -> Tensor:
+def _multiply_dense(x: Tensor, planes: Planes, bias: Tensor | None, name: str, features: int) -> Tensor:
     rows, columns = x.shape
     step = max(1, _CHUNK_WEIGHTS // columns)
     if step >= features:
@@ -258,9 +259,7 @@ def _format(name: str) -> dict[str, Any]:
 
 
 @torch.library.custom_op("mini_sglang::multiply_blocks", mutates_args=())
-def _multiply_op(
-    x: Tensor, planes: list[Tensor], bias: Tensor | None, name: str, features: int
-) -> Tensor:
+def _multiply_op(x: Tensor, planes: list[Tensor], bias: Tensor | None, name: str, features: int) -> Tensor:
     return multiply_blocks(x, planes, bias, name, features)
 
 
@@ -270,9 +269,7 @@ def _(x: Tensor, planes: list[Tensor], bias: Tensor | None, name: str, features:
 
 
 @torch.library.custom_op("mini_sglang::rows_of_blocks", mutates_args=())
-def _rows_op(
-    ids: Tensor, planes: list[Tensor], name: str, columns: int, dtype: torch.dtype
-) -> Tensor:
+def _rows_op(ids: Tensor, planes: list[Tensor], name: str, columns: int, dtype: torch.dtype) -> Tensor:
     return rows_of_blocks(ids, planes, name, columns, dtype)
 
 
