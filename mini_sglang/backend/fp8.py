@@ -44,8 +44,7 @@ def refuse_fp8(settings: Settings, device: torch.device) -> None:
 
 def round_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     """Rows ``[R, K]`` as e4m3 codes and float32 scales ``[R, 1]``, of which each maps its row's largest
-    number to e4m3's. A row with a number that is not finite has a NaN
-    among its codes.
+    number to e4m3's. A row with a number that is not finite has a NaN among its codes.
     """
     wide = values.float()
     scales = (wide.abs().amax(1, keepdim=True) / LARGEST).clamp_min(_SMALLEST_SCALE)

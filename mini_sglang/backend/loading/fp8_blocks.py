@@ -1,4 +1,4 @@
-"""Checkpoints in fp8 as DeepSeek and Qwen publish them: e4m3 matrices with a scale per block of rows and columns."""
+"""Checkpoints in fp8 as DeepSeek and Qwen publish them: e4m3 with a scale per block of rows and columns."""
 
 from __future__ import annotations
 

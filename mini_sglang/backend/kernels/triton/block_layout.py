@@ -8,8 +8,8 @@ apart without moving anything between threads:
 - 6 bits: 48 bytes, of which byte j of the first 16 has the low halves of columns j and 16 + j, of the
   second 16 those of columns 32 + j and 48 + j, and of the last 16 the two high bits of all four.
 
-The last unit of a row is filled up with zeros. Scales stand with the rows of the matrix side by side, which is
-how a tile of them is read.
+The last unit of a row is filled up with zeros. Scales stand with the rows of the matrix side by side, which
+is how a tile of them is read.
 """
 
 from __future__ import annotations

@@ -72,10 +72,10 @@ def product_launch(rows: int, features: int, units: int, itemsize: int = 2) -> P
 class TritonWeight(Weight):
     """A ``QuantizedWeight`` repacked for Triton's kernels, with the same numbers.
 
-    ``linear`` takes ``x`` as it is, in any floating type, and adds up in float32. Up to 16 rows meet the exact
-    weights; more meet weights in the type of ``x``. A row's bits do not depend on the number of rows, as long
-    as it stays within 1 to 16, 17 to 64, 65 to 512, or above. Nothing waits for the device or depends on
-    numbers: all of it can be captured in a CUDA graph.
+    ``linear`` takes ``x`` as it is, in any floating type, and adds up in float32. Up to 16 rows meet the
+    exact weights; more meet weights in the type of ``x``. A row's bits do not depend on the number of rows,
+    as long as it stays within 1 to 16, 17 to 64, or 65 to 512; beyond, and beyond 16 in float32, torch
+    multiplies. Nothing waits for the device or depends on numbers: all of it can be captured in a CUDA graph.
 
     Attributes:
         type: the block format that the numbers came in.
@@ -146,7 +146,7 @@ def _multiply_packed(x: Tensor, planes: Planes, bias: Tensor | None, name: str, 
     out = x.new_empty((rows, features))
     if not out.numel():
         return out
-    form, units = FORMATS[name], -(-columns // UNIT)
+    units = -(-columns // UNIT)
     launch = product_launch(rows, features, units, x.element_size())
     split = launch.parts > 1
     parts = x.new_empty((launch.parts, rows, features), dtype=torch.float32) if split else out
