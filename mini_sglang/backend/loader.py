@@ -14,6 +14,7 @@ from mini_sglang.backend.fp8 import refuse_fp8
 from mini_sglang.backend.kernels.library import open_kernels
 from mini_sglang.backend.kernels.triton.available import triton_wanted
 from mini_sglang.backend.loading.checkpoint import open_checkpoint
+from mini_sglang.backend.loading.fp8_blocks import is_fp8
 from mini_sglang.backend.machine import Machine
 from mini_sglang.backend.native_model import load_native_backend
 from mini_sglang.backend.parallel.choice import refuse_other_models, threads_per_rank
@@ -21,6 +22,7 @@ from mini_sglang.backend.parallel.rank import Member
 from mini_sglang.backend.step import LoadedBackend
 from mini_sglang.backend.transformers_models.kinds import choose_kind
 from mini_sglang.config import Settings
+from mini_sglang.errors import ModelLoadError
 
 _DEQUANTIZE = MappingProxyType({"auto": None, "0": False, "1": True})
 
@@ -66,6 +68,11 @@ def load_backend(
         if served == "native" and not settings.engine_fast_decode:
             return load_native_backend(path, checkpoint, settings, machine, notify, member)
         refuse_other_models(settings)
+        if is_fp8(checkpoint.config):
+            raise ModelLoadError(
+                f"The weights of {path} are quantised (fp8), which is read for models of this stack's own "
+                "decoder alone; use the model's plain safetensors."
+            )
         # Imported here, since most models do without.
         from mini_sglang.backend.transformers_models.backend import load_transformers_backend
 

@@ -17,6 +17,9 @@ from mini_sglang.backend.loading.parts import Part
 from mini_sglang.errors import ModelLoadError
 from tests.backend.harness import greedy, load
 from tests.backend.tiny_models import save_tiny_model
+from tests.backend.transformers_models.families import PAGED
+from tests.backend.transformers_models.families import save as save_family
+from tests.backend.transformers_models.families import tiny_model as tiny_family
 
 PROMPTS = [[5, 6, 7], [(7 * i * i) % 190 + 5 for i in range(30)]]
 # Rows and columns that share a scale; matrices of 64 and 96 do not divide by all of them.
@@ -134,6 +137,18 @@ def test_other_kinds_are_refused(settings: dict[str, Any], sentence: str, tmp_pa
     set_config(plain, folder, settings)
     with pytest.raises(ModelLoadError, match=sentence):
         load(folder)
+
+
+def test_code_of_transformers_is_refused(tmp_path: Path) -> None:
+    family = next(family for family in PAGED if family.model_type == "gemma2")
+    folder = make_fp8(tmp_path / "fp8", save_family(tiny_family(family), tmp_path / "plain"), [32, 16])
+    with pytest.raises(
+        ModelLoadError, match=r"quantised \(fp8\), which is read for models of this stack's own"
+    ):
+        load(folder)
+    own = make_fp8(tmp_path / "own", save_tiny_model(tmp_path / "dense"), [32, 16])
+    with pytest.raises(ModelLoadError, match="decoder alone"):
+        load(own, engine_fast_decode=True)
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape", "type"])

@@ -177,7 +177,7 @@ def _pack_4(codes: Tensor) -> Tensor:
 
 
 def _pack_6(codes: Tensor) -> Tensor:
-    one, two, three, four = codes.split(16, -1)
+    one, two, three, four = (codes[..., start : start + 16] for start in range(0, UNIT, 16))
     high = one >> 4 | two >> 4 << 2 | three >> 4 << 4 | four >> 4 << 6
     low = [left & 15 | (right & 15) << 4 for left, right in ((one, two), (three, four))]
     return torch.stack((*low, high), -2).flatten(1)
