@@ -20,6 +20,7 @@ from mini_sglang.backend.weights import DenseWeight, StackedWeight, Weight, acce
 from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError, ModelLoadError
 from tests.backend.harness import greedy, load, page_ranges, step, step_logits
+from tests.backend.kernels import capture
 from tests.backend.loading import model_files
 from tests.backend.tiny_models import VOCAB_SIZE, save_tiny_model
 from tests.backend.transformers_models.families import PAGED
@@ -101,6 +102,12 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
     x[1], x[2, 5] = torch.nan, torch.inf
     found = weight.linear(x)
     assert torch.equal(found[::3], expected[::3]) and not found[1:3].isfinite().any()
+
+
+def test_a_graph_could_record_it() -> None:
+    weight = Fp8Weight.of(normal(32, 64, seed=1), torch.bfloat16)
+    x, bias = normal(4, 64).bfloat16(), normal(32).bfloat16()
+    assert "_scaled_mm" in capture.operators(lambda: weight.linear(x, bias))
 
 
 def test_rows_stacking_and_moving_keep_the_numbers() -> None:

@@ -20,9 +20,13 @@ from mini_sglang.backend.loading.ggml_types import GGML_TYPES, GGMLType
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.weights import DenseWeight, QuantizedWeight, StackedWeight, accelerate
 from tests.backend.harness import greedy, load
+from tests.backend.kernels import capture
 from tests.backend.loading import model_files
 from tests.backend.test_quant import IDS, random_blocks
 from tests.backend.tiny_models import save_tiny_model
+from tests.backend.transformers_models.families import PAGED
+from tests.backend.transformers_models.families import save as save_family
+from tests.backend.transformers_models.families import tiny_model as tiny_family
 
 KINDS = {name: GGML_TYPES[IDS[name]] for name in FORMATS}
 BY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -229,6 +233,15 @@ def test_accelerate_takes_the_formats_that_there_are(name: str) -> None:
     assert torch.equal(moved.dequantize(torch.float32), plain.dequantize(torch.float32))
 
 
+@pytest.mark.parametrize("rows", [1, 17, 513])
+def test_a_graph_could_record_it(rows: int) -> None:
+    """And torch multiplies where it is its turn alone."""
+    _, weight = pair(KINDS["Q4_1"], 3, 512, torch.float16)
+    x, bias = torch.ones(rows, 512, dtype=torch.float16), torch.ones(3, dtype=torch.float16)
+    assert ("addmm" in capture.operators(lambda: weight.linear(x, bias))) == (rows > 512)
+    capture.operators(lambda: weight.rows(torch.zeros(rows, dtype=torch.int64)))
+
+
 def test_torch_compile_takes_it_as_one_operator() -> None:
     twin, weight = pair(KINDS["Q4_1"], 40, 96)
     calls: list[int] = []
@@ -276,6 +289,17 @@ def test_a_gguf_of_blocks(tmp_path: Path) -> None:
     assert [part.type.name for part in layer.qkv.parts] == ["Q4_0", "Q4_0", "Q8_0"]  # type: ignore[attr-defined]
     assert {type(layer.o), type(layer.gate_up), type(decoder.lm_head)} == {TritonWeight}
     assert greedy(backend, prompts, 4) == expected
+
+
+def test_beside_the_code_of_transformers(tmp_path: Path) -> None:
+    family = next(family for family in PAGED if family.model_type == "gemma2")
+    folder = save_family(tiny_family(family), tmp_path)
+    prompts = [[5, 6, 7], [9]]
+    expected = greedy(load(folder, kernels="reference", quantization="int8"), prompts, 2)
+    backend = load(folder, kernels="triton", quantization="int8")
+    kinds = {type(m.matrix) for m in backend.decoder.model.modules() if hasattr(m, "matrix")}  # type: ignore[union-attr]
+    assert kinds == {TritonWeight}
+    assert greedy(backend, prompts, 2) == expected
 
 
 def matrices_of(decoder: Decoder) -> list[object]:
