@@ -1,10 +1,11 @@
 """What 8-bit activations, QUANTIZATION and KV_DTYPE cost: KL divergence and perplexity on real text.
 
     python benchmarks/quality.py [--model MODEL] [--quantization int8] [--kv-dtype fp32 fp16 bf16 int8]
-                                 [--dtype fp32] [--dequantize] [--text FILE] [--positions 2048]
+                                 [--dtype fp32] [--dequantize] [--fp8] [--text FILE] [--positions 2048]
 
 The reference is the same model in float32 (a GGUF's blocks made dense), on torch's operators. The text is
-cut into windows of 512 tokens, each run as one prefill.
+cut into windows of 512 tokens, each run as one prefill. ``--fp8`` does what QUANTIZATION=fp8 does on a GPU:
+the layers' matrices are rounded to e4m3, and what they are multiplied by.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.batch import Batch, Limits
+from mini_sglang.backend.fp8 import Fp8Weight
 from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.loading.source import resolve_model
 from mini_sglang.backend.model_backend import ModelBackend
@@ -40,6 +42,15 @@ def log_probabilities(backend: ModelBackend, ids: list[int]) -> Tensor:
     return backend.decoder.logits(hidden).double().log_softmax(-1)
 
 
+def make_fp8(backend: ModelBackend) -> None:
+    """Round the matrices of the layers to e4m3."""
+    decoder = backend.decoder
+    for layer in decoder.layers:
+        for name in ("qkv", "o", "gate_up", "down"):
+            dense = getattr(layer, name).dequantize(torch.float32)
+            setattr(layer, name, Fp8Weight.of(dense, decoder.dtype))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", help="by default what the engine would take")
@@ -47,6 +58,7 @@ def main() -> int:
     parser.add_argument("--kv-dtype", nargs="+", default=["auto"], help="each is measured")
     parser.add_argument("--dtype", default="auto", help="of plain weights")
     parser.add_argument("--dequantize", action="store_true", help="make a GGUF's blocks plain weights")
+    parser.add_argument("--fp8", action="store_true", help="on torch's operators, as a GPU multiplies e4m3")
     parser.add_argument("--text", type=Path, default=DEFAULT_TEXT)
     parser.add_argument("--positions", type=int, default=4 * WINDOW)
     args = parser.parse_args()
@@ -59,10 +71,15 @@ def main() -> int:
         "gguf_dequantize": str(int(args.dequantize)),
         "quantization": args.quantization,
     }
+    if args.fp8:
+        kept |= {"gguf_dequantize": "1", "kernels": "reference"}
     settings = {"reference": Settings.resolve({**common, **plain})}
     for kind in args.kv_dtype:
         settings[f"KV {kind}"] = Settings.resolve({**common, **kept, "kv_dtype": kind})
     backends = {name: load_backend(path, each) for name, each in settings.items()}
+    for name, backend in backends.items():
+        if args.fp8 and name != "reference":
+            make_fp8(backend)
     tokenizer = load_tokenizer(path, cache_dir=settings["reference"].cache_path)
     ids = list(tokenizer.encode(args.text.read_text(encoding="utf-8")))[: args.positions + 1]
 

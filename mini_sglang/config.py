@@ -121,9 +121,10 @@ class Settings:
         "Model and device",
         "QUANTIZATION",
         "none",
-        "weights only: makes ggml's blocks of dense matrices at load, int8 Q8_0, int4 Q4_1 (embedding and "
-        "head Q8_0); MODEL_DTYPE stays what it computes in; a GGUF's own blocks are used as they are",
-        choices=("none", "int8", "int4"),
+        "makes of dense matrices at load: int8 and int4 ggml's blocks, Q8_0, and Q4_1 (embedding and head "
+        "Q8_0), computed with in MODEL_DTYPE; fp8, on CUDA from compute capability 8.9 on, e4m3 with a scale "
+        "per row, activations too (embedding and head stay); a GGUF's own blocks are used as they are",
+        choices=("none", "int8", "int4", "fp8"),
     )
     attn_impl: str = setting(
         "Model and device",

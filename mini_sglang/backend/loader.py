@@ -10,10 +10,12 @@ import torch
 
 from mini_sglang.backend.compiling import choose_compiler
 from mini_sglang.backend.device import choose_device, choose_threads
+from mini_sglang.backend.fp8 import refuse_fp8
 from mini_sglang.backend.graphs.recorder import choose_recorder
 from mini_sglang.backend.kernels.library import open_kernels
 from mini_sglang.backend.kernels.triton.available import triton_wanted
 from mini_sglang.backend.loading.checkpoint import Checkpoint, open_checkpoint
+from mini_sglang.backend.loading.fp8_blocks import is_fp8
 from mini_sglang.backend.machine import Machine
 from mini_sglang.backend.models.dummy import open_dummy
 from mini_sglang.backend.native_model import load_native_backend
@@ -22,6 +24,7 @@ from mini_sglang.backend.parallel.rank import Member
 from mini_sglang.backend.step import LoadedBackend
 from mini_sglang.backend.transformers_models.kinds import choose_kind
 from mini_sglang.config import Settings
+from mini_sglang.errors import ModelLoadError
 
 _DEQUANTIZE = MappingProxyType({"auto": None, "0": False, "1": True})
 
@@ -48,6 +51,7 @@ def load_backend(
         InvalidValueError: a setting that this model or machine cannot honour.
     """
     device = choose_device(settings.device)
+    refuse_fp8(settings, device)
     compiler = choose_compiler(settings, device)
     recorder = choose_recorder(settings, device)
     threads = threads_per_rank(choose_threads(settings.num_threads), settings)
@@ -71,6 +75,11 @@ def load_backend(
         if served == "native" and not settings.engine_fast_decode:
             return load_native_backend(path, checkpoint, settings, machine, notify, member)
         refuse_other_models(settings)
+        if is_fp8(checkpoint.config):
+            raise ModelLoadError(
+                f"The weights of {path} are quantised (fp8), which is read for models of this stack's own "
+                "decoder alone; use the model's plain safetensors."
+            )
         # Imported here, since most models do without.
         from mini_sglang.backend.transformers_models.backend import load_transformers_backend
 

@@ -74,7 +74,7 @@ def load_native_backend(
     if notify is not None:
         kind = "quantised blocks" if in_blocks else dtype_name(dtypes.weights)
         if formats:
-            kind = f"{settings.quantization} blocks"
+            kind = "fp8" if settings.quantization == "fp8" else f"{settings.quantization} blocks"
         notify(f"Loading {num_parameters / 1e6:,.0f} M parameters as {kind} on {machine.device}")
         if dummy:
             notify("LOAD_FORMAT=dummy: the weights are random, and the answers mean nothing")
@@ -280,6 +280,7 @@ def _load(rank: Rank, dtypes: Dtypes, machine: Machine, formats: Mapping[str, GG
                 machine.kernels,
                 dtypes.compute,
                 formats,
+                machine.triton,
             )
     if machine.triton and machine.compiler is None and TritonOperations.fit(config.head_dim):
         decoder.operations = TritonOperations(config.norm_eps)

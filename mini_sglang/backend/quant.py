@@ -105,8 +105,8 @@ def _q5_1(blocks: Tensor, out: Tensor) -> None:
     out.mul_(scale).add_(minimum)
 
 
-def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The 8 scales and 8 minima of a Q4_K or Q5_K block, float32 ``[n, 8, 1]`` each.
+def six_bit_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The 8 scales and 8 minima of a Q4_K or Q5_K block before what they share, uint8 ``[n, 8]`` each.
 
     Twelve bytes hold them in 6 bits: a byte of the first four is a scale with two high bits of a later one
     on top, the next four are the same for the minima, the last four hold the later ones' low bits.
@@ -114,6 +114,12 @@ def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
     low_scales, low_mins, packed = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = torch.cat([low_scales & 63, packed & 15 | low_scales >> 2 & 48], dim=1)
     mins = torch.cat([low_mins & 63, packed >> 4 | low_mins >> 2 & 48], dim=1)
+    return scales, mins
+
+
+def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The 8 scales and 8 minima of a Q4_K or Q5_K block, float32 ``[n, 8, 1]`` each."""
+    scales, mins = six_bit_scales(blocks)
     scale, minimum = _two_halves(blocks)
     return (scale * scales).unsqueeze(-1), (minimum * mins).unsqueeze(-1)
 

@@ -270,19 +270,28 @@ def stack_rows(weights: Sequence[Weight]) -> Weight:
             on_cpu = all(part.device.type == "cpu" for part in parts)
             blocks = torch.from_numpy(np.concatenate(parts)) if on_cpu else torch.cat(parts)
             return QuantizedWeight(blocks, quantized[0].type, first.dtype)
+        # Imported here: it imports this module.
+        from mini_sglang.backend.fp8 import Fp8Weight
+
+        rounded = [weight for weight in weights if isinstance(weight, Fp8Weight)]
+        if len(rounded) == len(weights):
+            return Fp8Weight.stacked(rounded)
     return StackedWeight(weights)
 
 
-def accelerate(weight: Weight, kernels: NativeKernels | None, dtype: torch.dtype | None = None) -> Weight:
+def accelerate(
+    weight: Weight, kernels: NativeKernels | None, dtype: torch.dtype | None = None, triton: bool = False
+) -> Weight:
     """The same matrix, multiplied by the compiled kernels where they have its format and are faster.
 
     Args:
         weight: on the CPU if there are ``kernels``.
         dtype: the compute dtype, if not that of ``weight``.
+        triton: whether Triton's kernels may multiply by blocks.
     """
     dtype = dtype or weight.dtype
     if isinstance(weight, StackedWeight):
-        return StackedWeight([accelerate(part, kernels, dtype) for part in weight.parts])
+        return StackedWeight([accelerate(part, kernels, dtype, triton) for part in weight.parts])
     if isinstance(weight, DenseWeight):
         type = _DENSE_TYPES.get(weight.dtype)
         if kernels is not None and type is not None and kernels.has_format(type):
@@ -291,6 +300,12 @@ def accelerate(weight: Weight, kernels: NativeKernels | None, dtype: torch.dtype
     if isinstance(weight, QuantizedWeight):
         if kernels is not None and kernels.has_format(weight.type):
             return PackedWeight(weight, kernels, dtype)
+        if triton:
+            # Imported here: it imports this module.
+            from mini_sglang.backend.kernels.triton.block_weight import TritonWeight
+
+            if TritonWeight.has_format(weight.type):
+                return TritonWeight.of(weight, dtype)
         return QuantizedWeight(weight.blocks, weight.type, dtype)
     return weight
 

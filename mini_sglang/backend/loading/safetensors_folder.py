@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mini_sglang.backend.loading.fp8_blocks import SCALE_SUFFIX, dequantize_blocks, fp8_block, is_fp8
 from mini_sglang.backend.loading.mapped import map_file, release_read
 from mini_sglang.backend.loading.parts import Part
 from mini_sglang.backend.weights import DenseWeight, Weight
@@ -62,7 +63,11 @@ class SafetensorsCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.config = _read_json(folder / "config.json")
-        _refuse_quantized(self.config, folder)
+        self._fp8_block: tuple[int, int] | None = None
+        if is_fp8(self.config):
+            self._fp8_block = fp8_block(self.config, folder)
+        else:
+            _refuse_quantized(self.config, folder)
         has_generation_config = (folder / "generation_config.json").is_file()
         self.generation_config = (
             _read_json(folder / "generation_config.json") if has_generation_config else {}
@@ -83,7 +88,9 @@ class SafetensorsCheckpoint:
         self.nbytes = sum(entry.end - entry.start for entry in self._entries.values())
 
     def names(self) -> Collection[str]:
-        return self._entries.keys()
+        if self._fp8_block is None:
+            return self._entries.keys()
+        return [name for name in self._entries if not name.endswith(SCALE_SUFFIX)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
@@ -98,6 +105,8 @@ class SafetensorsCheckpoint:
 
     def tensor(self, name: str, dtype: torch.dtype | None, part: Part | None = None) -> Tensor:
         entry = self._entry(name)
+        if entry.dtype == "F8_E4M3" and self._fp8_block is not None and len(entry.shape) == 2:
+            return self._from_fp8(name, entry, self._fp8_block, part, dtype or torch.float32)
         if entry.dtype not in _DTYPES:
             raise ModelLoadError(
                 f"The tensor {name} of {entry.file.path} has the type {entry.dtype}; "
@@ -107,6 +116,23 @@ class SafetensorsCheckpoint:
         if part is not None:
             stored = stored.narrow(part.dim, part.start, part.stop - part.start).contiguous()
         return stored if dtype is None else stored.to(dtype)
+
+    def _from_fp8(
+        self, name: str, entry: _Entry, block: tuple[int, int], part: Part | None, dtype: torch.dtype
+    ) -> Tensor:
+        scales = self._entry(name + SCALE_SUFFIX)
+        if scales.dtype not in _DTYPES:
+            raise ModelLoadError(
+                f"The tensor {name}{SCALE_SUFFIX} of {scales.file.path} has the type {scales.dtype}; "
+                f"supported are {', '.join(_DTYPES)}."
+            )
+        codes = entry.file.tensor(entry, torch.float8_e4m3fn)
+        try:
+            return dequantize_blocks(
+                codes, scales.file.tensor(scales, _DTYPES[scales.dtype]), block, part, dtype
+            )
+        except ValueError as error:
+            raise ModelLoadError(f"The tensor {name}{SCALE_SUFFIX} of {self.path} has {error}.") from None
 
     def in_blocks(self, name: str) -> bool:
         self._entry(name)

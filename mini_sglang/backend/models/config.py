@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mini_sglang.backend.loading.fp8_blocks import is_fp8
 from mini_sglang.backend.models.fields import FieldReader, bad_field
 from mini_sglang.backend.models.rope_config import RopeConfig, read_rope
 from mini_sglang.errors import ModelLoadError, shorten
@@ -85,7 +86,7 @@ class ModelConfig:
         """
         family = _family(config)
         read = FieldReader({**_DEFAULTS[family], **config})
-        if config.get("quantization_config"):
+        if config.get("quantization_config") and not is_fp8(config):
             method = read.mapping("quantization_config").get("quant_method", "quantisation")
             raise ModelLoadError(
                 f"The weights are quantised with {shorten(method)}, which is not supported; "

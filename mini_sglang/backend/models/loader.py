@@ -88,6 +88,7 @@ def load_decoder(
     kernels: NativeKernels | None = None,
     compute: torch.dtype | None = None,
     formats: Mapping[str, GGMLType] = MappingProxyType({}),
+    triton: bool = False,
 ) -> Decoder:
     """Read the weights, layer by layer, onto ``device``.
 
@@ -97,6 +98,7 @@ def load_decoder(
         kernels: that the matrices multiply with; torch's operators without.
         compute: dtype of everything between the matrices, by default ``dtype``.
         formats: of the dense matrices that become blocks (``block_formats``).
+        triton: whether Triton's kernels may multiply by blocks.
 
     Raises:
         ModelLoadError: as ``check_tensors``, the file is damaged, or a number fits no block.
@@ -111,7 +113,7 @@ def load_decoder(
 
     def matrix(name: str) -> Weight:
         if name in formats:
-            weight: Weight = quantized_weight(checkpoint, name, formats[name], dtype)
+            weight = quantized_weight(checkpoint, name, formats[name], dtype, device)
         else:
             weight = checkpoint.weight(name, dtype)
         loaded(name)
@@ -121,7 +123,7 @@ def load_decoder(
         return placed(stack_rows([matrix(f"{prefix}{name}.weight") for name in names]))
 
     def placed(weight: Weight) -> Weight:
-        return accelerate(weight.to(device), kernels, compute)
+        return accelerate(weight.to(device), kernels, compute, triton)
 
     def biases(prefix: str, names: Sequence[str], biased: bool) -> Tensor | None:
         return torch.cat([vector(f"{prefix}{name}.bias") for name in names]) if biased else None

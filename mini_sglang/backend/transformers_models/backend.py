@@ -94,7 +94,8 @@ def _paged(
     rotations.freeze(model, model.config.get_text_config(decoder=True), length)
     count = sum(parameter.numel() for parameter in model.parameters())
     # torch.compile cannot look into the kernels.
-    pack_linears(model, None if machine.compiler else machine.kernels, settings.quantization)
+    kernels = None if machine.compiler else machine.kernels
+    pack_linears(model, kernels, settings.quantization, machine.triton)
     decoder = probe(model, config)
     attention = _chosen_attention(settings, decoder, dtype, machine)
     self_check(decoder, attention, dtype)

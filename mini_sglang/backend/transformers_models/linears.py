@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.loading.ggml_types import GGMLType
-from mini_sglang.backend.models.quantization import FORMATS
-from mini_sglang.backend.quantize import BLOCK_SIZE, quantize
-from mini_sglang.backend.weights import DenseWeight, QuantizedWeight, Weight, accelerate
-from mini_sglang.errors import InvalidValueError, ModelLoadError
+from mini_sglang.backend.models.quantization import FORMATS, fits, nothing_fits, quantized
+from mini_sglang.backend.weights import DenseWeight, Weight, accelerate
+from mini_sglang.errors import ModelLoadError
 
 
 class PackedLinear(nn.Module):
@@ -42,7 +41,7 @@ class PackedRows(nn.Embedding):
         return self.matrix.rows(input)
 
 
-def pack_linears(model: Any, kernels: NativeKernels | None, quantization: str) -> None:
+def pack_linears(model: Any, kernels: NativeKernels | None, quantization: str, triton: bool = False) -> None:
     """Replace the model's ``nn.Linear`` where the kernels multiply faster or ``quantization`` makes blocks.
 
     Experts that a model keeps in one tensor of three dimensions are no ``nn.Linear`` and stay as they are.
@@ -50,6 +49,7 @@ def pack_linears(model: Any, kernels: NativeKernels | None, quantization: str) -
 
     Args:
         quantization: the value of QUANTIZATION.
+        triton: whether Triton's kernels may multiply by blocks.
 
     Raises:
         InvalidValueError: no matrix is left to quantise.
@@ -72,8 +72,8 @@ def pack_linears(model: Any, kernels: NativeKernels | None, quantization: str) -
             inner, outer = FORMATS.get(quantization, (None, None))
             kind = outer if child is head else inner
             matrix = _matrix(dense, kind)
-            blocks += isinstance(matrix, QuantizedWeight)
-            packed = accelerate(matrix, kernels, dense.dtype)
+            blocks += not isinstance(matrix, DenseWeight)
+            packed = accelerate(matrix, kernels, dense.dtype, triton)
             if packed is matrix and isinstance(matrix, DenseWeight):
                 continue
             bias = None if child.bias is None else child.bias.data
@@ -83,8 +83,7 @@ def pack_linears(model: Any, kernels: NativeKernels | None, quantization: str) -
                 _share(embedding, packed)
         module._modules[name] = done[child]
     if quantization != "none" and not blocks:
-        allowed = f"none: no matrix of the model has rows that are a multiple of {BLOCK_SIZE} long"
-        raise InvalidValueError("QUANTIZATION", quantization, allowed)
+        raise nothing_fits(quantization)
 
 
 def packed_bytes(model: nn.Module) -> int:
@@ -92,11 +91,11 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(module.matrix.nbytes for module in model.modules() if isinstance(module, PackedLinear))
 
 
-def _matrix(dense: Tensor, kind: GGMLType | None) -> DenseWeight | QuantizedWeight:
-    if kind is None or dense.shape[1] % BLOCK_SIZE:
+def _matrix(dense: Tensor, kind: GGMLType | None) -> Weight:
+    if kind is None or not fits(tuple(dense.shape), kind):
         return DenseWeight(dense)
     try:
-        return QuantizedWeight(quantize(dense.cpu(), kind), kind, dense.dtype).to(dense.device)
+        return quantized(dense, kind, dense.dtype, dense.device).to(dense.device)
     except ValueError as error:
         raise ModelLoadError(f"A matrix of the model cannot be quantised: {error}.") from None
 

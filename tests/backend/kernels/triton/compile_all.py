@@ -22,13 +22,27 @@ from triton.compiler import ASTSource
 
 from mini_sglang.backend.attention import triton as attention
 from mini_sglang.backend.attention.base import PLAIN, AttentionForm
-from mini_sglang.backend.kernels.triton import attention_kernels, elementwise_kernels
+from mini_sglang.backend.kernels.triton import attention_kernels, block_kernels, elementwise_kernels
+from mini_sglang.backend.kernels.triton.block_layout import FORMATS
+from mini_sglang.backend.kernels.triton.block_weight import TritonWeight
 from mini_sglang.backend.kernels.triton.operations import TritonOperations
+from mini_sglang.backend.loading.ggml_types import GGML_TYPES
 from mini_sglang.backend.models.rope import Rotations
+from mini_sglang.backend.weights import QuantizedWeight
 from tests.backend.kernels.triton.scene import LAYER, Scene
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-_TYPES[torch.int64] = "*i64"
+_TYPES |= {torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8"}
+
+# What tells one compiled kernel from another.
+SIZES = ("KEY_DIM", "BLOCK_M", "BLOCK_N", "HEAD_DIM", "WIDTH", "BITS", "GROUP", "BLOCK_R")
+FLAGS = ("SPLIT", "WINDOWED", "SOFTCAP", "SINKS", "NORM", "ROTATE", "MINIMUM", "NESTED", "EXACT", "CHOSEN")
+
+KERNELS = {
+    attention_kernels: ("attend", "merge"),
+    elementwise_kernels: ("add_and_norm", "rotate_and_store", "silu_and_mul"),
+    block_kernels: ("multiply", "add_parts", "unpack"),
+}
 
 
 class Compiling:
@@ -52,7 +66,8 @@ class Compiling:
                 attributes[(place,)] = [["tt.divisibility", 16]]
             else:
                 signature[name] = "fp32" if isinstance(value, float) else "i32"
-                if isinstance(value, int) and value and value % 16 == 0 and "stride" in name:
+                specialized = not self.kernel.params[place].do_not_specialize
+                if isinstance(value, int) and value and value % 16 == 0 and specialized:
                     attributes[(place,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys(names[len(args) :], "constexpr")
         assert set(constants) == set(names[len(args) :])
@@ -62,12 +77,8 @@ class Compiling:
             target=GPUTarget("cuda", self.capability, 32),
             options={"num_warps": num_warps, "num_stages": num_stages},
         )
-        shapes = [str(constants.get(name)) for name in ("KEY_DIM", "BLOCK_M", "BLOCK_N", "HEAD_DIM", "WIDTH")]
-        kinds = [
-            name
-            for name in ("SPLIT", "WINDOWED", "SOFTCAP", "SINKS", "NORM", "ROTATE")
-            if constants.get(name)
-        ]
+        shapes = [str(constants[name]) for name in SIZES if name in constants]
+        kinds = [name for name in FLAGS if constants.get(name)]
         words = [self.kernel.fn.__name__, signature[names[0]], *shapes, *kinds, f"{num_warps}w"]
         self.done[" ".join([f"sm{self.capability}", *words])] = {
             "shared": made.metadata.shared,
@@ -91,10 +102,9 @@ def resources(binary: bytes) -> dict[str, int]:
 
 def compile_all(capability: int, shapes: list[tuple[int, int, int]], dtypes: list[torch.dtype]) -> None:
     done: dict[str, dict[str, int]] = {}
-    for module in (attention_kernels, elementwise_kernels):
-        for name in ("attend", "merge", "add_and_norm", "rotate_and_store", "silu_and_mul"):
-            if hasattr(module, name):
-                setattr(module, name, Compiling(getattr(module, name), capability, done))
+    for module, names in KERNELS.items():
+        for name in names:
+            setattr(module, name, Compiling(getattr(module, name), capability, done))
     shared = {80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024
     attention.shared_bytes = lambda device: shared  # type: ignore[assignment]
     for heads, kv_heads, head_dim in shapes:
@@ -111,7 +121,23 @@ def compile_all(capability: int, shapes: list[tuple[int, int, int]], dtypes: lis
             qkv = torch.zeros(41, heads + 2 * kv_heads, head_dim, dtype=dtype)
             norm = qkv[0, : heads + kv_heads]
             operations.rotate_and_store(qkv, norm, turns, scene.kv, LAYER, slots)
+    for dtype in dtypes:
+        compile_products(dtype)
     print(json.dumps({"shared": shared, "kernels": done}))
+
+
+def compile_products(dtype: torch.dtype) -> None:
+    """Every way to multiply by blocks of every format, and to unpack them."""
+    for kind in GGML_TYPES.values():
+        if kind.name not in FORMATS:
+            continue
+        for features in (1024, 9216):
+            blocks = torch.zeros(features, 512 // kind.block_size * kind.block_bytes, dtype=torch.uint8)
+            weight = TritonWeight.of(QuantizedWeight(blocks, kind, dtype), dtype)
+            for rows in (1, 40, 100):
+                weight.linear(torch.zeros(rows, 512, dtype=dtype), torch.zeros(features, dtype=dtype))
+            weight.rows(torch.zeros(2, dtype=torch.int64))
+            weight.dequantize(dtype)
 
 
 if __name__ == "__main__":
