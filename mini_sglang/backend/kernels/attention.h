@@ -152,7 +152,7 @@ void attend_task(const Attention& job, const AttentionTask& task, const Attentio
         for (int64_t head = task.first_head; first_row < last_row && head < task.last_head; head++) {
             const int64_t rows_before = (head - task.first_head) * (task.last_row - task.first_row);
             take_keys<KV>(turned, job.pool, head);
-                        attend_block<KV>(job, turned, head, items + (rows_before + first_row - task.first_row) * group,
+            attend_block<KV>(job, turned, head, items + (rows_before + first_row - task.first_row) * group,
                              (int)((last_row - first_row) * group), next);
         }
         if ((block + KEYS) % SPAN == 0 && several)

@@ -194,8 +194,9 @@ inline bool any_above(Floats scores, float bound) {
 template <class KV, int COUNT>
 inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& next) {
     // Vectors of keys that somebody sees, two at a time; add_values may take the weights of any of them.
-    // Of a block to come as much is fetched as a few heads of rows take to go through this one.
-    constexpr int EVERY = 8, LINES = 2 * KEYS * KV::BYTES / 64 * EVERY * 2 / PARTS * (PAIRED<KV> ? 2 : 1);
+    // Of a block to come as much is fetched as a few heads of rows take to go through this one, 4 KB of half
+    // precision at a time: fewer or more come slower from memory.
+    constexpr int EVERY = 16, LINES = 2 * KEYS * KV::BYTES / 64 * EVERY * 2 / PARTS * (PAIRED<KV> ? 2 : 1);
     const int begin = block.first / (2 * LANES) * 2, end = (block.last + LANES - 1) / LANES;
     Floats scores[COUNT][PARTS];
     for (int part = begin; part < end; part += 2) {
