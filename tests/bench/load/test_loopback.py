@@ -155,7 +155,8 @@ def test_a_sweep_stops_where_the_server_is_full(tmp_path: Path, capsys: pytest.C
     path = tmp_path / "x.json"
     # Three to warm up and four at each of two rates, then it refuses all.
     fault = [None] * 11 + [429] * 1000
-    with fake_server(Behaviour("ours", first=0.5, fault=fault.__getitem__)) as url:
+    behaviour = Behaviour("ours", first=0.5, fault=fault.__getitem__)
+    with fake_server(behaviour) as url:
         words = [
             "--url",
             url,
@@ -174,6 +175,9 @@ def test_a_sweep_stops_where_the_server_is_full(tmp_path: Path, capsys: pytest.C
     assert [row["request_rate"] for row in record["rows"]] == [5.0, 10.0, 20.0]
     assert "Full at 20 requests/s: its output is 0% of what was offered" in capsys.readouterr().out
     assert {run["rate"] for run in record["runs"]} == {5.0, 10.0, 20.0}
+    # A prompt that an earlier rate had asked would be answered from the server's cache.
+    prompts = [tuple(body["prompt"]) for body in behaviour.bodies]
+    assert len(prompts) == 3 + 3 * 4 and len(set(prompts)) == len(prompts)
 
 
 def test_the_record_has_no_key_and_says_what_was_asked(tmp_path: Path) -> None:
