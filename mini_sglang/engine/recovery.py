@@ -48,6 +48,11 @@ class Recovery:
         self._steps = 0
         self.size = StepSize()
 
+    @property
+    def calm(self) -> bool:
+        """Whether nothing is bounded by memory that ran out, so that a step may run whole."""
+        return self.size.limit is None and self._scheduler.max_running == self._most_running
+
     def run(self, plan: list[Scheduled], steps: list[SequenceStep]) -> list[SequenceResult]:
         """``Backend.run``, for the steps of ``plan``; gives the results of what is left in ``plan``.
 
@@ -56,7 +61,7 @@ class Recovery:
         Raises: what the backend raises, but ``OutOfMemoryError``; ``plan`` is then whole.
         """
         failure: OutOfMemoryError | None = None
-        if self.size.limit is None and self._scheduler.max_running == self._most_running:
+        if self.calm:
             try:
                 return self._backend.run(steps)
             except OutOfMemoryError as error:
