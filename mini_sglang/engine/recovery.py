@@ -48,10 +48,11 @@ class Recovery:
         self._steps = 0
         self.size = StepSize()
 
-    @property
-    def calm(self) -> bool:
-        """Whether nothing is bounded by memory that ran out, so that a step may run whole."""
-        return self.size.limit is None and self._scheduler.max_running == self._most_running
+    def fits(self, steps: Sequence[SequenceStep]) -> bool:
+        """Whether steps may run in one call, as far as memory that ran out before has taught."""
+        if self._scheduler.max_running < self._most_running:
+            return False
+        return self.size.limit is None or sum(map(_tokens, steps)) <= self.size.limit
 
     def run(self, plan: list[Scheduled], steps: list[SequenceStep]) -> list[SequenceResult]:
         """``Backend.run``, for the steps of ``plan``; gives the results of what is left in ``plan``.
@@ -61,7 +62,7 @@ class Recovery:
         Raises: what the backend raises, but ``OutOfMemoryError``; ``plan`` is then whole.
         """
         failure: OutOfMemoryError | None = None
-        if self.calm:
+        if self.size.limit is None and self._scheduler.max_running == self._most_running:
             try:
                 return self._backend.run(steps)
             except OutOfMemoryError as error:
