@@ -27,7 +27,7 @@ class Record:
     """What a benchmark writes.
 
     Attributes:
-        kind: one of ``KINDS``; says what ``rows`` and ``runs`` hold.
+        kind: one of ``KINDS``, which are read again too, or ``gpu``; says what ``rows`` and ``runs`` hold.
         settings: what was asked for: model, counts, rounds, seed, peers.
         rows: the table as printed, a row per peer (or rate, or kernel), figures as numbers.
         runs: every single run that the rows were made of.

@@ -48,6 +48,12 @@ class Recovery:
         self._steps = 0
         self.size = StepSize()
 
+    def fits(self, steps: Sequence[SequenceStep]) -> bool:
+        """Whether steps may run in one call, as far as memory that ran out before has taught."""
+        if self._scheduler.max_running < self._most_running:
+            return False
+        return self.size.limit is None or sum(map(_tokens, steps)) <= self.size.limit
+
     def run(self, plan: list[Scheduled], steps: list[SequenceStep]) -> list[SequenceResult]:
         """``Backend.run``, for the steps of ``plan``; gives the results of what is left in ``plan``.
 

@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_sglang.backend.step import OUT_OF_MEMORY, SequenceResult, SequenceStep
+from mini_sglang.engine.drafts import Drafts
+from mini_sglang.engine.scheduler import Scheduled
+from mini_sglang.engine.speculation import TREE
 from mini_sglang.engine.step_size import StepSize
 from mini_sglang.errors import OutOfMemoryError
 from mini_sglang.types import FinishReason, SamplingParams
-from tests.engine.fake_backend import POISON, Driver, FakeBackend, examples, make_core, reference
+from tests.engine.fake_backend import POISON, Driver, FakeBackend, examples, make_core, reference, turns
 
 Measure = Callable[[Sequence[SequenceStep]], int]
 
@@ -224,6 +227,7 @@ def test_a_device_without_any_room_ends_every_request_and_serves_later_ones() ->
     names = [driver.add(PROMPT[start:], SamplingParams(max_new_tokens=5)) for start in range(4)]
     driver.drain()
     assert all(driver.answers[name].finish is FinishReason.ERROR for name in names)
+    assert driver.core.scheduler.max_running == 1
     backend_of(driver).room = 1 << 30
     answer = driver.run(PROMPT, SamplingParams(max_new_tokens=5))
     assert answer.token_ids == reference(PROMPT, SamplingParams(max_new_tokens=5)).token_ids
@@ -232,6 +236,80 @@ def test_a_device_without_any_room_ends_every_request_and_serves_later_ones() ->
     names = [driver.add(PROMPT[start:], params) for start in range(8)]
     driver.drain()
     assert driver.core.scheduler.max_running > 4
+
+
+def limited(driver: Driver, tokens: int) -> None:
+    driver.core.recovery.size.failed(2 * tokens)
+
+
+def test_the_logits_of_a_prompt_that_was_cut_are_kept_in_the_step_that_has_its_end() -> None:
+    driver = driver_with(TightBackend(64, 4))
+    limited(driver, 9)  # into the prompt's last page, but not to its end
+    params = SamplingParams(max_new_tokens=5)
+    expected = reference(PROMPT[:10], params).token_ids
+    first = driver.add(PROMPT[:10], params)
+    driver.step()
+    # There are none yet for one that comes now.
+    second = driver.add(PROMPT[:10], params)
+    driver.drain()
+    assert driver.answers[first].token_ids == driver.answers[second].token_ids == expected
+    assert driver.core.stats()["prefill_cache_hits"] == 0
+    assert driver.run(PROMPT[:10], params).token_ids == expected
+    assert driver.core.stats()["prefill_cache_hits"] == 1
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("kept_first", [True, False])
+def test_kept_logits_are_read_before_others_take_their_place(fails: bool, kept_first: bool) -> None:
+    """Or, where a failed call may have written over them, the prompt is computed again."""
+    backend = TightBackend(64, 4)
+    driver = driver_with(backend, prefill_cache_size=1)
+    params = SamplingParams(max_new_tokens=5)
+    known, new = PROMPT[:10], PROMPT[3:]
+    driver.run(known, params)
+    if fails:
+        backend.room = 6
+    else:
+        limited(driver, len(new))
+    names = [driver.add(prompt, params) for prompt in ((known, new) if kept_first else (new, known))]
+    driver.step()
+    backend.room = 1 << 30
+    driver.drain()
+    expected = [reference(prompt, params).token_ids for prompt in (known, new)]
+    answers = [driver.answers[name].token_ids for name in names]
+    assert answers == (expected if kept_first else expected[::-1])
+    assert backend.failures == fails
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7])
+def test_drafts_that_are_dropped_leave_no_pages_behind(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = driver_with(TightBackend(64, 4))
+    speculator = driver.core.speculator
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True, speculative="on")
+    expected = reference(PROMPT, params)
+
+    def propose(plan: Sequence[Scheduled]) -> bool:
+        """The right tokens, then wrong ones."""
+        for item in plan:
+            request = item.request
+            if item.num_tokens == 1 and request.num_output:
+                drafts = Drafts(request, 6, TREE)
+                drafts.fill([*expected.token_ids[request.num_output :][:2], 7, 7, 7, 7])
+                speculator._give(item, drafts)
+        return True
+
+    monkeypatch.setattr(speculator, "propose", propose)
+    limited(driver, limit)
+    name = driver.add(PROMPT, params)
+    for _ in turns():
+        driver.step()
+        if not driver.core.has_work:
+            break
+        (request,) = driver.core.scheduler.running
+        assert len(request.pages) <= driver.core.cache.pages_for(len(request.tokens))
+    assert driver.answers[name].token_ids == expected.token_ids
+    assert driver.core.stats()["draft_tokens_accepted"] > 0 or limit == 1
+    assert max(backend_of(driver).sizes) <= 2 * limit
 
 
 def test_a_failure_of_another_kind_within_the_parts_fails_the_step() -> None:

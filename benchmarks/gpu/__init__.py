@@ -1,0 +1,1 @@
+"""The GPU benchmark: ``benchmarks/gpu.sh``."""
