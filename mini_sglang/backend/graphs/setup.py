@@ -207,30 +207,47 @@ def prove(
     attention: TritonAttention,
     limits: Limits,
 ) -> None:
-    """Compare recorded steps with the decoder's own: prompts of several lengths, and a decode after each.
+    """Compare recorded steps with the decoder's own: prompts, then decodes after them, alone and together.
 
     Writes to the pool.
 
     Raises:
         RuntimeError: the results differ by more than rounding.
     """
-    pages = array("i", range(kv.num_pages))
-    longest = min(limits.context_length, kv.num_pages * kv.page_size)
+    taken = 0
+    decodes: list[SequenceStep] = []
     for count in (2, 7, 40):
-        if count >= longest:
-            continue
+        needed = -(-(count + 1) // kv.page_size)
+        if count >= limits.context_length or taken + needed > kv.num_pages:
+            break
+        pages = array("i", range(taken, taken + needed))
+        taken += needed
         ids = [(7 * i + count) % limits.vocab_size for i in range(count)]
-        for tokens, start in ((ids, 0), (ids[:1], count)):
-            step = SequenceStep(tokens, start, pages, SampleSpec(SamplingParams(), 0, 0))
-            batch = Batch.build([step], limits, torch.device("cpu"))
-            expected = decoder.forward(batch.to(kv.data.device), kv, attention).float()
-            if not program.takes(batch):
-                continue
-            got = program.forward(batch).float()
-            off = (got - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp_min(1e-30)
-            # Not a number is not below it either.
-            if not off.item() <= _TOLERANCE[kv.dtype]:
-                raise RuntimeError(f"what a recorded step gives is off by {off.item():.2g} of its size")
+        sample = SampleSpec(SamplingParams(), 0, 0)
+        _compare([SequenceStep(ids, 0, pages, sample)], program, decoder, kv, attention, limits)
+        decodes.append(SequenceStep(ids[:1], count, pages, sample))
+    for steps in (decodes[-1:], decodes):
+        if steps:
+            _compare(steps, program, decoder, kv, attention, limits)
+
+
+def _compare(
+    steps: Sequence[SequenceStep],
+    program: GraphProgram,
+    decoder: Decoder | TransformersDecoder,
+    kv: KVPool,
+    attention: TritonAttention,
+    limits: Limits,
+) -> None:
+    batch = Batch.build(steps, limits, torch.device("cpu"))
+    expected = decoder.forward(batch.to(kv.data.device), kv, attention).float()
+    if not program.takes(batch):
+        return
+    got = program.forward(batch).float()
+    off = (got - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp_min(1e-30)
+    # Not a number is not below it either.
+    if not off.item() <= _TOLERANCE[kv.dtype]:
+        raise RuntimeError(f"what a recorded step gives is off by {off.item():.2g} of its size")
 
 
 def _trials(wanted: Sequence[Shape]) -> tuple[list[Shape], list[Shape]]:

@@ -58,19 +58,34 @@ def _watch(step: Callable[[], None]) -> list[_Call]:
     from triton.runtime.interpreter import InterpretedFunction
 
     run = InterpretedFunction.run
+    within = [True]
 
     def launch(self: Any, *args: Any, **given: Any) -> Any:
         def again() -> None:
             # The interpreter itself uses torch's operators.
+            outer, within[0] = within[0], False
             with _disable_current_modes():
                 run(self, *args, **given)
+            within[0] = outer
 
         again()
         watch.calls.append(_Call(again, _tensors((args, given)), [], True))
 
+    def refusing(own: Any, name: str) -> Any:
+        def read(self: Tensor, *args: Any, **given: Any) -> Any:
+            if within[0]:
+                raise NotStaticError(name)
+            return own(self, *args, **given)
+
+        return read
+
     with pytest.MonkeyPatch.context() as patch, _Watch() as watch:
         patch.setattr(InterpretedFunction, "run", launch)
+        # Of a CPU's tensors these are no operators.
+        for name in ("tolist", "numpy"):
+            patch.setattr(Tensor, name, refusing(getattr(Tensor, name), name))
         step()
+        within[0] = False
     calls: list[_Call] = watch.calls
     return calls
 

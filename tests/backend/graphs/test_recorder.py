@@ -46,6 +46,8 @@ def test_a_buffer_made_anew_is_not_looked_at() -> None:
     "read",
     [
         lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
         lambda x: x + torch.tensor([1.0, 2.0]),
         lambda x: x + torch.from_numpy(torch.ones(2).numpy().copy()),
         lambda x: x[x > 0],
