@@ -61,14 +61,16 @@ class Fp8Weight(Weight):
     Attributes:
         codes: float8_e4m3fn ``[out_features, in_features]``.
         scales: float32 ``[out_features, 1]``.
+        triton: whether a kernel of Triton's rounds ``x``; torch.compile makes one of its own.
     """
 
-    def __init__(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, triton: bool = False) -> None:
         out_features, in_features = codes.shape
         self.codes = codes
         self.scales = scales
         self.shape = (out_features, in_features)
         self.dtype = dtype
+        self.triton = triton
 
     @classmethod
     def of(cls, dense: Tensor, dtype: torch.dtype) -> Fp8Weight:
@@ -102,13 +104,21 @@ class Fp8Weight(Weight):
         flat = x.reshape(-1, self.shape[1])
         if not len(flat):
             return x.new_empty((*x.shape[:-1], self.shape[0]))
-        codes, scales = round_rows(flat)
+        codes, scales = self._rounded(flat)
         # On a GPU scales per row have products in bfloat16 alone.
         result = torch.bfloat16 if x.is_cuda else x.dtype
         out = torch._scaled_mm(
             codes, self.codes.t(), scale_a=scales, scale_b=self.scales.t(), bias=bias, out_dtype=result
         )
         return out.to(x.dtype).view(*x.shape[:-1], self.shape[0])
+
+    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.triton or torch.compiler.is_compiling():
+            return round_rows(x)
+        # Imported here: most models do without.
+        from mini_sglang.backend.kernels.triton import operations
+
+        return operations.round_rows(x if x.stride(1) == 1 else x.contiguous(), _SMALLEST_SCALE)
 
     def rows(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
@@ -120,4 +130,4 @@ class Fp8Weight(Weight):
         return (self.codes.float() * self.scales).to(dtype)
 
     def to(self, device: torch.device) -> Fp8Weight:
-        return Fp8Weight(self.codes.to(device), self.scales.to(device), self.dtype)
+        return Fp8Weight(self.codes.to(device), self.scales.to(device), self.dtype, self.triton)

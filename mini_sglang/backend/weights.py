@@ -287,7 +287,7 @@ def accelerate(
     Args:
         weight: on the CPU if there are ``kernels``.
         dtype: the compute dtype, if not that of ``weight``.
-        triton: whether Triton's kernels may multiply by blocks.
+        triton: whether Triton's kernels may run.
     """
     dtype = dtype or weight.dtype
     if isinstance(weight, StackedWeight):
@@ -307,6 +307,11 @@ def accelerate(
             if TritonWeight.has_format(weight.type):
                 return TritonWeight.of(weight, dtype)
         return QuantizedWeight(weight.blocks, weight.type, dtype)
+    if triton:
+        from mini_sglang.backend.fp8 import Fp8Weight
+
+        if isinstance(weight, Fp8Weight):
+            return Fp8Weight(weight.codes, weight.scales, dtype, triton)
     return weight
 
 

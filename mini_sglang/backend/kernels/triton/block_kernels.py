@@ -36,7 +36,7 @@ def _whole(codes, dtype: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr)
 
 @triton.jit
 def _tiles(place, inside, BITS: tl.constexpr):
-    """A unit's bytes as tiles, of which each column is one of a group; ``place`` is the first tile's."""
+    """A unit's bytes as tiles of 32 or 16 columns; ``place`` is the first tile's."""
     first = tl.load(place, mask=inside, other=0)
     if BITS == 8:
         tiles = (first, tl.load(place + 32, mask=inside, other=0))
@@ -50,7 +50,7 @@ def _tiles(place, inside, BITS: tl.constexpr):
 
 @triton.jit
 def _codes(tiles, step: tl.constexpr, BITS: tl.constexpr):
-    """The codes of a group of a unit, from what ``_tiles`` gave for it."""
+    """The codes of 32 or 16 columns of a unit, from what ``_tiles`` gave for it."""
     if BITS == 8:
         codes = tiles[step]
     elif BITS == 6:
@@ -99,6 +99,7 @@ def multiply(
     walked at a time. WIDE is for the interpreter, which multiplies bfloat16 as if its bits were integers.
     """
     GROUPS: tl.constexpr = 64 // GROUP
+    WIDTH: tl.constexpr = 16 if BITS == 6 else 32
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mine = m < rows
     row = m.to(tl.int64) * x_stride
@@ -107,7 +108,7 @@ def multiply(
     part = tl.program_id(2)
     first = part * units_of_part
     last = tl.minimum(first + units_of_part, units)
-    line = codes + n.to(tl.int64)[None, :] * code_stride + tl.arange(0, GROUP)[:, None]
+    line = codes + n.to(tl.int64)[None, :] * code_stride + tl.arange(0, WIDTH)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(first, last, UNITS):
         # All scales before the first product: what waits for them waits once.
@@ -123,22 +124,21 @@ def multiply(
             unit = start + offset
             here = inside & (unit < last)
             tiles = _tiles(line + unit * (8 * BITS), here[None, :], BITS)
-            for step in tl.static_range(GROUPS):
-                group = unit * GROUPS + step
-                k = group * GROUP + tl.arange(0, GROUP)
+            for step in tl.static_range(64 // WIDTH):
+                k = unit * 64 + step * WIDTH + tl.arange(0, WIDTH)
                 wanted = mine[:, None] & (k < columns)[None, :] & (unit < last)
                 a = tl.load(x + row[:, None] + k[None, :], mask=wanted, other=0.0)
                 found = _codes(tiles, step, BITS)
                 if WIDE:
                     a = a.to(tl.float32)
-                scale = held[offset * GROUPS + step][None, :]
+                scale = held[(offset * 64 + step * WIDTH) // GROUP][None, :]
                 if EXACT:
                     b = _whole(found, a.dtype, BITS, OFFSET)
                     acc += tl.dot(a, b, input_precision="ieee") * scale
                 else:
                     numbers = (found.to(tl.int16) - OFFSET).to(tl.float32) * scale
                     if MINIMUM:
-                        numbers += lows[offset * GROUPS + step][None, :]
+                        numbers += lows[(offset * 64 + step * WIDTH) // GROUP][None, :]
                     b = numbers.to(x.dtype.element_ty)
                     acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
     if EXACT and MINIMUM:
@@ -218,21 +218,22 @@ def unpack(
     They are ``count`` rows from ``first`` on, or with CHOSEN those that ``ids`` name.
     """
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    WIDTH: tl.constexpr = 16 if BITS == 6 else 32
     inside = (r < count)[:, None]
     n = (first + r).to(tl.int64)[:, None]
     if CHOSEN:
         n = tl.load(ids + r, mask=r < count, other=0).to(tl.int64)[:, None]
-    line = codes + n * code_stride + tl.arange(0, GROUP)[None, :]
+    line = codes + n * code_stride + tl.arange(0, WIDTH)[None, :]
     target = out + r.to(tl.int64)[:, None] * columns
     for offset in tl.static_range(UNITS):
         unit = tl.program_id(1) * UNITS + offset
         here = inside & (unit * 64 < columns)
         tiles = _tiles(line + unit * (8 * BITS), here, BITS)
-        for step in tl.static_range(64 // GROUP):
-            group = unit * (64 // GROUP) + step
+        for step in tl.static_range(64 // WIDTH):
+            group = unit * (64 // GROUP) + step * WIDTH // GROUP
             scale = _scale(scales, supers, group, n, here, scale_stride, GROUP, NESTED)
             numbers = (_codes(tiles, step, BITS).to(tl.int16) - OFFSET).to(tl.float32) * scale
             if MINIMUM:
                 numbers += _scale(minima, super_minima, group, n, here, scale_stride, GROUP, NESTED)
-            k = group * GROUP + tl.arange(0, GROUP)[None, :]
+            k = unit * 64 + step * WIDTH + tl.arange(0, WIDTH)[None, :]
             tl.store(target + k, numbers.to(out.dtype.element_ty), mask=here & (k < columns))

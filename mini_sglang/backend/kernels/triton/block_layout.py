@@ -5,7 +5,7 @@ apart without moving anything between threads:
 
 - 8 bits: 64 bytes, one a column;
 - 4 bits: 32 bytes, byte j with column j in its low half and column 32 + j in its high half;
-- 6 bits: 48 bytes, of which byte j of the first 16 has the low halves of columns j and 16 + j, of the
+- 5 and 6 bits: 48 bytes, of which byte j of the first 16 has the low halves of columns j and 16 + j, of the
   second 16 those of columns 32 + j and 48 + j, and of the last 16 the two high bits of all four.
 
 The last unit of a row is filled up with zeros. Scales stand with the rows of the matrix side by side, which
@@ -40,7 +40,7 @@ class BlockFormat:
     """A weight is ``(code - offset) * scale + minimum``.
 
     Attributes:
-        bits: of a code.
+        bits: that a code takes here; more than it has in Q5_0, Q5_1 and Q5_K.
         group: columns that share a scale.
         minimum: whether a group has one; else it is 0.
         nested: whether ``scale`` and ``minimum`` are products of a group's own and of one that ``SUPER``
@@ -59,7 +59,10 @@ FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
         "Q8_0": BlockFormat(8, 0, 32, False, False),
         "Q4_0": BlockFormat(4, 8, 32, False, False),
         "Q4_1": BlockFormat(4, 0, 32, True, False),
+        "Q5_0": BlockFormat(6, 16, 32, False, False),
+        "Q5_1": BlockFormat(6, 0, 32, True, False),
         "Q4_K": BlockFormat(4, 0, 32, True, True),
+        "Q5_K": BlockFormat(6, 0, 32, True, True),
         "Q6_K": BlockFormat(6, 32, 16, False, True),
     }
 )
@@ -154,6 +157,30 @@ def _q4_1(blocks: Tensor, rows: int) -> _Read:
     return _Read(_nibbles(blocks[:, 4:], rows), _halves(blocks, 0, rows), _halves(blocks, 2, rows))
 
 
+def _fifth_bits(packed: Tensor) -> Tensor:
+    """Bytes ``[n, 4]`` of one bit a column, each worth 16: ``[n, 32]``."""
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, :, None] >> bits & 1) << 4).flatten(1)
+
+
+def _q5_0(blocks: Tensor, rows: int) -> _Read:
+    codes = _nibbles(blocks[:, 6:], len(blocks)) | _fifth_bits(blocks[:, 2:6])
+    return _Read(codes.view(rows, -1), _halves(blocks, 0, rows))
+
+
+def _q5_1(blocks: Tensor, rows: int) -> _Read:
+    codes = _nibbles(blocks[:, 8:], len(blocks)) | _fifth_bits(blocks[:, 4:8])
+    return _Read(codes.view(rows, -1), _halves(blocks, 0, rows), _halves(blocks, 2, rows))
+
+
+def _q5_k(blocks: Tensor, rows: int) -> _Read:
+    found = _q4_k(torch.cat((blocks[:, :16], blocks[:, 48:]), 1), rows)
+    # Bit j of byte i belongs to column i of group j.
+    bits = torch.arange(8, dtype=torch.uint8, device=blocks.device).view(8, 1)
+    high = (blocks[:, None, 16:48] >> bits & 1) << 4
+    return found._replace(codes=found.codes | high.reshape(rows, -1))
+
+
 def _q4_k(blocks: Tensor, rows: int) -> _Read:
     scales, minima = (values.reshape(rows, -1) for values in six_bit_scales(blocks))
     codes = _nibbles(blocks[:, 16:].reshape(-1, 4, 32), rows)
@@ -184,6 +211,15 @@ def _pack_6(codes: Tensor) -> Tensor:
 
 
 _READERS: Mapping[str, Callable[[Tensor, int], _Read]] = MappingProxyType(
-    {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q4_K": _q4_k, "Q6_K": _q6_k}
+    {
+        "Q8_0": _q8_0,
+        "Q4_0": _q4_0,
+        "Q4_1": _q4_1,
+        "Q5_0": _q5_0,
+        "Q5_1": _q5_1,
+        "Q4_K": _q4_k,
+        "Q5_K": _q5_k,
+        "Q6_K": _q6_k,
+    }
 )
 _PACKERS: Mapping[int, Callable[[Tensor], Tensor]] = MappingProxyType({8: _pack_8, 4: _pack_4, 6: _pack_6})

@@ -122,3 +122,17 @@ def silu_and_mul(gate_up, out, gate_up_stride, WIDTH: tl.constexpr, BLOCK: tl.co
     wide = gate.to(tl.float32)
     activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
     tl.store(out + row * WIDTH + column, (activated * up.to(tl.float32)).to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def round_row(x, codes, scales, x_stride, smallest, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One row per program, to e4m3 and its scale; the twin is ``fp8.round_rows``."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    # What is no number is passed over here, and stays what it is below.
+    scale = tl.maximum(tl.math.div_rn(tl.max(tl.abs(wide), 0), 448.0), smallest)
+    tl.store(scales + row, scale)
+    rounded = tl.math.div_rn(wide, scale).to(codes.dtype.element_ty)
+    tl.store(codes + row * WIDTH + column, rounded, mask=inside)

@@ -13,6 +13,20 @@ _BLOCK = 1024
 _TILE = 2048
 
 
+def round_rows(x: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
+    """``fp8.round_rows`` in one launch, for rows ``[R, K]`` that lie in one piece each."""
+    from mini_sglang.backend.kernels.triton.elementwise_kernels import round_row
+
+    rows, width = x.shape
+    codes = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    block = power_of_two(width)
+    round_row[(rows,)](
+        x, codes, scales, x.stride(0), smallest, WIDTH=width, BLOCK=block, num_warps=row_warps(block)
+    )
+    return codes, scales
+
+
 class TritonOperations:
     """``Operations`` on CUDA, in any floating dtype, for even head sizes.
 

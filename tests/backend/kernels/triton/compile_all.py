@@ -25,14 +25,14 @@ from mini_sglang.backend.attention.base import PLAIN, AttentionForm
 from mini_sglang.backend.kernels.triton import attention_kernels, block_kernels, elementwise_kernels
 from mini_sglang.backend.kernels.triton.block_layout import FORMATS
 from mini_sglang.backend.kernels.triton.block_weight import TritonWeight
-from mini_sglang.backend.kernels.triton.operations import TritonOperations
+from mini_sglang.backend.kernels.triton.operations import TritonOperations, round_rows
 from mini_sglang.backend.loading.ggml_types import GGML_TYPES
 from mini_sglang.backend.models.rope import Rotations
 from mini_sglang.backend.weights import QuantizedWeight
 from tests.backend.kernels.triton.scene import LAYER, Scene
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-_TYPES |= {torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8"}
+_TYPES |= {torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv"}
 
 # What tells one compiled kernel from another.
 SIZES = ("KEY_DIM", "BLOCK_M", "BLOCK_N", "HEAD_DIM", "WIDTH", "BITS", "GROUP", "BLOCK_R")
@@ -40,7 +40,7 @@ FLAGS = ("SPLIT", "WINDOWED", "SOFTCAP", "SINKS", "NORM", "ROTATE", "MINIMUM", "
 
 KERNELS = {
     attention_kernels: ("attend", "merge"),
-    elementwise_kernels: ("add_and_norm", "rotate_and_store", "silu_and_mul"),
+    elementwise_kernels: ("add_and_norm", "rotate_and_store", "silu_and_mul", "round_row"),
     block_kernels: ("multiply", "add_parts", "unpack"),
 }
 
@@ -123,6 +123,8 @@ def compile_all(capability: int, shapes: list[tuple[int, int, int]], dtypes: lis
             operations.rotate_and_store(qkv, norm, turns, scene.kv, LAYER, slots)
     for dtype in dtypes:
         compile_products(dtype)
+        if capability >= 89:
+            round_rows(torch.zeros(3, 5120, dtype=dtype), 1e-30)
     print(json.dumps({"shared": shared, "kernels": done}))
 
 

@@ -30,6 +30,9 @@ from tests.backend.transformers_models.families import tiny_model as tiny_family
 
 KINDS = {name: GGML_TYPES[IDS[name]] for name in FORMATS}
 BY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+# One of every width of a code, with and without minima and second scales.
+SOME = ("Q8_0", "Q4_1", "Q5_K", "Q6_K")
+BY_SOME = pytest.mark.parametrize("kind", [KINDS[name] for name in SOME], ids=SOME)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of the size of what is added up; the interpreter cuts a bfloat16 off where a GPU rounds.
 EXACT = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -98,16 +101,16 @@ def test_repacking_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", FORMATS)
 def test_memory_is_that_of_the_blocks(name: str) -> None:
     twin, weight = pair(KINDS[name], 64, 2048)
-    # Q4_K's and Q6_K's second scales make no difference; a Q4_K scale takes 8 bits here and 6 there.
-    assert weight.nbytes <= 1.03 * twin.nbytes
+    # A Q4_K scale takes 8 bits here and 6 there, a code of 5 bits 6.
+    assert weight.nbytes <= (1.21 if name.startswith("Q5") else 1.03) * twin.nbytes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @BY_KIND
 def test_a_few_rows_meet_the_exact_weights(kind: GGMLType, dtype: torch.dtype) -> None:
     rng = random.Random(f"{kind.name} {dtype}")
-    for rows in (1, rng.randrange(2, 16), 16):
-        features, columns = rng.choice((1, 31, 64, 75, 100)), width(kind, rng.choice((1, 2, 5)))
+    for rows in (1, rng.randrange(2, 17)):
+        features, columns = rng.choice((1, 31, 64, 75)), width(kind, rng.choice((1, 2, 3)))
         twin, weight = pair(kind, features, columns, dtype, rng.randrange(1000))
         x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
         bias = rng.choice((None, torch.linspace(-3, 3, features).to(dtype)))
@@ -121,7 +124,7 @@ def test_more_rows(kind: GGMLType, dtype: torch.dtype, monkeypatch: pytest.Monke
     monkeypatch.setattr(block_weight, "_DENSE_ROWS", 140)
     rng = random.Random(f"{kind.name} {dtype}")
     for rows in (17, 70, 141):
-        features, columns = rng.choice((1, 40, 75)), width(kind, rng.choice((1, 2, 3)))
+        features, columns = rng.choice((1, 40, 75)), width(kind, rng.choice((1, 2)))
         twin, weight = pair(kind, features, columns, dtype, rng.randrange(1000))
         x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
         bias = rng.choice((None, torch.linspace(-3, 3, features).to(dtype)))
@@ -129,7 +132,7 @@ def test_more_rows(kind: GGMLType, dtype: torch.dtype, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@BY_KIND
+@BY_SOME
 def test_columns_in_parts(kind: GGMLType, dtype: torch.dtype) -> None:
     """Parts that end within what a program walks at a time, and a last part that is shorter."""
     columns = 1280 + kind.block_size
@@ -141,7 +144,7 @@ def test_columns_in_parts(kind: GGMLType, dtype: torch.dtype) -> None:
         near(weight.linear(x, bias), x, twin, bias, ROUNDED[dtype])
 
 
-@BY_KIND
+@BY_SOME
 def test_the_dense_matrix_in_pieces(kind: GGMLType, monkeypatch: pytest.MonkeyPatch) -> None:
     twin, weight = pair(kind, 45, width(kind, 2))
     x = torch.randn(20, twin.shape[1], generator=torch.Generator().manual_seed(0))
@@ -152,7 +155,7 @@ def test_the_dense_matrix_in_pieces(kind: GGMLType, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@BY_KIND
+@BY_SOME
 def test_a_row_is_the_same_bits_alone_and_beside_others(
     kind: GGMLType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,11 +221,13 @@ def test_parts_cover_the_columns_and_depend_on_the_matrix_alone(features: int, c
 
 
 @pytest.mark.parametrize("name", ["Q4_1", "Q5_K"])
-def test_accelerate_takes_the_formats_that_there_are(name: str) -> None:
+def test_accelerate_takes_the_formats_that_there_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(FORMATS) == {kind.name for kind in GGML_TYPES.values() if kind.quantized}
+    monkeypatch.setattr(block_weight, "FORMATS", {"Q4_1": FORMATS["Q4_1"]})
     kind = GGML_TYPES[IDS[name]]
     plain = QuantizedWeight(torch.from_numpy(random_blocks(kind, 8, 256)), kind, torch.float16)
     found = accelerate(plain, None, torch.float32, triton=True)
-    assert type(found) is (TritonWeight if name in FORMATS else QuantizedWeight)
+    assert type(found) is (TritonWeight if name == "Q4_1" else QuantizedWeight)
     assert found.dtype == torch.float32 and type(accelerate(plain, None)) is QuantizedWeight
     stacked = accelerate(StackedWeight([plain, DenseWeight(torch.ones(2, 256))]), None, triton=True)
     assert isinstance(stacked, StackedWeight) and type(stacked.parts[0]) is type(found)
@@ -261,34 +266,34 @@ def test_torch_compile_takes_it_as_one_operator() -> None:
     assert calls == [2]
 
 
-PROMPTS = [[(7 * i * i + 3 * i + s) % 190 + 5 for i in range(length)] for s, length in enumerate((1, 20, 37))]
+PROMPTS = [[(7 * i * i + 3 * i + s) % 190 + 5 for i in range(length)] for s, length in enumerate((1, 20))]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_a_model_whose_matrices_become_blocks(quantization: str, tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path, "qwen2", tie_word_embeddings=quantization == "int4")
-    expected = greedy(load(folder, kernels="reference", quantization=quantization), PROMPTS, 4)
+    expected = greedy(load(folder, kernels="reference", quantization=quantization), PROMPTS, 2)
     backend = load(folder, kernels="triton", quantization=quantization)
     matrices = matrices_of(backend.decoder)  # type: ignore[arg-type]
     assert {type(matrix) for matrix in matrices} == {TritonWeight}
-    assert greedy(backend, PROMPTS, 4) == expected
+    assert greedy(backend, PROMPTS, 2) == expected
 
 
 def test_a_gguf_of_blocks(tmp_path: Path) -> None:
-    """Q5_0 has no kernel, and stands beside those that have."""
+    """Of several formats, beside each other in one product too."""
     kinds = gguf.GGMLQuantizationType
     others = {"v_proj": kinds.Q8_0, "mlp.down_proj": kinds.Q5_0, "embed_tokens": kinds.Q4_1}
     model = model_files.tiny_model("llama-tied")
     path = model_files.write_gguf(tmp_path / "m.gguf", model, "llama", kinds.Q4_0, others=others)
-    prompts = [[4, 5, 6], list(range(4, 40))]
-    expected = greedy(load(path, kernels="reference", gguf_dequantize=0), prompts, 4)
+    prompts = [[4, 5, 6], list(range(4, 24))]
+    expected = greedy(load(path, kernels="reference", gguf_dequantize=0), prompts, 2)
     backend = load(path, kernels="triton", gguf_dequantize=0)
     decoder: Decoder = backend.decoder  # type: ignore[assignment]
     layer = decoder.layers[0]
-    assert isinstance(layer.qkv, StackedWeight) and type(layer.down) is QuantizedWeight
+    assert isinstance(layer.qkv, StackedWeight)
     assert [part.type.name for part in layer.qkv.parts] == ["Q4_0", "Q4_0", "Q8_0"]  # type: ignore[attr-defined]
-    assert {type(layer.o), type(layer.gate_up), type(decoder.lm_head)} == {TritonWeight}
-    assert greedy(backend, prompts, 4) == expected
+    assert {type(w) for w in (layer.o, layer.gate_up, layer.down, decoder.lm_head)} == {TritonWeight}
+    assert greedy(backend, prompts, 2) == expected
 
 
 def test_beside_the_code_of_transformers(tmp_path: Path) -> None:

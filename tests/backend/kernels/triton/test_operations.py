@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import triton
 from torch import Tensor
+from triton.runtime import interpreter
 
+from mini_sglang.backend.fp8 import Fp8Weight
 from mini_sglang.backend.kernels.triton.operations import TritonOperations
 from mini_sglang.backend.kv.layered import LayeredKVPool, LayerShape
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.models.operations import TorchOperations
 from mini_sglang.backend.models.rope import Rotations
+from mini_sglang.backend.weights import accelerate
 
 EPS = 1e-5
 TRITON, TORCH = TritonOperations(EPS), TorchOperations(EPS)
@@ -102,3 +107,33 @@ def test_silu_and_mul(width: int, dtype: torch.dtype) -> None:
     gate_up = random((3, 2 * width), 0, dtype)
     gate_up[0, 0] = -200.0
     near(TRITON.silu_and_mul(gate_up.clone()), TORCH.silu_and_mul(gate_up.clone()))
+
+
+def to_e4m3(values: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+    """As a GPU converts; the interpreter cuts off."""
+    assert values.dtype == np.float32
+    return torch.from_numpy(values.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_e4m3(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = Fp8Weight.of(random((32, 112), 1, torch.float32), dtype)
+    fused = accelerate(weight, None, triton=True)
+    x = random((7, 112), 0, dtype)
+    x[1], x[2] = 0.0, x[2] * 1e-4
+    x[3, 5], x[4, 6] = torch.nan, torch.inf
+    wide = torch.zeros(7, 130, dtype=dtype)
+    wide[:, 5:117] = x
+    own = interpreter._convert_float
+
+    def convert(values: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+        chosen = to_e4m3 if target == triton.language.float8e4nv else own
+        return chosen(values, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+    for rows in (x, wide[:, 5:117], x.t().contiguous().t()):
+        with np.errstate(invalid="ignore"):
+            found = fused.linear(rows)
+        expected = weight.linear(x)
+        assert torch.equal(found[:3], expected[:3]) and torch.equal(found[5:], expected[5:])
+        assert found[3:5].isnan().all()
