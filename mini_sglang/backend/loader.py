@@ -15,6 +15,7 @@ from mini_sglang.backend.kernels.triton.available import triton_wanted
 from mini_sglang.backend.loading.checkpoint import open_checkpoint
 from mini_sglang.backend.machine import Machine
 from mini_sglang.backend.native_model import load_native_backend
+from mini_sglang.backend.overlap import choose_submitter
 from mini_sglang.backend.parallel.choice import refuse_other_models, threads_per_rank
 from mini_sglang.backend.parallel.rank import Member
 from mini_sglang.backend.step import LoadedBackend
@@ -62,11 +63,14 @@ def load_backend(
     try:
         served = choose_kind(path, checkpoint.config, settings.trust_remote_code)
         if served == "native" and not settings.engine_fast_decode:
-            return load_native_backend(path, checkpoint, settings, machine, notify, member)
-        refuse_other_models(settings)
-        # Imported here, since most models do without.
-        from mini_sglang.backend.transformers_models.backend import load_transformers_backend
+            backend: LoadedBackend = load_native_backend(path, checkpoint, settings, machine, notify, member)
+        else:
+            refuse_other_models(settings)
+            # Imported here, since most models do without.
+            from mini_sglang.backend.transformers_models.backend import load_transformers_backend
 
-        return load_transformers_backend(path, checkpoint, served, settings, machine, notify)
+            backend = load_transformers_backend(path, checkpoint, served, settings, machine, notify)
+        backend.submitter = choose_submitter(settings, backend, device)
+        return backend
     finally:
         checkpoint.close()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.attention.paged import PagedAttention
-from mini_sglang.backend.batch import Batch, Limits
+from mini_sglang.backend.batch import Batch, Followed, Limits
 from mini_sglang.backend.device import dtype_name, to_device
+from mini_sglang.backend.device_sampling import DeviceSampler, Draw
 from mini_sglang.backend.kept_logits import KeptLogits
 from mini_sglang.backend.kernels.program import StepProgram
 from mini_sglang.backend.kv.pool import KVPool
@@ -23,7 +24,7 @@ from mini_sglang.backend.lora.store import Adapters
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.pieces import cut, join
 from mini_sglang.backend.sampling import Sampler
-from mini_sglang.backend.step import SequenceResult, SequenceStep
+from mini_sglang.backend.step import SequenceResult, SequenceStep, Submitter
 from mini_sglang.backend.transformers_models.decoder import TransformersDecoder
 from mini_sglang.config import VERSION
 from mini_sglang.types import TokenLogprob
@@ -75,6 +76,7 @@ class ModelBackend:
         self._path = path
         self._kept = KeptLogits()
         self.store = PoolStore(kv, self._identity)
+        self.submitter: Submitter | None = None
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
     @property
@@ -131,12 +133,42 @@ class ModelBackend:
             # Without torch's inference mode: to enter it takes a tenth of the time outside the kernels.
             return self._results(steps, batch, self.program.forward(batch))
         with torch.inference_mode():
-            if self.adapters is not None and batch.adapters is not None and isinstance(self.decoder, Decoder):
-                adapters = self.adapters.begin(batch)
-                hidden = self.decoder.forward(batch, self.kv, self.attention, adapters)
-            else:
-                hidden = self.decoder.forward(batch, self.kv, self.attention)
-            return self._results(steps, batch, hidden)
+            return self._results(steps, batch, self._forward(batch))
+
+    def _forward(self, batch: Batch) -> Tensor:
+        if self.adapters is not None and batch.adapters is not None and isinstance(self.decoder, Decoder):
+            return self.decoder.forward(batch, self.kv, self.attention, self.adapters.begin(batch))
+        return self.decoder.forward(batch, self.kv, self.attention)
+
+    def launches(self, steps: Sequence[SequenceStep]) -> bool:
+        """Whether ``launch`` takes these steps."""
+        if any(s.from_logits is not None or s.prompt_targets or s.draft_samples for s in steps):
+            return False
+        return self.program is None or sum([len(step.token_ids) for step in steps]) <= self.program.max_rows
+
+    def launch(
+        self, steps: Sequence[SequenceStep], followed: Followed | None
+    ) -> tuple[Draw | None, list[int]]:
+        """Begin what ``run`` does, without waiting for the device.
+
+        Args:
+            followed: of the tokens of ``steps`` those that are on the device.
+
+        Returns:
+            what is chosen, None for nothing, and of each row of it the place of its step.
+        """
+        batch = self._batch(steps)
+        batch.followed = followed
+        with torch.inference_mode():
+            batch.fill(batch.token_ids)
+            hidden = self._forward(batch) if self.program is None else self.program.forward(batch)
+            if not batch.samples:
+                return None, []
+            places = [place for place, _ in batch.samples]
+            logits = self.decoder.logits(self._sampled_rows(batch, hidden))
+            self._kept.keep(steps, places, logits)
+            assert isinstance(self.sampler, DeviceSampler)
+            return self.sampler.launch(logits, batch.specs), places
 
     def _results(self, steps: Sequence[SequenceStep], batch: Batch, hidden: Tensor) -> list[SequenceResult]:
         """What ``hidden`` ``[R, hidden_size]`` comes to: tokens and prompt logprobs."""

@@ -83,7 +83,11 @@ def test_forty_requests_at_random(
     """Random arrivals, lengths, seeds and aborts in a small pool: every answer is as alone, without overlap."""
     chance = random.Random(seed)
     backend = LateBackend(
-        pool_tokens // page_size, page_size, CONTEXT, chance=random.Random(seed), revises=chance.choice([0, 0.1])
+        pool_tokens // page_size,
+        page_size,
+        CONTEXT,
+        chance=random.Random(seed),
+        revises=chance.choice([0, 0.1]),
     )
     driver = Driver(make_late_core(backend, **settings))
     stems = [[2 + chance.randrange(8) for _ in range(CONTEXT)] for _ in range(3)]
