@@ -338,8 +338,8 @@ class Settings:
         "Scheduling",
         "OVERLAP_SCHEDULE",
         "auto",
-        "whether the next step is planned, and the last one's tokens sent, while the device runs one; auto does "
-        "so on CUDA; 1 on a CPU runs steps in a thread",
+        "plan the next step, and send what the last one gave, while the device runs one; auto does so on "
+        "CUDA, 1 on a CPU too, in a thread",
         choices=("auto", "0", "1"),
     )
     max_batch_size: int = setting(

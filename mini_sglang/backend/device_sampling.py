@@ -194,7 +194,7 @@ class Draw:
             for row, entry in zip(self._reported, entries, strict=True):
                 if kept[row] is None:
                     found[row].logprob = entry
-        if numbers is not first:
+        if self._sent is not None and numbers is not first:
             for row, result in enumerate(found):
                 result.revised = result.token_id is not None and result.token_id != int(first[row])
         return found

@@ -227,8 +227,8 @@ class Backend(Protocol):
     """A model with its KV pool. Not thread-safe: one thread calls ``run``.
 
     One that can copy pages and keep logits has a ``store`` beside these, a ``PageStore``; one whose steps are
-    to run while the engine goes on has a ``submitter``. One that is more than this process has ``check``, which
-    raises ``BackendLostError`` where the rest of it is gone, and ``close``, which ends that.
+    to run while the engine goes on has a ``submitter``. One that is more than this process has ``check``,
+    which raises ``BackendLostError`` where the rest of it is gone, and ``close``, which ends that.
     """
 
     @property

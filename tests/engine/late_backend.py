@@ -1,7 +1,7 @@
 """A ``FakeBackend`` whose submitted steps read and write late, when it suits them worst.
 
-A step runs at some moment between ``submit`` and ``wait``, after those submitted before it. Until it was waited
-for, the slots it reads must not be written, and those it writes must not be touched, by anybody else.
+A step runs at some moment between ``submit`` and ``wait``, after those submitted before it. Until it was
+waited for, the slots it reads must not be written, and those it writes must not be touched, by anybody else.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class LateFlight:
     backend: LateBackend
     steps: list[SequenceStep]
     owners: list[Request | None]
-    before: LateFlight | None  # while that is under way
+    before: LateFlight | None
     pages: set[int]
+    blind: bool  # whether it was submitted before that one was waited for
     run: bool = False
     results: list[SequenceResult] = field(default_factory=list)
     error: Exception | None = None
@@ -37,7 +38,7 @@ class LateFlight:
         if self.before is not None:
             self.before.execute()
         self.run = True
-        lost = set() if self.before is None else self.before.lost
+        lost = self.before.lost if self.before is not None and self.blind else set()
         try:
             self.results = self.backend.run_now(self._filled(), self.owners, lost)
         except Exception as error:
@@ -72,9 +73,7 @@ class LateFlight:
     def wait(self) -> list[SequenceResult]:
         self.execute()
         if self in self.backend.under_way:
-            if self.backend.under_way[0] is not self and not self.backend.waiting_for_all:
-                raise KVCorruption("a step was waited for before the one before it")
-        self.backend.waited(self)
+            self.backend.under_way.remove(self)
         if self.error is not None:
             raise self.error
         for place in self.revised:
@@ -98,7 +97,6 @@ class LateBackend(FakeBackend):
     refuses: float = 0.02
     owners_of: Callable[[SequenceStep], list[Request]] = lambda step: []
     under_way: list[LateFlight] = field(default_factory=list)
-    waiting_for_all: bool = False
     submitted: int = 0
     ahead: int = 0
     closed: bool = False
@@ -126,16 +124,16 @@ class LateBackend(FakeBackend):
         for step in steps:
             owners.append(next((owner for owner in self.owners_of(step) if owner not in owners), None))
         self._check_apart(steps, owners)
-        before = self._last if self._last in self.under_way else None
+        before = self._last
         for step in steps:
             if step.follows is None:
                 continue
             if before is None:
-                raise KVCorruption("a step follows one that is not under way")
-            if self.chance.random() < self.revises:
+                raise KVCorruption("a step follows none")
+            if before in self.under_way and self.chance.random() < self.revises:
                 before.revised.add(step.follows)
         pages = {page for step in steps for page in step.pages}
-        self._last = LateFlight(self, steps, owners, before, pages)
+        self._last = LateFlight(self, steps, owners, before, pages, before in self.under_way)
         self.ahead += bool(self.under_way)
         self.under_way.append(self._last)
         self.submitted += 1
@@ -183,10 +181,6 @@ class LateBackend(FakeBackend):
             if self.chance.random() < 0.6:
                 return
             flight.execute()
-
-    def waited(self, flight: LateFlight) -> None:
-        if flight in self.under_way:
-            self.under_way.remove(flight)
 
     def touch(self, pages: Sequence[int]) -> None:
         """Somebody else writes pages."""

@@ -80,15 +80,10 @@ TestOverlap.settings = examples(100, 40)
 def test_forty_requests_at_random(
     seed: int, settings: dict[str, Any], page_size: int, pool_tokens: int
 ) -> None:
-    """Random arrivals, lengths, seeds and aborts in a small pool: every answer is as alone, without overlap."""
+    """Random arrivals, lengths, seeds and aborts in a small pool: answers are those without overlap."""
     chance = random.Random(seed)
-    backend = LateBackend(
-        pool_tokens // page_size,
-        page_size,
-        CONTEXT,
-        chance=random.Random(seed),
-        revises=chance.choice([0, 0.1]),
-    )
+    backend = LateBackend(pool_tokens // page_size, page_size, CONTEXT)
+    backend.chance, backend.revises = random.Random(seed), chance.choice([0.0, 0.1])
     driver = Driver(make_late_core(backend, **settings))
     stems = [[2 + chance.randrange(8) for _ in range(CONTEXT)] for _ in range(3)]
     wanted: dict[str, Answer] = {}
