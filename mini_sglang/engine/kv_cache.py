@@ -208,7 +208,12 @@ class KVCacheManager:
             self._reserved.add(request.keep_logits)
 
     def keep_prompt(self, request: Request) -> None:
-        """Put a prompt in the exact-prompt cache: its step is done, its whole pages are published."""
+        """Put a prompt in the exact-prompt cache: its step is done, its whole pages are published.
+
+        Does nothing for one whose last step is still to come, or under way.
+        """
+        if request.num_computed < request.num_prompt:
+            return
         request.from_logits = None
         slot, request.keep_logits = request.keep_logits, None
         if slot is None:

@@ -107,7 +107,7 @@ engine_settings = st.fixed_dictionaries(
 
 
 class EngineMachine(RuleBasedStateMachine):
-    patience = 1
+    patience = 1  # steps for each that is needed
 
     @initialize(
         settings=engine_settings,
@@ -206,7 +206,8 @@ class EngineMachine(RuleBasedStateMachine):
     def drain(self) -> None:
         live = [r for name, r in self.requests.items() if self.answers[name].finish is None]
         # The oldest request computes a token or more at every step, so this many steps end them all.
-        bound = (sum(r.num_prompt + r.max_new_tokens + 1 for r in live) + len(live)) * self.patience
+        bound = sum(r.num_prompt + r.max_new_tokens + 1 for r in live) + len(live)
+        bound = bound * self.patience + self.patience - 1
         if len({r.params.priority for r in live}) > 1:
             # One that waits may come before those that run, and set them back once it runs.
             bound *= len(live) + 1

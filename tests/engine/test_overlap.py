@@ -289,14 +289,15 @@ def test_a_prompt_waits_for_the_same_prefix_that_a_step_under_way_computes() -> 
     assert driver.answers[second].token_ids == plain([*long, 4], params(6)).token_ids
 
 
-def test_whole_prompts_are_kept_and_started_from_while_steps_are_under_way() -> None:
-    driver = driver_with(prefill_cache_size=4)
-    for n in (9, 8):
+@pytest.mark.parametrize("chunk", [512, 5])
+def test_whole_prompts_are_kept_and_started_from_while_steps_are_under_way(chunk: int) -> None:
+    driver = driver_with(backend_with(chance=Lazy()), prefill_cache_size=4, prefill_chunk_size=chunk)
+    for n in (9, 8, 23):
         expected = plain(PROMPT[:n], params(7))
         assert told(driver.run(PROMPT[:n], params(7))) == expected
         warm = driver.run(PROMPT[:n], params(7))
         assert warm.token_ids == expected.token_ids and warm.cached_tokens == n
-    assert driver.core.stats()["prefill_cache_hits"] == 2
+    assert driver.core.stats()["prefill_cache_hits"] == 3
 
 
 def test_warm_prefixes_are_computed() -> None:

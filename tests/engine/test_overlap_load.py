@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
 from mini_sglang.engine.engine import EngineCore
-from mini_sglang.types import FinishReason
+from mini_sglang.types import FinishReason, SamplingParams
 
 from .fake_backend import Answer, Driver, FakeBackend, examples, reference, turns
 from .late_backend import LateBackend, make_late_core
 from .test_load import CODES, CONTEXT, EngineMachine, check_locks, engine_settings, sampling_params
+from .test_speculation import rig
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,6 +72,22 @@ class OverlapMachine(EngineMachine):
 
 TestOverlap = OverlapMachine.TestCase
 TestOverlap.settings = examples(100, 40)
+
+
+class SpeculatingOverlapMachine(OverlapMachine):
+    """Requests whose tokens are guessed, which are waited for, beside others, which are not."""
+
+    def make_core(self, settings: dict[str, Any]) -> EngineCore:
+        return rig(make_late_core(self.backend, speculation="prompt_lookup", **settings))
+
+    def add_one(self, prompt: list[int], params: SamplingParams, kind: str) -> None:
+        if len(self.answers) % 3:
+            params = replace(params, speculative="off")
+        super().add_one(prompt, params, kind)
+
+
+TestSpeculatingOverlap = SpeculatingOverlapMachine.TestCase
+TestSpeculatingOverlap.settings = examples(50, 40)
 
 
 @given(
