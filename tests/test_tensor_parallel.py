@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -233,9 +233,19 @@ def pool(folder: Path) -> Iterator[EnginePool]:
 
 def children(pool: EnginePool) -> tuple[int, int]:
     """The process ids of the engine, which is rank 0, and of rank 1."""
-    (engine,) = [p for p in psutil.Process().children() if "process_main" in " ".join(p.cmdline())]
-    (follower,) = [p for p in engine.children() if "follower_main" in " ".join(p.cmdline())]
+    (engine,) = running(psutil.Process(), "process_main")
+    (follower,) = running(engine, "follower_main")
     return engine.pid, follower.pid
+
+
+def running(parent: psutil.Process, module: str) -> list[psutil.Process]:
+    """The children that run ``module``. One that another test left to be waited for runs nothing."""
+    found = []
+    for child in parent.children():
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if module in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def ask(pool: EnginePool, name: str, max_new_tokens: int = 12) -> Receiver:
@@ -252,11 +262,11 @@ def test_an_engine_whose_rank_was_killed_is_made_again_as_a_whole(pool: EnginePo
     answer = ask(pool, "before").wait().token_ids
     restarts = pool.stats().restarts
     engine, follower = children(pool)
-    running = ask(pool, "running", 400)
-    until(running.first.is_set, "its first token")
+    asked = ask(pool, "running", 400)
+    until(asked.first.is_set, "its first token")
     os.kill(follower if victim == "rank 1" else engine, signal.SIGKILL)
-    last = running.wait()
-    assert running.last_kind == ENGINE_DIED
+    last = asked.wait()
+    assert asked.last_kind == ENGINE_DIED
     if victim == "rank 1":
         assert last.error == "the engine died: rank 1 of 2 died (killed by signal 9)"
     until(lambda: gone(engine) and gone(follower), "both processes to end")

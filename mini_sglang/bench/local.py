@@ -8,7 +8,7 @@ from typing import Any
 
 from mini_sglang.bench.compare import WARM_NEW, Comparison, Participant
 from mini_sglang.bench.conversation import SUITE, Conversation, check_room
-from mini_sglang.bench.machine import Limits, machine, measure_limits
+from mini_sglang.bench.machine import Limits, machine_line, measure_limits
 from mini_sglang.bench.models import BenchModel
 from mini_sglang.bench.peers.base import Peer
 from mini_sglang.bench.peers.registry import all_peers, interpreter
@@ -198,14 +198,7 @@ def foot(outcome: Outcome) -> Iterator[str]:
     """Notes, the machine, versions."""
     for note in outcome.notes:
         yield from sentence(f"{note[:1].upper()}{note[1:]}.")
-    about = machine()
-    line = f"Machine: {about['cpu']}, {about['cores']} cores, {about['memory_gb']} GB"
-    if outcome.limits:
-        line += (
-            f"; reads {outcome.limits.bandwidth_gb_s:.1f} GB/s, multiplies "
-            f"{outcome.limits.matrix_gflop_s:.0f} GFLOP/s in bf16"
-        )
-    yield from sentence(f"{line}.")
+    yield from sentence(machine_line(outcome.limits))
     named = {"mini-sglang": VERSION, **outcome.versions}.items()
     versions = ", ".join(f"{name} {version}" for name, version in named)
     yield from sentence(f"Versions: {versions}.")

@@ -79,6 +79,16 @@ class Limits:
         return asdict(self)
 
 
+def machine_line(limits: Limits | None) -> str:
+    """The machine and what it can do, in one line."""
+    about = machine()
+    line = f"Machine: {about['cpu']}, {about['cores']} cores, {about['memory_gb']} GB"
+    if limits is None:
+        return f"{line}."
+    reads, multiplies = f"{limits.bandwidth_gb_s:.1f} GB/s", f"{limits.matrix_gflop_s:.0f} GFLOP/s"
+    return f"{line}; reads {reads}, multiplies {multiplies} in bf16."
+
+
 def measure_limits(threads: int) -> Limits:
     """Measured in a process of its own, so that nothing of ours stays behind in it.
 

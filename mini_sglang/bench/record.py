@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mini_sglang.bench.machine import Limits, machine
 from mini_sglang.config import VERSION
 from mini_sglang.errors import MiniSglangError
@@ -40,14 +42,16 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     limits: Limits | None = None
     argv: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
-    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def as_json(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "kind": self.kind,
-            "command": shlex.join([Path(self.argv[0]).name, *self.argv[1:]]),
-            "started": self.started,
+            "command": _command(self.argv),
+            # Of the process: a record is made when the runs are over.
+            "started": datetime.fromtimestamp(psutil.Process().create_time(), UTC).isoformat(
+                timespec="seconds"
+            ),
             "commit": commit(),
             "machine": machine(),
             "limits": self.limits.as_json() if self.limits else None,
@@ -80,6 +84,13 @@ def read_record(path: Path) -> dict[str, Any]:
             f"{str(path)!r} is not a benchmark's JSON of format {FORMAT} and kind {', '.join(KINDS)}."
         )
     return found
+
+
+def _command(argv: Sequence[str]) -> str:
+    """What to type to run it again."""
+    name = Path(argv[0]).name
+    program = ["python", "-m", "mini_sglang"] if name == "__main__.py" else [name]
+    return shlex.join([*program, *argv[1:]])
 
 
 def commit() -> str | None:

@@ -180,7 +180,8 @@ def open_kernels(
     if triton_wanted(setting, device):
         return None, "triton"
     if device.type != "cpu":
-        return None, f"torch: {why_no_triton(device)}"
+        why = why_no_triton(device) if device.type == "cuda" else None
+        return None, f"torch: {why or f'the device is {device.type}'}"
     try:
         kernels = NativeKernels(build_library(cache, notify), threads)
     except BuildError as error:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from mini_sglang.bench.load.generator import Generator
 from mini_sglang.bench.load.options import MOST_REQUESTS, Work, add_options, checked, rate
 from mini_sglang.bench.load.running import Measured, Pace, measure, stopped_by_ctrl_c, warnings
 from mini_sglang.bench.load.table import as_sentence, lines
+from mini_sglang.bench.machine import Limits, machine_line, measure_limits, usable_cores
 from mini_sglang.bench.record import Record
 from mini_sglang.bench.server_process import start_ours
 from mini_sglang.bench.wire.client import Client
 from mini_sglang.bench.wire.detect import Found, detect
 from mini_sglang.cli.args import Parser
+from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError, MiniSglangError
 
 REQUESTS = 100
@@ -46,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_options(parser)
     options = parser.parse(argv)
     work, pace = checked(options), _pace(options)
-    with server_of(options) as url:
-        return asyncio.run(_run(options, work, pace, url))
+    with target_of(options) as target:
+        return asyncio.run(_run(options, work, pace, target))
 
 
-async def _run(options: Namespace, work: Work, pace: Pace, url: str) -> int:
-    server = await find(options, url)
+async def _run(options: Namespace, work: Work, pace: Pace, target: Target) -> int:
+    server = await find(options, target.url)
     client = client_of(options, server)
     try:
         if options.warmup:
@@ -66,11 +70,13 @@ async def _run(options: Namespace, work: Work, pace: Pace, url: str) -> int:
         print(line)
     for note in notes + failures(measured):
         print(as_sentence(note))
+    if target.limits is not None:
+        print(machine_line(target.limits))
     if options.json is not None:
         settings = settings_json(options, server, work) | {"notes": notes}
         row = {**measured.row, "dialect": server.dialect.name, "dataset": work.dataset}
         runs = [request.as_json() for request in measured.load.requests]
-        Record("serve", settings, [row], runs).write(options.json)
+        Record("serve", settings, [row], runs, limits=target.limits).write(options.json)
     if measured.load.interrupted:
         return INTERRUPTED
     return 0 if measured.row["completed"] else 1
@@ -101,23 +107,33 @@ def _pace(options: Namespace) -> Pace:
     return Pace(speed, None, count, duration)
 
 
+@dataclass(frozen=True)
+class Target:
+    """Who is asked; ``limits`` are of its machine, known where that is this one."""
+
+    url: str
+    limits: Limits | None = None
+
+
 @contextmanager
-def server_of(options: Namespace) -> Iterator[str]:
-    """The URL given, or that of a server that is there until the end.
+def target_of(options: Namespace) -> Iterator[Target]:
+    """The URL given, or a server of ours that is there until the end, on a machine measured before.
 
     Raises:
-        PeerError: it does not start.
+        PeerError: it does not start, or the machine cannot be measured.
     """
     if options.url is not None:
-        yield options.url
+        yield Target(options.url)
         return
+    print("Measuring the machine …", file=sys.stderr)
+    limits = measure_limits(Settings.resolve({}, os.environ).num_threads or usable_cores())
     print("Starting mini-sglang serve …", file=sys.stderr)
     words = []
     if options.model is not None:
         words = ["--model", options.model]
     server = start_ours(words)
     try:
-        yield server.url
+        yield Target(server.url, limits)
     finally:
         server.close()
 

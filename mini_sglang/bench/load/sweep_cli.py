@@ -14,15 +14,17 @@ from mini_sglang.bench.load.options import Work, add_options, checked, rate
 from mini_sglang.bench.load.running import Measured, Pace, measure, warnings
 from mini_sglang.bench.load.serve_cli import (
     INTERRUPTED,
+    Target,
     client_of,
     failures,
     find,
-    server_of,
     settings_json,
     stopper,
+    target_of,
     warm,
 )
 from mini_sglang.bench.load.table import as_sentence, sweep_lines
+from mini_sglang.bench.machine import machine_line
 from mini_sglang.bench.record import Record
 from mini_sglang.cli.args import Parser
 from mini_sglang.errors import InvalidValueError
@@ -62,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_options(parser)
     options = parser.parse(argv)
     work, speeds = checked(options), list(_rates(options))
-    with server_of(options) as url:
-        return asyncio.run(_run(options, work, speeds, url))
+    with target_of(options) as target:
+        return asyncio.run(_run(options, work, speeds, target))
 
 
-async def _run(options: Namespace, work: Work, speeds: Sequence[float], url: str) -> int:
-    server = await find(options, url)
+async def _run(options: Namespace, work: Work, speeds: Sequence[float], target: Target) -> int:
+    server = await find(options, target.url)
     client = client_of(options, server)
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
@@ -106,9 +108,11 @@ async def _run(options: Namespace, work: Work, speeds: Sequence[float], url: str
         print(line)
     for note in [end, *notes]:
         print(as_sentence(note))
+    if target.limits is not None:
+        print(machine_line(target.limits))
     if options.json is not None:
         settings = {**settings_json(options, server, work), "notes": notes, "end": end, "unloaded_e2e": alone}
-        Record("sweep", settings, rows, runs).write(options.json)
+        Record("sweep", settings, rows, runs, limits=target.limits).write(options.json)
     if interrupted:
         return INTERRUPTED
     return 0 if any(row["completed"] for row in rows) else 1

@@ -6,11 +6,13 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mini_sglang.bench.load import serve_cli, sweep_cli
+from mini_sglang.bench.machine import Limits
 from mini_sglang.bench.record import read_record
 from mini_sglang.bench.wire.detect import detect
 from mini_sglang.errors import MiniSglangError
@@ -66,6 +68,30 @@ def test_what_fails_is_counted_by_its_kind(tmp_path: Path, capsys: pytest.Captur
     assert kinds.get("reset", 0) + kinds.get("cut short", 0) == 2
     assert row["output_tokens"] == 2 * NEW
     assert "Status 429: no place left." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [serve_cli, sweep_cli])
+def test_the_limits_of_this_machine_stand_beside_a_server_of_ours(
+    command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--warmup", "1", "--json", str(tmp_path / "x.json"), "--dialect", "ours", "--output-len", "4"]
+    words += ["--requests", "2"] if command is serve_cli else ["--rates", "50", "--seconds", "0.1"]
+    closed: list[bool] = []
+    with fake_server(Behaviour("ours")) as url:
+        server = SimpleNamespace(url=url, close=lambda: closed.append(True))
+        monkeypatch.setattr(serve_cli, "start_ours", lambda given: server)
+        monkeypatch.setattr(serve_cli, "measure_limits", lambda threads: Limits(12.5, 345.0, threads))
+        monkeypatch.setenv("NUM_THREADS", "1")
+        assert command.main(words) == 0
+    assert closed == [True]
+    limits = {"bandwidth_gb_s": 12.5, "matrix_gflop_s": 345.0, "threads": 1}
+    assert read_record(tmp_path / "x.json")["limits"] == limits
+    assert "reads 12.5 GB/s, multiplies 345 GFLOP/s in bf16." in capsys.readouterr().out
+
+
+def test_the_limits_of_another_machine_are_not_known(tmp_path: Path) -> None:
+    with fake_server(Behaviour("ours")) as url:
+        assert serve(url, tmp_path / "x.json", "--dialect", "ours")[1]["limits"] is None
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
@@ -129,7 +155,8 @@ def test_a_sweep_stops_where_the_server_is_full(tmp_path: Path, capsys: pytest.C
     path = tmp_path / "x.json"
     # Three to warm up and four at each of two rates, then it refuses all.
     fault = [None] * 11 + [429] * 1000
-    with fake_server(Behaviour("ours", first=0.5, fault=fault.__getitem__)) as url:
+    behaviour = Behaviour("ours", first=0.5, fault=fault.__getitem__)
+    with fake_server(behaviour) as url:
         words = [
             "--url",
             url,
@@ -148,6 +175,9 @@ def test_a_sweep_stops_where_the_server_is_full(tmp_path: Path, capsys: pytest.C
     assert [row["request_rate"] for row in record["rows"]] == [5.0, 10.0, 20.0]
     assert "Full at 20 requests/s: its output is 0% of what was offered" in capsys.readouterr().out
     assert {run["rate"] for run in record["runs"]} == {5.0, 10.0, 20.0}
+    # A prompt that an earlier rate had asked would be answered from the server's cache.
+    prompts = [tuple(body["prompt"]) for body in behaviour.bodies]
+    assert len(prompts) == 3 + 3 * 4 and len(set(prompts)) == len(prompts)
 
 
 def test_the_record_has_no_key_and_says_what_was_asked(tmp_path: Path) -> None:

@@ -50,6 +50,18 @@ def test_a_late_first_token_is_a_reason_of_its_own() -> None:
     assert told(load, 400.0) == "its p99 time to first token is 500 ms, over 400"
 
 
+def test_one_late_first_token_in_fifty_is_too_many() -> None:
+    late = {7, 40}
+    load = Load(
+        [request(n, planned=float(n), times=(n + (0.9 if n in late else 0.1), n + 1.0)) for n in range(100)],
+        duration=101.0,
+    )
+    found = {**row(load), "followed": 1.0}
+    why = saturated(found, 500.0)
+    assert why is not None and why.startswith("its p99 time to first token is 9")
+    assert saturated(found, 1000.0) is None
+
+
 def test_answers_that_end_early_are_no_lag_of_the_server() -> None:
     load = Load(
         [request(n, planned=float(n), end=n + 2.0, asked_tokens=500) for n in range(9)], duration=10.0
