@@ -136,7 +136,9 @@ class EngineCore:
                 take=self._postprocess,
                 fail=self._fail_all,
             )
-            self._overlap = Overlap(submitter, self.scheduler, self.cache, self.counters, steps)
+            self._overlap = Overlap(
+                submitter, self.scheduler, self.cache, self.counters, steps, rewinds=paged
+            )
             self._next = self._overlap.step
 
     @property

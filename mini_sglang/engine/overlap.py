@@ -69,7 +69,11 @@ class UnderWay:
 
 
 class Overlap:
-    """Runs the steps of an engine so that one is always under way between two calls of ``step``."""
+    """Runs the steps of an engine so that one is always under way between two calls of ``step``.
+
+    Args:
+        rewinds: whether the backend computes positions again that it has computed before.
+    """
 
     def __init__(
         self,
@@ -78,12 +82,15 @@ class Overlap:
         cache: KVCacheManager,
         counters: EngineCounters,
         steps: Steps,
+        *,
+        rewinds: bool,
     ) -> None:
         self._submitter = submitter
         self._scheduler = scheduler
         self._cache = cache
         self._counters = counters
         self._steps = steps
+        self._rewinds = rewinds
         self._under_way: deque[UnderWay] = deque()  # in the order they were submitted: two at most
 
     @property
@@ -219,20 +226,26 @@ class Overlap:
 
     def _land_failed(self, error: Exception) -> list[TokenEvent]:
         """The oldest step has failed: its requests end, and what was built on it comes to nothing."""
-        step = self._under_way[0]
-        for following in list(self._under_way)[1:]:
+        step, *others = self._under_way
+        for following in others:
             try:
                 following.flight.wait()
             except BackendLostError:
                 raise
             except Exception as other:
                 logger.debug("a step after one that failed: %s", other)
-        # Requests that were only in a later step go on from where they were.
         for landed in self._under_way:
             self._set_free(landed)
         self._under_way.clear()
-        live = [item for item in step.plan if item.request.phase is not Phase.FINISHED]
-        return self._steps.fail(live, error)
+        events = self._steps.fail(
+            [item for item in step.plan if item.request.phase is not Phase.FINISHED], error
+        )
+        if not self._rewinds:
+            # Else requests that were only in a later step go on from where they were.
+            for item in (item for following in others for item in following.plan):
+                if item.request.phase is Phase.RUNNING:
+                    self._scheduler.retract(item.request)
+        return events
 
     def _set_free(self, step: UnderWay) -> None:
         for item in step.plan:

@@ -153,12 +153,13 @@ class Scheduler:
             if not self._retracts:
                 raise _NoRoomError
             victim = self.running[-1]
-            self._retract(victim)
+            self.retract(victim)
             if victim is request:
                 return False
         return True
 
-    def _retract(self, request: Request) -> None:
+    def retract(self, request: Request) -> None:
+        """Set a running request back to its place in the line; it keeps its tokens."""
         self.running.remove(request)
         self._cache.release(request, keep=True)
         if not request.prompt_logprobs_done:

@@ -10,6 +10,7 @@ import pytest
 
 from mini_sglang.backend.step import SequenceResult, SequenceStep
 from mini_sglang.engine.overlap import UNKNOWN
+from mini_sglang.engine.request import Request
 from mini_sglang.engine.scheduler import Scheduler
 from mini_sglang.errors import BackendLostError
 from mini_sglang.types import Adapter, FinishReason, SamplingParams
@@ -160,6 +161,29 @@ def test_only_the_requests_of_the_failed_step_fail() -> None:
     assert driver.core.stats()["failed"] == 1
 
 
+@pytest.mark.parametrize("k", range(2, 7))
+def test_a_model_that_cannot_go_back_begins_again_what_was_thrown_away(k: int) -> None:
+    class Forward(LateBackend):
+        """Takes a request's positions in one direction, as a state does; begins again at 0."""
+
+        def run_now(self, steps: list[SequenceStep], owners: list[Request | None], *more: object) -> object:  # type: ignore[override]
+            for step, owner in zip(steps, owners, strict=True):
+                assert owner is not None
+                assert step.start in (0, self.reached.get(owner)), "a step back"
+                self.reached[owner] = step.start + len(step.token_ids)
+            return super().run_now(steps, owners, *more)  # type: ignore[arg-type]
+
+    backend = Forward(64, 4, 128, revises=0.0, refuses=0.0, shares_prefixes=False, fail_at={k})
+    backend.reached = {}  # type: ignore[attr-defined]
+    driver = driver_with(backend, chunked_prefill=True, prefill_chunk_size=8)
+    prompts = {driver.add(PROMPT[:n], params(3)): PROMPT[:n] for n in (30, 5, 14)}
+    driver.drain()
+    failed = [name for name, answer in driver.answers.items() if answer.finish is FinishReason.ERROR]
+    assert failed and (len(failed) < 3 or k in (4, 5))
+    for name in set(prompts) - set(failed):
+        assert driver.answers[name] == plain(prompts[name], params(3))
+
+
 def test_a_row_that_is_not_finite_ends_its_request_alone() -> None:
     driver = driver_with(backend_with(nan_at={2: 0}))
     bad, good = driver.add(PROMPT[:6], params(8)), driver.add(PROMPT[:9], params(8))
@@ -258,7 +282,7 @@ def test_planning_ahead_retracts_nobody() -> None:
     backend = backend_with(8)
     driver = driver_with(backend, prefix_cache=False)
     scheduler, retractions = driver.core.scheduler, []
-    ahead, retract = scheduler.schedule_ahead, scheduler._retract
+    ahead, retract = scheduler.schedule_ahead, scheduler.retract
 
     def noted(*args: object) -> object:
         before = scheduler.num_retractions
@@ -267,7 +291,7 @@ def test_planning_ahead_retracts_nobody() -> None:
         return plan
 
     scheduler.schedule_ahead = noted  # type: ignore
-    scheduler._retract = lambda request: (  # type: ignore
+    scheduler.retract = lambda request: (  # type: ignore
         retractions.append((len(backend.under_way), request.flights, UNKNOWN in request.tokens)),
         retract(request),
     )
