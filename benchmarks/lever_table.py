@@ -197,6 +197,7 @@ NOT_LEVERS: Mapping[str, str] = {
     "cache_dir": "says where files are",
     "download_timeout": "no download is part of a step",
     "priority_aging_seconds": "decides who is first; the row on priority shows what being first is worth",
+    "overlap_schedule": "hides work of the host behind a GPU's, and there is none here",
     "aggressive_max_new_tokens": "decides whether what does not fit is cut or refused",
     "max_context_margin": "how much of the window is left free",
     "step_timeout": _BOUND,

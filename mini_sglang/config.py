@@ -343,6 +343,14 @@ class Settings:
         low=1,
         high=1 << 20,
     )
+    overlap_schedule: str = setting(
+        "Scheduling",
+        "OVERLAP_SCHEDULE",
+        "auto",
+        "plan the next step, and send what the last one gave, while the device runs one; auto does so on "
+        "CUDA, 1 on a CPU too, in a thread",
+        choices=("auto", "0", "1"),
+    )
     max_batch_size: int = setting(
         "Scheduling", "MAX_BATCH_SIZE", 64, "requests that run together", low=1, high=4096
     )

@@ -20,6 +20,8 @@ PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Of an engine's counters: which grow for ever, and which go up and down. Others are left out.
 _TOTALS = {
     "steps": "batches run",
+    "overlapped_steps": "batches begun before the one before them was done",
+    "overlap_dropped": "sequences of such batches computed for nothing: their requests had ended",
     "prefill_tokens": "prompt tokens computed",
     "decode_tokens": "tokens made by decode, which are all but each answer's first",
     "prefix_hit_tokens": "prompt tokens taken from the prefix cache",

@@ -29,6 +29,19 @@ class Limits:
     context_length: int
 
 
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """Tokens that an earlier step chose and the host does not know.
+
+    Attributes:
+        places: of the sequences of one token that they are the token of, in the caller's list.
+        ids: ``[len(places)]`` int64 on the device.
+    """
+
+    places: list[int]
+    ids: Tensor
+
+
 @dataclass(slots=True)
 class Batch:
     """S sequences with T tokens in all, flattened: sequences of one token (decodes) first.
@@ -48,6 +61,7 @@ class Batch:
         prompts: (place in the caller's list, first output row, last + 1) of each run of prompt logprobs.
         adapters: ``[S]``, the adapter of each sequence, 0 for none; None where no sequence has one. Those of
             one adapter stand together.
+        followed: what ``fill`` puts in.
     """
 
     page_size: int
@@ -66,6 +80,15 @@ class Batch:
     prompts: list[tuple[int, int, int]]
     drafts: bool
     adapters: list[int] | None = None
+    followed: Followed | None = None
+
+    def fill(self, token_ids: Tensor) -> None:
+        """Put the tokens of ``followed`` in their rows of ``token_ids``, ``[T]`` or longer, on the device."""
+        if self.followed is None:
+            return
+        row = {place: row for row, place in enumerate(self.order[: self.num_decodes])}
+        rows = torch.tensor([row[place] for place in self.followed.places])
+        token_ids.index_copy_(0, to_device(rows, token_ids.device), self.followed.ids)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors, which are on the host, on ``device``, in one transfer."""

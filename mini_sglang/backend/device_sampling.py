@@ -62,39 +62,14 @@ class DeviceSampler(Sampler):
 
     @torch.inference_mode()
     def _sample(self, x: Tensor, specs: Sequence[SampleSpec]) -> list[SequenceResult]:
-        top, peak = argmax(x)
-        first_peak = peak
-        reported = [row for row, spec in enumerate(specs) if spec.params.logprobs]
-        raw = take(x, reported) if reported else None
-        refused: dict[int, str] = {}
-        if any(map(adjusts, specs)):
-            raw = None if raw is None else raw.clone()
-            refused = adjust_logits(x, specs)
-            top, peak = argmax(x)
-        ids, enough = top.clone(), torch.ones_like(peak[:, 0])
-        peaks = torch.cat((first_peak, peak), 1).double()
-        tops = [specs[row].params.top_logprobs for row in reported]
-        left = [row for row, spec in enumerate(specs) if not spec.params.greedy]
-        for look in range(3):
-            self._draw_into(ids, enough, x, peak, specs, left, look)
-            columns = [ids.double(), enough.double(), peaks.flatten()]
-            if raw is not None:
-                columns.append(logprob_numbers(raw, ids[_indices(reported, x)], tops))
-            numbers = fetch(torch.cat(columns))
-            short = {row for row in left if not numbers[len(specs) + row]}
-            found, kept = self._results(numbers, specs, refused)
-            left = [row for row in left if row in short and kept[row] is None]
-            if not left:
-                break
-        if raw is not None:
-            chosen = [int(numbers[row]) for row in reported]
-            entries = logprob_entries(numbers[4 * len(specs) :], chosen, tops)
-            for row, entry in zip(reported, entries, strict=True):
-                if kept[row] is None:
-                    found[row].logprob = entry
-        return found
+        return Draw(self, x, specs, later=False).results()
 
-    def _results(
+    @torch.inference_mode()
+    def launch(self, logits: Tensor, specs: Sequence[SampleSpec]) -> Draw:
+        """Begin what ``sample`` does; ``Draw.results`` waits for it."""
+        return Draw(self, usable(logits[:, : self._vocab_size]), specs, later=True)
+
+    def read(
         self, numbers: Sequence[float], specs: Sequence[SampleSpec], refused: dict[int, str]
     ) -> tuple[list[SequenceResult], list[str | None]]:
         """Results without logprobs, and the error of each row."""
@@ -111,7 +86,7 @@ class DeviceSampler(Sampler):
         ]
         return results, errors
 
-    def _draw_into(
+    def draw_into(
         self,
         ids: Tensor,
         enough: Tensor,
@@ -157,6 +132,90 @@ class DeviceSampler(Sampler):
         # A row that is not finite may point past the end, which a device must not follow.
         ids = ranked_ids.gather(1, place.clamp_(max=width - 1))[:, 0]
         return ids, torch.ones_like(enough[:, 0]) if width == self._vocab_size else enough[:, 0]
+
+
+class Draw:
+    """Tokens that are being chosen.
+
+    Attributes:
+        ids: ``[R]`` int64 on the device, by the first look at the largest logits, which for a row that it was
+            too narrow for is not the last.
+    """
+
+    def __init__(
+        self, sampler: DeviceSampler, x: Tensor, specs: Sequence[SampleSpec], *, later: bool
+    ) -> None:
+        self._sampler = sampler
+        self._specs = specs
+        top, peak = argmax(x)
+        first_peak = peak
+        self._reported = [row for row, spec in enumerate(specs) if spec.params.logprobs]
+        self._raw = take(x, self._reported) if self._reported else None
+        self._refused: dict[int, str] = {}
+        if any(map(adjusts, specs)):
+            self._raw = None if self._raw is None else self._raw.clone()
+            self._refused = adjust_logits(x, specs)
+            top, peak = argmax(x)
+        self._x, self._peak = x, peak
+        self.ids, self._enough = top.clone(), torch.ones_like(peak[:, 0])
+        self._peaks = torch.cat((first_peak, peak), 1).double()
+        self._tops = [specs[row].params.top_logprobs for row in self._reported]
+        self._left = [row for row, spec in enumerate(specs) if not spec.params.greedy]
+        self._first = self._look(0)
+        self._sent = Sent(self._first) if later else None
+
+    def _look(self, look: int) -> Tensor:
+        """Draw the rows that are left; gives all that the host wants to know."""
+        self._sampler.draw_into(self.ids, self._enough, self._x, self._peak, self._specs, self._left, look)
+        columns = [self.ids.double(), self._enough.double(), self._peaks.flatten()]
+        if self._raw is not None:
+            chosen = self.ids[_indices(self._reported, self._x)]
+            columns.append(logprob_numbers(self._raw, chosen, self._tops))
+        return torch.cat(columns)
+
+    @torch.inference_mode()
+    def results(self) -> list[SequenceResult]:
+        """Wait for the device, and look again where that is needed. To be called once."""
+        specs, left = self._specs, self._left
+        numbers = fetch(self._first) if self._sent is None else self._sent.fetch()
+        first = numbers
+        for look in range(1, 4):
+            short = {row for row in left if not numbers[len(specs) + row]}
+            found, kept = self._sampler.read(numbers, specs, self._refused)
+            left = [row for row in left if row in short and kept[row] is None]
+            if not left or look == 3:
+                break
+            # What a later step took for the tokens stays as it was.
+            self.ids, self._left = self.ids.clone(), left
+            numbers = fetch(self._look(look))
+        if self._reported:
+            chosen = [int(numbers[row]) for row in self._reported]
+            entries = logprob_entries(numbers[4 * len(specs) :], chosen, self._tops)
+            for row, entry in zip(self._reported, entries, strict=True):
+                if kept[row] is None:
+                    found[row].logprob = entry
+        if self._sent is not None and numbers is not first:
+            for row, result in enumerate(found):
+                result.revised = result.token_id is not None and result.token_id != int(first[row])
+        return found
+
+
+class Sent:
+    """Numbers on their way to the host."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers
+        self._event: torch.cuda.Event | None = None
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.current_stream(numbers.device).record_event()
+
+    def fetch(self) -> list[float]:
+        """The numbers, once they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return fetch(self._numbers)
 
 
 def ranked(x: Tensor, count: int) -> tuple[Tensor, Tensor]:

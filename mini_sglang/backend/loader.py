@@ -19,6 +19,7 @@ from mini_sglang.backend.loading.fp8_blocks import is_fp8
 from mini_sglang.backend.machine import Machine
 from mini_sglang.backend.models.dummy import open_dummy
 from mini_sglang.backend.native_model import load_native_backend
+from mini_sglang.backend.overlap import choose_submitter
 from mini_sglang.backend.parallel.choice import refuse_other_models, threads_per_rank
 from mini_sglang.backend.parallel.rank import Member
 from mini_sglang.backend.step import LoadedBackend
@@ -73,16 +74,19 @@ def load_backend(
     try:
         served = choose_kind(path, checkpoint.config, settings.trust_remote_code)
         if served == "native" and not settings.engine_fast_decode:
-            return load_native_backend(path, checkpoint, settings, machine, notify, member)
-        refuse_other_models(settings)
-        if is_fp8(checkpoint.config):
-            raise ModelLoadError(
-                f"The weights of {path} are quantised (fp8), which is read for models of this stack's own "
-                "decoder alone; use the model's plain safetensors."
-            )
-        # Imported here, since most models do without.
-        from mini_sglang.backend.transformers_models.backend import load_transformers_backend
+            backend: LoadedBackend = load_native_backend(path, checkpoint, settings, machine, notify, member)
+        else:
+            refuse_other_models(settings)
+            if is_fp8(checkpoint.config):
+                raise ModelLoadError(
+                    f"The weights of {path} are quantised (fp8), which is read for models of this stack's "
+                    "own decoder alone; use the model's plain safetensors."
+                )
+            # Imported here, since most models do without.
+            from mini_sglang.backend.transformers_models.backend import load_transformers_backend
 
-        return load_transformers_backend(path, checkpoint, served, settings, machine, notify)
+            backend = load_transformers_backend(path, checkpoint, served, settings, machine, notify)
+        backend.submitter = choose_submitter(settings, backend, device)
+        return backend
     finally:
         checkpoint.close()

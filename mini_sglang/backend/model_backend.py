@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.attention.paged import PagedAttention
-from mini_sglang.backend.batch import Batch, Limits
+from mini_sglang.backend.batch import Batch, Followed, Limits
 from mini_sglang.backend.device import dtype_name, to_device
+from mini_sglang.backend.device_sampling import DeviceSampler, Draw
 from mini_sglang.backend.kept_logits import KeptLogits
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.kv.store import PoolStore
@@ -24,7 +25,7 @@ from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.pieces import cut, join
 from mini_sglang.backend.program import Program
 from mini_sglang.backend.sampling import Sampler
-from mini_sglang.backend.step import SequenceResult, SequenceStep
+from mini_sglang.backend.step import SequenceResult, SequenceStep, Submitter
 from mini_sglang.backend.transformers_models.decoder import TransformersDecoder
 from mini_sglang.config import VERSION
 from mini_sglang.types import TokenLogprob
@@ -81,6 +82,7 @@ class ModelBackend:
         self._path = path
         self._kept = KeptLogits()
         self.store = PoolStore(kv, self._identity)
+        self.submitter: Submitter | None = None
         self._limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, context_length)
 
     @property
@@ -142,13 +144,46 @@ class ModelBackend:
             # Without torch's inference mode: to enter it takes a tenth of the time outside the kernels.
             return self._results(steps, batch, self.program.forward(batch))
         with torch.inference_mode():
-            batch = batch.to(self.kv.data.device)
-            if self.adapters is not None and batch.adapters is not None and isinstance(self.decoder, Decoder):
-                adapters = self.adapters.begin(batch)
-                hidden = self.decoder.forward(batch, self.kv, self.attention, adapters)
-            else:
-                hidden = self.decoder.forward(batch, self.kv, self.attention)
-            return self._results(steps, batch, hidden)
+            return self._results(steps, batch, self._forward(batch))
+
+    def _forward(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.kv.data.device)
+        batch.fill(batch.token_ids)
+        if self.adapters is not None and batch.adapters is not None and isinstance(self.decoder, Decoder):
+            return self.decoder.forward(batch, self.kv, self.attention, self.adapters.begin(batch))
+        return self.decoder.forward(batch, self.kv, self.attention)
+
+    def launches(self, steps: Sequence[SequenceStep]) -> bool:
+        """Whether ``launch`` takes these steps."""
+        if any(s.from_logits is not None or s.prompt_targets or s.draft_samples for s in steps):
+            return False
+        most = None if self.program is None else self.program.max_rows
+        return most is None or sum([len(step.token_ids) for step in steps]) <= most
+
+    @says_out_of_memory()
+    def launch(
+        self, steps: Sequence[SequenceStep], followed: Followed | None
+    ) -> tuple[Draw | None, list[int]]:
+        """Begin what ``run`` does, without waiting for the device.
+
+        Args:
+            followed: of the tokens of ``steps`` those that are on the device.
+
+        Returns:
+            what is chosen, None for nothing, and of each row of it the place of its step.
+        """
+        batch = self._batch(steps)
+        batch.followed = followed
+        program = self.program if self.program is not None and self.program.takes(batch) else None
+        with torch.inference_mode():
+            hidden = self._forward(batch) if program is None else program.forward(batch)
+            if not batch.samples:
+                return None, []
+            places = [place for place, _ in batch.samples]
+            logits = self.decoder.logits(self._sampled_rows(batch, hidden))
+            self._kept.keep(steps, places, logits)
+            assert isinstance(self.sampler, DeviceSampler)
+            return self.sampler.launch(logits, batch.specs), places
 
     def _results(self, steps: Sequence[SequenceStep], batch: Batch, hidden: Tensor) -> list[SequenceResult]:
         """What ``hidden`` ``[R, hidden_size]`` comes to: tokens and prompt logprobs."""

@@ -88,6 +88,8 @@ class SequenceStep:
         from_logits: choose the token from the logits kept under this number, as they were before this call,
             instead of running any.
         adapter: the id of the LoRA adapter the tokens run with; 0 is none.
+        follows: for ``Submitter.submit``, the place of a sequence in the step submitted just before: the
+            token chosen there is this one's only token, in place of the one in ``token_ids``.
     """
 
     token_ids: Sequence[int]
@@ -100,6 +102,7 @@ class SequenceStep:
     keep_logits: int | None = None
     from_logits: int | None = None
     adapter: int = 0
+    follows: int | None = None
 
 
 OUT_OF_MEMORY = "out_of_memory"
@@ -112,7 +115,8 @@ class SequenceResult:
 
     ``error`` is set, and ``token_id`` is not, where the logits of this sequence are not finite. ``drafted``
     has what was chosen after each draft, as if the drafts before it were right. ``error_kind`` goes into
-    ``TokenEvent``; of ``OUT_OF_MEMORY`` the sequence's older positions are lost too.
+    ``TokenEvent``; of ``OUT_OF_MEMORY`` the sequence's older positions are lost too. ``revised`` says that a
+    step which follows this one took another token for ``token_id``: what that gives for the sequence is void.
     """
 
     token_id: int | None = None
@@ -121,6 +125,33 @@ class SequenceResult:
     error: str | None = None
     drafted: Sequence[SequenceResult] = ()
     error_kind: str | None = None
+    revised: bool = False
+
+
+class Flight(Protocol):
+    """A step that may still be under way."""
+
+    def wait(self) -> list[SequenceResult]:
+        """Its results, once it is done. Raises what ``Backend.run`` raises. A second call does the same."""
+
+
+class Submitter(Protocol):
+    """Runs steps one after another, in the order they come, while its caller goes on.
+
+    The thread that calls ``Backend.run`` calls this too; ``run`` only while no step is under way. Pages that
+    a step under way reads stay as they are, and those it writes are nobody else's. Of a page that it writes
+    some positions of, ``PageStore`` copies the others right.
+    """
+
+    def submit(self, steps: Sequence[SequenceStep]) -> Flight:
+        """Begin a step as ``Backend.run`` would do it, its ``follows`` filled in.
+
+        It keeps ``steps`` and what they hold until the step is done. Raises what ``run`` raises, here or from
+        ``Flight.wait``; where the step before failed, and one of these follows it, that is a failure too.
+        """
+
+    def close(self) -> None:
+        """End what it runs on, once what was submitted is done."""
 
 
 class Transfer(Protocol):
@@ -182,8 +213,17 @@ def page_store(backend: Backend) -> PageStore | None:
     return store
 
 
+def submitter_of(backend: Backend) -> Submitter | None:
+    """The backend's ``submitter``; None where it has none, hence runs one step at a time."""
+    submitter: Submitter | None = getattr(backend, "submitter", None)
+    return submitter
+
+
 def release(backend: Backend) -> None:
     """End what the backend has beyond this process; it runs no step after that."""
+    submitter = submitter_of(backend)
+    if submitter is not None:
+        submitter.close()
     close: Callable[[], None] | None = getattr(backend, "close", None)
     if close is not None:
         close()
@@ -199,9 +239,10 @@ def free_memory(backend: Backend) -> None:
 class Backend(Protocol):
     """A model with its KV pool. Not thread-safe: one thread calls ``run``.
 
-    One that can copy pages and keep logits has a ``store`` beside these, a ``PageStore``. One that is more
-    than this process has ``check``, which raises ``BackendLostError`` where the rest of it is gone, and
-    ``close``, which ends that. One that keeps memory it does not use has ``free_memory``.
+    One that can copy pages and keep logits has a ``store`` beside these, a ``PageStore``; one whose steps are
+    to run while the engine goes on has a ``submitter``. One that is more than this process has ``check``,
+    which raises ``BackendLostError`` where the rest of it is gone, and ``close``, which ends that. One that
+    keeps memory it does not use has ``free_memory``.
     """
 
     @property
@@ -240,6 +281,8 @@ class Backend(Protocol):
 
 class LoadedBackend(Backend, Protocol):
     """A backend that knows what it has loaded."""
+
+    submitter: Submitter | None
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

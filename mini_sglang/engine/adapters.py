@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Protocol
 
 from mini_sglang.errors import InvalidValueError
@@ -33,10 +34,14 @@ class LoadedAdapters:
     """The adapters of one engine. Its thread alone uses it, but for ``read``.
 
     One that is unloaded while requests run with it goes with the last of them.
+
+    Args:
+        quiet: called before ``store`` changes: it waits until no step is under way.
     """
 
-    def __init__(self, store: AdapterStore | None) -> None:
+    def __init__(self, store: AdapterStore | None, quiet: Callable[[], None] = lambda: None) -> None:
         self._store = store
+        self._quiet = quiet
         self._ids: dict[str, int] = {}
         self._users: Counter[str] = Counter()
         self._leaving: set[str] = set()
@@ -61,6 +66,7 @@ class LoadedAdapters:
         assert self._store is not None
         self._leaving.discard(adapter.key)
         if adapter.key not in self._ids:
+            self._quiet()
             self._ids[adapter.key] = self._store.attach(prepared)
             logger.info("loaded adapter=%s fingerprint=%.12s", adapter.name, adapter.fingerprint)
 
@@ -99,5 +105,6 @@ class LoadedAdapters:
             assert self._store is not None
             self._leaving.discard(key)
             del self._users[key]
+            self._quiet()
             self._store.detach(self._ids.pop(key))
             logger.info("unloaded adapter=%s", Adapter.name_in(key))

@@ -31,6 +31,8 @@ class EngineCounters:
     prefill_cache_miss_tokens: int = 0
     lora_requests: int = 0
     out_of_memory: int = 0
+    overlapped_steps: int = 0
+    overlap_dropped: int = 0
 
     def figures(self) -> dict[str, int]:
         """Each total by its name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 from mini_sglang.backend.step import (
@@ -14,6 +14,7 @@ from mini_sglang.backend.step import (
     SequenceStep,
     page_store,
     release,
+    submitter_of,
 )
 from mini_sglang.config import Settings
 from mini_sglang.engine.adapters import LoadedAdapters
@@ -25,12 +26,13 @@ from mini_sglang.engine.grammars import GrammarRoom
 from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.engine.kv_cache import KVCacheManager
 from mini_sglang.engine.limits import BY_CONTEXT, BY_LOAD, make_prefix_work, make_work
+from mini_sglang.engine.overlap import Overlap, Steps
 from mini_sglang.engine.recovery import Recovery
 from mini_sglang.engine.request import Phase, Request
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from mini_sglang.engine.speculation import Speculator
 from mini_sglang.engine.warming import WarmQueue
-from mini_sglang.errors import BackendLostError, InvalidValueError, MiniSglangError, shorten
+from mini_sglang.errors import BackendLostError, InvalidValueError, MiniSglangError, OutOfMemoryError, shorten
 from mini_sglang.types import Adapter, FinishReason, SamplingParams, TokenEvent, TokenLogprob
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class EngineCore:
         self._eos_ids = eos_ids
         self._grammars = GrammarRoom(grammars)
         self.saved_cache: Path | None = None
-        self.adapters = LoadedAdapters(getattr(backend, "adapters", None))
+        self.adapters = LoadedAdapters(getattr(backend, "adapters", None), self._quiet)
         self.on_start: Callable[[list[str]], None] | None = None
         self.info = EngineInfo(
             description=dict(description or {}),
@@ -124,10 +126,28 @@ class EngineCore:
         self._warm: Request | None = None  # the one of the queue's that runs
         chunk = min(settings.prefill_chunk_size, settings.max_prefill_tokens)
         self.warming = WarmQueue(chunk, self.make_prefix_request)
+        self._overlap: Overlap | None = None
+        self._next = self._step
+        submitter = submitter_of(backend)
+        if submitter is not None:
+            steps = Steps(
+                admit=self._admit_compiled,
+                tell_started=self._tell_started,
+                build=self._sequence_step,
+                fits=self.recovery.fits,
+                run=self._run,
+                take=self._postprocess,
+                fail=self._fail_all,
+            )
+            self._overlap = Overlap(
+                submitter, self.scheduler, self.cache, self.counters, steps, rewinds=paged
+            )
+            self._next = self._overlap.step
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests) or len(self.warming) > 0
+        under_way = self._overlap is not None and self._overlap.busy
+        return bool(self._requests) or len(self.warming) > 0 or under_way
 
     @property
     def needs_looks(self) -> bool:
@@ -252,6 +272,9 @@ class EngineCore:
     def step(self) -> list[TokenEvent]:
         """Run one batch; returns what happened to each request in it.
 
+        Where the backend runs steps while the engine goes on, a batch may be under way afterwards, of which
+        the next call returns what happened.
+
         Raises:
             BackendLostError: the engine cannot go on.
         """
@@ -262,7 +285,7 @@ class EngineCore:
             if self._warm is not None:
                 self._requests[self._warm.request_id] = self._warm
                 self.scheduler.add(self._warm)
-        events = self._step()
+        events = self._next()
         if self._warm is not None and self._warm.finish is not None:
             ours = [event for event in events if event.request_id == self._warm.request_id]
             events = [event for event in events if event.request_id != self._warm.request_id]
@@ -274,29 +297,40 @@ class EngineCore:
     def _step(self) -> list[TokenEvent]:
         events = self._admit_compiled()
         plan = self.scheduler.schedule()
-        if not plan:
-            return events
-        if self.on_start is not None:
-            fresh = [
-                item.request.request_id
-                for item in plan
-                if not item.request.started and item.request is not self._warm
-            ]
-            if fresh:
-                self.on_start(fresh)
+        return events + self._run(plan) if plan else events
+
+    def _run(self, plan: list[Scheduled], failure: OutOfMemoryError | None = None) -> list[TokenEvent]:
+        """Run a plan and take in its results; ``failure`` is that of a try that did not fit the memory."""
+        self._tell_started(plan)
         speculating = self.speculator.propose(plan)
         started = time.perf_counter() if speculating else 0.0
         try:
-            results = self.recovery.run(plan, [self._sequence_step(item) for item in plan])
+            results = self.recovery.run(plan, [self._sequence_step(item) for item in plan], failure)
         except BackendLostError:
             raise
         except Exception as error:
-            logger.exception("a step of %d requests failed", len(plan))
-            message = f"the step failed: {shorten(str(error) or type(error).__name__)}"
-            return events + [self._fail(item.request, message) for item in plan]
+            return self._fail_all(plan, error)
         if speculating:
             self.speculator.note_step(plan, time.perf_counter() - started)
-        return events + self._postprocess(plan, results)
+        return self._postprocess(plan, results)
+
+    def _tell_started(self, plan: Sequence[Scheduled], told: Container[Request] = ()) -> None:
+        """Say which requests a plan begins, but for those in ``told``."""
+        if self.on_start is None:
+            return
+        fresh = [
+            item.request.request_id
+            for item in plan
+            if not item.request.started and item.request is not self._warm and item.request not in told
+        ]
+        if fresh:
+            self.on_start(fresh)
+
+    def _fail_all(self, plan: Sequence[Scheduled], error: Exception) -> list[TokenEvent]:
+        """End the requests of a step that raised ``error``."""
+        logger.error("a step of %d requests failed", len(plan), exc_info=error)
+        message = f"the step failed: {shorten(str(error) or type(error).__name__)}"
+        return [self._fail(item.request, message) for item in plan]
 
     def stats(self) -> dict[str, int]:
         """Counters and gauges; KV figures in tokens."""
@@ -324,12 +358,18 @@ class EngineCore:
 
     def close(self) -> None:
         """Keep what is to outlive the engine and let go of the rest; no step comes after this."""
+        self._quiet()
         self._save_cache()
         self.release()
 
     def release(self) -> None:
         """End what the backend has beyond this process."""
         release(self._backend)
+
+    def _quiet(self) -> None:
+        """Wait until no step is under way."""
+        if self._overlap is not None:
+            self._overlap.quiet()
 
     def _save_cache(self) -> None:
         if self.saved_cache is None:

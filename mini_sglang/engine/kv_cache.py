@@ -11,6 +11,7 @@ from mini_sglang.engine.cache_file import CacheFile, write_cache
 from mini_sglang.engine.cache_limits import CacheLimits
 from mini_sglang.engine.host_link import HostLink
 from mini_sglang.engine.host_tier import HostTier
+from mini_sglang.engine.limbo import Limbo
 from mini_sglang.engine.pages import PageAllocator
 from mini_sglang.engine.prompt_cache import PromptCache, PromptEntry
 from mini_sglang.engine.radix import Match, RadixCache
@@ -23,7 +24,8 @@ class KVCacheManager:
     """Gives requests their pages, from the prefix cache where it can, and takes them back.
 
     Every page is free, cached (in the tree, of the exact-prompt cache, or on its way back from the host), or
-    private to one running request, so ``num_free + num_cached + num_private == num_pages`` at any moment;
+    private to one running request or to a step under way (``limbo``), so
+    ``num_free + num_cached + num_private == num_pages`` at any moment;
     ``check`` verifies it.
     """
 
@@ -34,6 +36,7 @@ class KVCacheManager:
         self.limits = limits
         self._store = store
         self._pages = PageAllocator(num_pages)
+        self.limbo = Limbo()
         self._tree = RadixCache(page_size, limits.policy)
         self._reserved: set[int] = set()  # slots for the logits of prompts that are being computed
         self.prompts: PromptCache | None = None
@@ -195,6 +198,9 @@ class KVCacheManager:
         step.from_logits = request.from_logits
         if self.prompts is None or request.from_logits is not None or not self._insertable(request):
             return
+        if request.keep_logits is not None:  # of a step that came to nothing
+            step.keep_logits = request.keep_logits
+            return
         request.keep_logits, pages = self.prompts.reserve(request.num_prompt)
         self._pages.free(pages)
         step.keep_logits = request.keep_logits
@@ -209,7 +215,12 @@ class KVCacheManager:
             request.keep_logits = None
 
     def keep_prompt(self, request: Request) -> None:
-        """Put a prompt in the exact-prompt cache: its step is done, its whole pages are published."""
+        """Put a prompt in the exact-prompt cache: its step is done, its whole pages are published.
+
+        Does nothing for one whose last step is still to come, or under way.
+        """
+        if request.num_computed < request.num_prompt:
+            return
         request.from_logits = None
         slot, request.keep_logits = request.keep_logits, None
         if slot is None:
@@ -243,7 +254,7 @@ class KVCacheManager:
         )
         self._tree.lock(done.node)
         duplicates = request.pages[request.num_tree_pages : done.num_existing]
-        self._drop_private(duplicates)
+        self._give_up_private(request, duplicates)
         self.num_private -= num_pages - max(done.num_existing, request.num_tree_pages)
         if request.node is not None:
             self._tree.unlock(request.node)
@@ -259,9 +270,12 @@ class KVCacheManager:
         """
         if keep:
             self.publish(request)
-        self._drop_private(request.pages[request.num_tree_pages :])
+        self._give_up_private(request, request.pages[request.num_tree_pages :])
         if request.node is not None:
-            self._tree.unlock(request.node)
+            if request.flights:
+                self.limbo.hold_node(request.node)
+            else:
+                self._tree.unlock(request.node)
         request.node = None
         request.from_logits = request.tail_page = None
         self.keep_no_logits(request)
@@ -269,6 +283,15 @@ class KVCacheManager:
         request.num_tree_pages = 0
         request.num_computed = 0
         self._trim()
+
+    def landed(self, number: int) -> None:
+        """Steps up to this number are done: what waited for them is free."""
+        pages, nodes = self.limbo.landed(number)
+        self._drop_private(pages)
+        for node in nodes:
+            self._tree.unlock(node)
+        if nodes:
+            self._trim()
 
     def clear(self) -> int:
         """Drop every prefix that no running request uses, in both tiers; returns the tokens dropped."""
@@ -354,6 +377,7 @@ class KVCacheManager:
         free = self._pages.free_pages()
         tree = self._tree.pages()
         private = [page for r in running for page in r.pages[r.num_tree_pages :]]
+        private += self.limbo.pages()
         arriving: list[int] = []
         kept: list[int] = []
         if self.prompts is not None:
@@ -399,6 +423,13 @@ class KVCacheManager:
 
     def _insertable(self, request: Request) -> bool:
         return self.limits.enabled and request.num_prompt <= self.limits.max_prompt_tokens
+
+    def _give_up_private(self, request: Request, pages: Sequence[int]) -> None:
+        """Free pages of a request, once no step under way can read or write them."""
+        if request.flights:
+            self.limbo.hold(pages)
+        else:
+            self._drop_private(pages)
 
     def _drop_private(self, pages: Sequence[int]) -> None:
         self._pages.free(pages)

@@ -54,15 +54,19 @@ class Recovery:
             return False
         return self.size.limit is None or sum(map(_tokens, steps)) <= self.size.limit
 
-    def run(self, plan: list[Scheduled], steps: list[SequenceStep]) -> list[SequenceResult]:
+    def run(
+        self, plan: list[Scheduled], steps: list[SequenceStep], failure: OutOfMemoryError | None = None
+    ) -> list[SequenceResult]:
         """``Backend.run``, for the steps of ``plan``; gives the results of what is left in ``plan``.
 
         What did not run is taken out of it, and of what ran in part it says the part.
 
+        Args:
+            failure: what the whole of it failed with already.
+
         Raises: what the backend raises, but ``OutOfMemoryError``; ``plan`` is then whole.
         """
-        failure: OutOfMemoryError | None = None
-        if self.size.limit is None and self._scheduler.max_running == self._most_running:
+        if failure is None and self.size.limit is None and self._scheduler.max_running == self._most_running:
             try:
                 return self._backend.run(steps)
             except OutOfMemoryError as error:

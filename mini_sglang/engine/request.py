@@ -52,6 +52,7 @@ class Request:
         memory_refusals: how often the device had no memory for a single token of it.
         keep_logits: where the logits of its prompt's last token are kept in the step that computes it.
         grammar: what the answer must follow, as far as its tokens have come; retraction does not touch it.
+        flights: submitted steps that it is in and that are not done.
         lora: ``Adapter.key`` of its adapter, and ``adapter`` the backend's id of it; none without.
         end_ids: ids that end the answer.
     """
@@ -78,6 +79,7 @@ class Request:
     num_computed: int = 0
     num_cached: int | None = None
     started: bool = False
+    flights: int = 0
     node: RadixNode | None = None
     from_logits: int | None = None
     tail_page: int | None = None

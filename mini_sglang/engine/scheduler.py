@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import insort
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -20,6 +21,10 @@ from mini_sglang.engine.request import Phase, Request
 _WORTH_WAITING_TOKENS = 32
 
 _order_of = attrgetter("order")
+
+
+class _NoRoomError(Exception):
+    """A running request would have to be retracted, and may not be now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,8 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_retractions = 0
         self.max_running = limits.max_batch_size  # lower while the device's memory has room for fewer
+        self._retracts = True
+        self._under_way: Sequence[Request] = ()  # prompts that a step under way computes
 
     def add(self, request: Request) -> None:
         priority, aging = request.params.priority, self._limits.aging_seconds
@@ -91,14 +98,37 @@ class Scheduler:
         for request in list(self.running):
             if request.phase is not Phase.RUNNING:
                 continue  # retracted for an earlier one in this very loop
-            if request.num_remaining > 1:
+            remaining = request.num_remaining
+            if remaining > 1:
                 prefills.append(request)
-            elif self._make_room(request, request.num_computed + 1):
-                plan.append(Scheduled(request, 1))
+            elif self._make_room(request, request.num_computed + remaining):
+                plan.append(Scheduled(request, remaining))
         self._plan_prefills(plan, prefills)
         if self.num_retractions > retractions:  # perhaps of a later request, which was planned already
             plan = [item for item in plan if item.request.phase is Phase.RUNNING]
         return plan
+
+    def schedule_ahead(self, ending: Collection[Request], under_way: Sequence[Request]) -> list[Scheduled]:
+        """As ``schedule``, while a step is under way: requests are as it will leave them.
+
+        Nobody is retracted, since that step may write the pages. Where somebody would have to be, the plan is
+        empty; what began for it goes on in the next one.
+
+        Args:
+            ending: running requests that end with the step under way.
+            under_way: requests whose prompts it computes.
+        """
+        if ending:
+            self.running = [request for request in self.running if request not in ending]
+        self._retracts, self._under_way = False, under_way
+        try:
+            return self.schedule()
+        except _NoRoomError:
+            return []
+        finally:
+            self._retracts, self._under_way = True, ()
+            for request in ending:
+                insort(self.running, request, key=_order_of)
 
     def _plan_prefills(self, plan: list[Scheduled], prefills: list[Request]) -> None:
         """Share out the token budget, in order, to prompts that are half done and to those that wait."""
@@ -121,6 +151,8 @@ class Scheduler:
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Get pages for ``num_tokens``, retracting the last of the order; False if it had to go itself."""
         while not self._cache.extend(request, num_tokens):
+            if not self._retracts:
+                raise _NoRoomError
             victim = self.running[-1]
             self.retract(victim)
             if victim is request:
@@ -128,7 +160,7 @@ class Scheduler:
         return True
 
     def retract(self, request: Request) -> None:
-        """Set a running request back to its place in the line."""
+        """Set a running request back to its place in the line; it keeps its tokens."""
         self.running.remove(request)
         self._cache.release(request, keep=True)
         if not request.prompt_logprobs_done:
@@ -197,6 +229,8 @@ class Scheduler:
     def _should_wait_for(self, request: Request, prefilling: list[Request]) -> bool:
         """Whether a prefill under way will soon leave a much longer prefix than is cached now."""
         limits = self._cache.limits
+        if self._under_way:
+            prefilling = [*self._under_way, *prefilling]
         if not limits.enabled or request.wants_prompt_logprobs or not prefilling:
             return False
         known = -1

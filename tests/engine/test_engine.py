@@ -333,7 +333,7 @@ def test_counters_add_up() -> None:
         "kv_tokens_cached": 28 + 12, "kv_tokens_private": 0,
         "host_hits": 0, "host_tokens_total": 40, "host_tokens_used": 0,
         "host_spilled_tokens": 0, "host_restored_tokens": 0, "host_dropped_tokens": 0,
-        "lora_requests": 0, "loras": 0,
+        "lora_requests": 0, "loras": 0, "overlapped_steps": 0, "overlap_dropped": 0,
         "warm_prefixes": 0, "warm_prefixes_done": 0, "warm_prefixes_failed": 0,
         "capped_by_load": 0, "capped_by_context": 0,
         "out_of_memory": 0, "step_tokens_limit": 0,

@@ -39,6 +39,9 @@ def check_locks(core: EngineCore) -> None:
     for arrival in core.cache.host.arrivals if core.cache.host else ():
         for node in core.cache._tree.path(arrival.node):
             expected[id(node)] += 1
+    for node in core.cache.limbo.nodes():
+        for above in core.cache._tree.path(node):
+            expected[id(above)] += 1
     for request in core.scheduler.running:
         node = request.node
         pages: list[int] = []
@@ -104,6 +107,8 @@ engine_settings = st.fixed_dictionaries(
 
 
 class EngineMachine(RuleBasedStateMachine):
+    patience = 1  # steps for each that is needed
+
     @initialize(
         settings=engine_settings,
         page_size=st.sampled_from([1, 4, 16]),
@@ -112,7 +117,7 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def start(self, settings: dict[str, Any], page_size: int, pool_tokens: int, background: bool) -> None:
         self.settings = settings
-        self.backend = FakeBackend(pool_tokens // page_size, page_size, CONTEXT)
+        self.backend = self.make_backend(pool_tokens // page_size, page_size)
         if background:
             self.backend._store.page_bytes = 64 << 20
         self.core = self.make_core(settings)
@@ -122,6 +127,9 @@ class EngineMachine(RuleBasedStateMachine):
         # Prompts that later prompts begin with: two that share their first 20 tokens, then whole answers.
         base = [2 + i % 7 for i in range(CONTEXT)]
         self.stems = [base, base[:20] + base[30:]]
+
+    def make_backend(self, num_pages: int, page_size: int) -> FakeBackend:
+        return FakeBackend(num_pages, page_size, CONTEXT)
 
     def make_core(self, settings: dict[str, Any]) -> EngineCore:
         return make_core(self.backend, **settings)
@@ -199,6 +207,7 @@ class EngineMachine(RuleBasedStateMachine):
         live = [r for name, r in self.requests.items() if self.answers[name].finish is None]
         # The oldest request computes a token or more at every step, so this many steps end them all.
         bound = sum(r.num_prompt + r.max_new_tokens + 1 for r in live) + len(live)
+        bound = bound * self.patience + self.patience - 1
         if len({r.params.priority for r in live}) > 1:
             # One that waits may come before those that run, and set them back once it runs.
             bound *= len(live) + 1

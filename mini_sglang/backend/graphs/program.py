@@ -113,6 +113,7 @@ class GraphProgram:
         if recording is None:
             raise LookupError("no step of this kind was recorded")
         recording.inputs.fill(batch)
+        batch.fill(recording.inputs.batch.token_ids)
         recording.replay()
         wanted = batch.token_ids if batch.output_rows is None else batch.output_rows
         return self._output[: len(wanted)]

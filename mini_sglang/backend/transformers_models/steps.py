@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from mini_sglang.backend.sampling import Sampler
-from mini_sglang.backend.step import Backend, SequenceStep
+from mini_sglang.backend.step import Backend, SequenceStep, Submitter
 from mini_sglang.backend.transformers_models.decoder import TransformersConfig
 from mini_sglang.errors import InvalidValueError
 
@@ -28,6 +28,7 @@ class OwnCacheBackend:
         self._page_size = page_size
         self._about = dict(about)
         self._sampler = Sampler(config.vocab_size)
+        self.submitter: Submitter | None = None
 
     @property
     def page_size(self) -> int:
