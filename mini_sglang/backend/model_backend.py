@@ -134,13 +134,12 @@ class ModelBackend:
             # Without torch's inference mode: to enter it takes a tenth of the time outside the kernels.
             return self._results(steps, batch, self.program.forward(batch))
         with torch.inference_mode():
-            batch = batch.to(self.kv.data.device)
-            if self.adapters is not None and batch.adapters is not None and isinstance(self.decoder, Decoder):
-                adapters = self.adapters.begin(batch)
-                hidden = self.decoder.forward(batch, self.kv, self.attention, adapters)
-            else:
-                hidden = self.decoder.forward(batch, self.kv, self.attention)
-            return self._results(steps, batch, hidden)
+            return self._results(steps, batch, self._forward(batch.to(self.kv.data.device)))
+
+    def _forward(self, batch: Batch) -> Tensor:
+        if self.adapters is not None and batch.adapters is not None and isinstance(self.decoder, Decoder):
+            return self.decoder.forward(batch, self.kv, self.attention, self.adapters.begin(batch))
+        return self.decoder.forward(batch, self.kv, self.attention)
 
     def _results(self, steps: Sequence[SequenceStep], batch: Batch, hidden: Tensor) -> list[SequenceResult]:
         """What ``hidden`` ``[R, hidden_size]`` comes to: tokens and prompt logprobs."""
