@@ -118,6 +118,7 @@ class StepProgram:
         """
         rows = len(batch.token_ids)
         decoder = self._decoder
+        batch.fill(batch.token_ids)
         if batch.opened_pages is not None:
             self._kv.open_pages(batch.opened_pages)
         self._sequences.set(batch.page_table, batch.query_starts, batch.seq_lens)
