@@ -186,8 +186,9 @@ class Recovery:
             return
         logger.error("out of memory for request %s alone: %s", request.request_id, why)
         attempt.results[place] = SequenceResult(
-            error=f"the device has no memory left for a step of this request, which is {len(request.tokens)} "
-            "tokens long; a shorter one may fit, and a smaller KV_TOKEN_BUDGET leaves more",
+            error="out of memory: the device has no room for a step of this request, which is "
+            f"{len(request.tokens)} tokens long; a shorter one may fit, and a smaller KV_TOKEN_BUDGET leaves "
+            "more",
             error_kind=OUT_OF_MEMORY,
         )
 

@@ -47,11 +47,11 @@ def test_a_server_out_of_memory_answers_what_fits_and_lives_on(
         assert answers == expected
         error = refused.result().json()["error"]
         assert refused.result().status_code == 503 and error["code"] == "unavailable"
-        assert "no memory left for a step of this request" in error["message"]
+        assert "no room for a step of this request" in error["message"]
         again = client.post(
             "/v1/completions", json={"model": "tiny", "max_tokens": 4, "prompt": too_long["prompt"]}
         )
-        assert again.status_code == 503 and "no memory left" in again.json()["error"]["message"]
+        assert again.status_code == 503 and "no room for a step" in again.json()["error"]["message"]
         lines = client.post("/generate", json={**too_long, "stream": True})
         assert lines.status_code == 503
         assert [client.ask(**body)["text"] for body in asked] == expected
