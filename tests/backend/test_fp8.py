@@ -110,6 +110,15 @@ def test_a_graph_could_record_it() -> None:
     assert "_scaled_mm" in capture.operators(lambda: weight.linear(x, bias))
 
 
+def test_torch_compile_takes_it_whole() -> None:
+    weight = accelerate(Fp8Weight.of(normal(32, 64, seed=1), torch.float32), None, triton=True)
+    compiled = torch.compile(weight.linear, backend="aot_eager", fullgraph=True, dynamic=True)
+    plain = Fp8Weight.of(normal(32, 64, seed=1), torch.float32)
+    for rows in (1, 5):
+        x = normal(rows, 64, seed=rows)
+        torch.testing.assert_close(compiled(x), plain.linear(x))
+
+
 def test_rows_stacking_and_moving_keep_the_numbers() -> None:
     dense = normal(48, 64, seed=2)
     parts = [Fp8Weight.of(part, torch.float32) for part in dense.split((32, 16))]
