@@ -130,8 +130,10 @@ def test_rows_stacking_and_moving_keep_the_numbers() -> None:
     )
     ids = torch.tensor([[3, 47], [0, 3]])
     assert torch.equal(whole.rows(ids), whole.dequantize(torch.float32)[ids])
-    moved = accelerate(whole.to(CPU), None, torch.float32, triton=True)
+    moved = accelerate(whole.to(CPU), None, torch.float32)
     assert isinstance(moved, Fp8Weight) and torch.equal(moved.linear(dense), whole.linear(dense))
+    kernel = accelerate(whole, None, torch.bfloat16, triton=True)
+    assert isinstance(kernel, Fp8Weight) and kernel.to(CPU).triton and kernel.dtype == torch.bfloat16
     mixed = stack_rows([parts[0], DenseWeight(dense[:5])])
     assert isinstance(mixed, StackedWeight)
 
