@@ -110,6 +110,15 @@ def test_a_graph_could_record_it() -> None:
     assert "_scaled_mm" in capture.operators(lambda: weight.linear(x, bias))
 
 
+def test_torch_compile_takes_it_whole() -> None:
+    weight = accelerate(Fp8Weight.of(normal(32, 64, seed=1), torch.float32), None, triton=True)
+    compiled = torch.compile(weight.linear, backend="aot_eager", fullgraph=True, dynamic=True)
+    plain = Fp8Weight.of(normal(32, 64, seed=1), torch.float32)
+    for rows in (1, 5):
+        x = normal(rows, 64, seed=rows)
+        torch.testing.assert_close(compiled(x), plain.linear(x))
+
+
 def test_rows_stacking_and_moving_keep_the_numbers() -> None:
     dense = normal(48, 64, seed=2)
     parts = [Fp8Weight.of(part, torch.float32) for part in dense.split((32, 16))]
@@ -121,8 +130,10 @@ def test_rows_stacking_and_moving_keep_the_numbers() -> None:
     )
     ids = torch.tensor([[3, 47], [0, 3]])
     assert torch.equal(whole.rows(ids), whole.dequantize(torch.float32)[ids])
-    moved = accelerate(whole.to(CPU), None, torch.float32, triton=True)
+    moved = accelerate(whole.to(CPU), None, torch.float32)
     assert isinstance(moved, Fp8Weight) and torch.equal(moved.linear(dense), whole.linear(dense))
+    kernel = accelerate(whole, None, torch.bfloat16, triton=True)
+    assert isinstance(kernel, Fp8Weight) and kernel.to(CPU).triton and kernel.dtype == torch.bfloat16
     mixed = stack_rows([parts[0], DenseWeight(dense[:5])])
     assert isinstance(mixed, StackedWeight)
 

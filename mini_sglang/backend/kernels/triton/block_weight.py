@@ -135,7 +135,7 @@ def multiply_blocks(x: Tensor, planes: list[Tensor], bias: Tensor | None, name: 
 
 def rows_of_blocks(ids: Tensor, planes: list[Tensor], name: str, columns: int, dtype: torch.dtype) -> Tensor:
     """The rows ``ids``, integers ``[...]``, as ``[..., columns]``."""
-    flat = ids.reshape(-1)
+    flat = ids.reshape(-1).contiguous()
     return _dense(Planes(*planes), name, 0, len(flat), columns, dtype, flat).view(*ids.shape, columns)
 
 

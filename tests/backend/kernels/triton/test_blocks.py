@@ -73,8 +73,9 @@ def test_every_number_is_kept(kind: GGMLType) -> None:
         assert weight.shape == twin.shape and weight.type is kind
         ids = torch.tensor([[0, rows - 1], [rows // 2, 0]])
         assert torch.equal(weight.rows(ids), dense[ids])
-        many = torch.arange(3 * rows) % rows
+        many = torch.arange(4 * rows) % rows
         assert torch.equal(weight.rows(many), dense[many])
+        assert torch.equal(weight.rows(many[::2]), dense[many[::2]])
         assert weight.rows(ids[:0]).shape == (0, 2, twin.shape[1])
 
 
