@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mini_sglang.backend.step import SampleSpec
+from mini_sglang.backend.step import SampleSpec, SequenceResult
 from mini_sglang.engine.request import Request
 
 
@@ -48,6 +48,33 @@ class Drafts:
         for token_id in token_ids:
             if not self.add(token_id):
                 return
+
+    def accept(self, result: SequenceResult) -> tuple[list[SequenceResult], int, str | None]:
+        """Append what was chosen to the request, up to the first token that was guessed otherwise.
+
+        Returns:
+            what was appended, how many guesses were right, and a sentence where what came next cannot be.
+        """
+        chosen = [result]
+        for draft, after in zip(self.tokens, result.drafted, strict=True):
+            if chosen[-1].token_id != draft:
+                break
+            chosen.append(after)
+        request = self.request
+        taken: list[SequenceResult] = []
+        error: str | None = None
+        for one in chosen:
+            if one.token_id is None:
+                error = one.error or "no token was chosen"
+            else:
+                request.num_computed += 1
+                error = request.append(one.token_id)
+            if error is not None:
+                break
+            taken.append(one)
+            if request.finish is not None:
+                break
+        return taken, len(chosen) - 1, error
 
     def cut(self, count: int) -> None:
         """Keep the first ``count`` guesses."""

@@ -474,31 +474,13 @@ class EngineCore:
         )
 
     def _accept_drafts(self, request: Request, drafts: Drafts, result: SequenceResult) -> list[TokenEvent]:
-        """Append what was chosen, up to the first token that was guessed otherwise."""
-        chosen = [result]
-        for draft, after in zip(drafts.tokens, result.drafted, strict=True):
-            if chosen[-1].token_id != draft:
-                break
-            chosen.append(after)
+        taken, right, error = drafts.accept(result)
         counters = self.counters
         counters.draft_steps += 1
         counters.draft_tokens += len(drafts.tokens)
-        counters.draft_tokens_accepted += len(chosen) - 1
-        taken: list[SequenceResult] = []
-        error: str | None = None
-        for one in chosen:
-            if one.token_id is None:
-                error = one.error or "no token was chosen"
-            else:
-                request.num_computed += 1
-                error = request.append(one.token_id)
-            if error is not None:
-                break
-            taken.append(one)
-            if request.finish is not None:
-                break
+        counters.draft_tokens_accepted += right
         counters.decode_tokens += len(taken)
-        self.speculator.learn(request, drafts, len(chosen) - 1)
+        self.speculator.learn(request, drafts, right)
         event = TokenEvent(
             request.request_id,
             tuple([one.token_id for one in taken if one.token_id is not None]),
