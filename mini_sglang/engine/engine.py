@@ -138,6 +138,7 @@ class EngineCore:
                 run=self._run,
                 take=self._postprocess,
                 fail=self._fail_all,
+                set_back=self.recovery.set_back,
             )
             self._overlap = Overlap(
                 submitter, self.scheduler, self.cache, self.counters, steps, rewinds=paged

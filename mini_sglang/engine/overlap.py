@@ -41,6 +41,7 @@ class Steps:
         run: runs a plan and waits for it; with what it failed with before, for want of memory.
         take: takes in the results of a plan.
         fail: ends the requests of a plan.
+        set_back: has the requests of a plan computed from their starts.
     """
 
     admit: Callable[[], list[TokenEvent]]
@@ -50,6 +51,7 @@ class Steps:
     run: Callable[[list[Scheduled], OutOfMemoryError | None], list[TokenEvent]]
     take: Callable[[list[Scheduled], list[SequenceResult]], list[TokenEvent]]
     fail: Callable[[list[Scheduled], Exception], list[TokenEvent]]
+    set_back: Callable[[list[Scheduled]], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -244,16 +246,18 @@ class Overlap:
             self._set_free(landed)
         self._under_way.clear()
         live = [item for item in step.plan if item.request.phase is not Phase.FINISHED]
-        if isinstance(error, OutOfMemoryError):
-            # It goes on in parts, from where its requests were.
+        events: list[TokenEvent] = []
+        if isinstance(error, OutOfMemoryError) and error.past_lost:
+            self._steps.set_back(live)
+        elif isinstance(error, OutOfMemoryError):
+            # In parts, from where its requests were.
             events = self._steps.run(live, error) if live else []
         else:
             events = self._steps.fail(live, error)
         if not self._rewinds:
             # Else requests that were only in a later step go on from where they were.
-            ours = {item.request for item in live}
             for item in (item for following in others for item in following.plan):
-                if item.request.phase is Phase.RUNNING and item.request not in ours:
+                if item.request.phase is Phase.RUNNING:
                     self._scheduler.retract(item.request)
         return events
 

@@ -48,6 +48,13 @@ class Recovery:
         self._steps = 0
         self.size = StepSize()
 
+    def set_back(self, plan: Sequence[Scheduled]) -> None:
+        """Have the requests of a failed step computed from their starts, fewer of them together."""
+        self._counters.out_of_memory += 1
+        free_memory(self._backend)
+        self._scheduler.max_running = max(1, len(plan) // 2)
+        self._retract([item.request for item in plan])
+
     def fits(self, steps: Sequence[SequenceStep]) -> bool:
         """Whether steps may run in one call, as far as memory that ran out before has taught."""
         if self._scheduler.max_running < self._most_running:

@@ -110,11 +110,12 @@ def answers(core: EngineCore, prompts: Sequence[Sequence[int]], **params: Any) -
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 40])
+@pytest.mark.parametrize("overlap", ["0", "1"])
 def test_a_model_gives_the_same_tokens_in_parts(
-    folder: Path, most: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, most: int, overlap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def core() -> EngineCore:
-        backend = load(folder, kernels="reference")
+        backend = load(folder, kernels="reference", overlap_schedule=overlap)
         settings = Settings.resolve({"prefill_chunk_size": 64}, {})
         return EngineCore(backend, settings, frozenset(backend.eos_ids))
 
@@ -153,12 +154,13 @@ def own_cache_folder(model_type: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("most", [1, 5, 30])
 @pytest.mark.parametrize("model_type", ["mamba2", "falcon_h1"])
+@pytest.mark.parametrize("overlap", ["0", "1"])
 def test_one_cache_per_request_gives_the_same_tokens_in_parts(
-    tmp_path: Path, model_type: str, most: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model_type: str, most: int, overlap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = own_cache_folder(model_type, tmp_path)
     expected = answers(request_core(folder)[0], PROMPTS)
-    core, backend = request_core(folder)
+    core, backend = request_core(folder, overlap_schedule=overlap)
     plain: Callable[..., Any] = backend._runner.forward
     failures = []
 
