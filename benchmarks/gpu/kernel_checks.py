@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.quantised_checks import QUANTISED
 from mini_sglang.backend.attention.base import PLAIN, AttentionForm
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.attention.triton import TritonAttention
@@ -207,4 +208,5 @@ CHECKS = (
     Check("norm and rotation of heads, KV write", ("rotate_and_store",), rotation),
     Check("SiLU times up", ("silu_and_mul",), silu),
     Check("choosing tokens", (), choosing),
+    *(Check(*entry) for entry in QUANTISED),
 )

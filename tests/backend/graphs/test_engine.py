@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from mini_sglang.backend.device_sampling import DeviceSampler
 from mini_sglang.backend.graphs.program import GraphProgram
+from mini_sglang.backend.overlap import DeviceSubmitter
+from mini_sglang.config import Settings
+from mini_sglang.engine.engine import EngineCore
 from mini_sglang.types import SamplingParams
 from tests.backend.graphs.comparing import SMALL
 from tests.backend.graphs.recorder import FaithfulRecorder
@@ -52,3 +56,11 @@ def test_the_answers_of_an_engine_without(tmp_path: Path, recorder: FaithfulReco
     assert run(engine, wanted) == expected
     assert recorder.replayed > replayed + 10
     assert engine.stats()["retractions"] > 0
+    # The same with a step always under way, whose tokens the host does not know.
+    backend.sampler = DeviceSampler(backend.vocab_size)
+    backend.submitter = DeviceSubmitter(backend)
+    resolved = Settings.resolve({**settings, "dtype": "fp32", "device": "cpu"}, {})
+    ahead, replayed = EngineCore(backend, resolved, frozenset({2})), recorder.replayed
+    assert run(ahead, wanted) == expected
+    assert recorder.replayed > replayed + 10
+    assert ahead.stats()["overlapped_steps"] > 10
