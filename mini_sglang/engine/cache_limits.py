@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mini_sglang.backend.step import Backend, page_store
+from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError
 
 # Of ``KVCacheManager.stats``: what only grows.
@@ -35,6 +36,20 @@ class CacheLimits:
     max_prompts: int = 0
     prompt_token_budget: int = 65536
     host_tokens: int = 0
+
+    @classmethod
+    def of(cls, settings: Settings, backend: Backend) -> CacheLimits:
+        """What the settings say, for this backend."""
+        return cls(
+            enabled=settings.prefix_cache and backend.shares_prefixes,
+            max_leaves=settings.prefix_cache_size,
+            max_prompt_tokens=settings.prefix_cache_max_tokens,
+            token_budget=settings.prefix_cache_token_budget,
+            policy=settings.prefix_cache_policy,
+            max_prompts=settings.prefill_cache_size,
+            prompt_token_budget=settings.prefill_cache_token_budget,
+            host_tokens=settings.page_token_budget,
+        )
 
 
 def check_limits(limits: CacheLimits, backend: Backend) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from mini_sglang.backend.step import (
     Backend,
     GrammarFactory,
-    SequenceResult,
     SequenceStep,
     page_store,
     release,
@@ -21,7 +20,6 @@ from mini_sglang.engine.adapters import LoadedAdapters
 from mini_sglang.engine.cache_limits import CacheLimits, check_limits
 from mini_sglang.engine.counters import EngineCounters
 from mini_sglang.engine.draft_model import DraftModel
-from mini_sglang.engine.drafts import Drafts
 from mini_sglang.engine.grammars import GrammarRoom
 from mini_sglang.engine.handle import EngineInfo, Work
 from mini_sglang.engine.kv_cache import KVCacheManager
@@ -29,11 +27,12 @@ from mini_sglang.engine.limits import BY_CONTEXT, BY_LOAD, make_prefix_work, mak
 from mini_sglang.engine.overlap import Overlap, Steps
 from mini_sglang.engine.recovery import Recovery
 from mini_sglang.engine.request import Phase, Request
+from mini_sglang.engine.results import Intake
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from mini_sglang.engine.speculation import Speculator
 from mini_sglang.engine.warming import WarmQueue
 from mini_sglang.errors import BackendLostError, InvalidValueError, MiniSglangError, OutOfMemoryError, shorten
-from mini_sglang.types import Adapter, FinishReason, SamplingParams, TokenEvent, TokenLogprob
+from mini_sglang.types import Adapter, FinishReason, SamplingParams, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -90,29 +89,10 @@ class EngineCore:
             kv_tokens=backend.num_pages * backend.page_size,
             shares_prefixes=backend.shares_prefixes,
         )
-        limits = CacheLimits(
-            enabled=settings.prefix_cache and backend.shares_prefixes,
-            max_leaves=settings.prefix_cache_size,
-            max_prompt_tokens=settings.prefix_cache_max_tokens,
-            token_budget=settings.prefix_cache_token_budget,
-            policy=settings.prefix_cache_policy,
-            max_prompts=settings.prefill_cache_size,
-            prompt_token_budget=settings.prefill_cache_token_budget,
-            host_tokens=settings.page_token_budget,
-        )
+        limits = CacheLimits.of(settings, backend)
         check_limits(limits, backend)
         self.cache = KVCacheManager(backend.num_pages, backend.page_size, limits, page_store(backend))
-        self.scheduler = Scheduler(
-            self.cache,
-            SchedulerLimits(
-                max_batch_size=settings.max_batch_size,
-                max_prefill_tokens=settings.max_prefill_tokens,
-                chunk_tokens=settings.prefill_chunk_size
-                if settings.chunked_prefill and backend.chunks_prompts
-                else None,
-                aging_seconds=settings.priority_aging_seconds,
-            ),
-        )
+        self.scheduler = Scheduler(self.cache, SchedulerLimits.of(settings, backend))
         draft_model = None
         if draft_backend is not None:
             draft_model = DraftModel(draft_backend, backend.vocab_size, settings.max_prefill_tokens)
@@ -120,6 +100,7 @@ class EngineCore:
         paged = backend.shares_prefixes
         self.speculator = Speculator(settings, self.cache, draft_model, allowed=paged)
         self.counters = EngineCounters()
+        self._intake = Intake(self.cache, self.speculator, self.counters, self)
         self.recovery = Recovery(backend, self.scheduler, self.cache, self.counters)
         self._requests: dict[str, Request] = {}
         self._arrivals: dict[int, float] = {}
@@ -136,7 +117,7 @@ class EngineCore:
                 build=self._sequence_step,
                 fits=self.recovery.fits,
                 run=self._run,
-                take=self._postprocess,
+                take=self._intake.take,
                 fail=self._fail_all,
                 set_back=self.recovery.set_back,
             )
@@ -268,7 +249,7 @@ class EngineCore:
         if request is None:
             return None
         self.counters.aborted += reason is FinishReason.ABORT
-        return self._end(request, reason, keep_kv=True)
+        return self.end(request, reason, keep_kv=True)
 
     def step(self) -> list[TokenEvent]:
         """Run one batch; returns what happened to each request in it.
@@ -284,6 +265,7 @@ class EngineCore:
         if not self._requests:
             self._warm = self.warming.next()
             if self._warm is not None:
+                self._warm.internal = True
                 self._requests[self._warm.request_id] = self._warm
                 self.scheduler.add(self._warm)
         events = self._next()
@@ -313,7 +295,7 @@ class EngineCore:
             return self._fail_all(plan, error)
         if speculating:
             self.speculator.note_step(plan, time.perf_counter() - started)
-        return self._postprocess(plan, results)
+        return self._intake.take(plan, results)
 
     def _tell_started(self, plan: Sequence[Scheduled], told: Container[Request] = ()) -> None:
         """Say which requests a plan begins, but for those in ``told``."""
@@ -322,7 +304,7 @@ class EngineCore:
         fresh = [
             item.request.request_id
             for item in plan
-            if not item.request.started and item.request is not self._warm and item.request not in told
+            if not item.request.started and not item.request.internal and item.request not in told
         ]
         if fresh:
             self.on_start(fresh)
@@ -331,7 +313,7 @@ class EngineCore:
         """End the requests of a step that raised ``error``."""
         logger.error("a step of %d requests failed", len(plan), exc_info=error)
         message = f"the step failed: {shorten(str(error) or type(error).__name__)}"
-        return [self._fail(item.request, message) for item in plan]
+        return [self.fail(item.request, message) for item in plan]
 
     def stats(self) -> dict[str, int]:
         """Counters and gauges; KV figures in tokens."""
@@ -399,7 +381,7 @@ class EngineCore:
                 self._grammars.remove(request)
                 self.scheduler.add(request)
             else:
-                events.append(self._fail(request, error))
+                events.append(self.fail(request, error))
         return events
 
     def _sequence_step(self, item: Scheduled) -> SequenceStep:
@@ -418,104 +400,13 @@ class EngineCore:
             step.prompt_top = request.params.top_logprobs
         return step
 
-    def _postprocess(self, plan: list[Scheduled], results: list[SequenceResult]) -> list[TokenEvent]:
-        counters = self.counters
-        counters.steps += 1
-        events: list[TokenEvent] = []
-        for item, result in zip(plan, results, strict=True):
-            request, num_tokens = item.request, item.num_tokens
-            if result.error is not None:
-                events.append(self._fail(request, result.error, result.error_kind))
-                continue
-            if item.drafts is not None:
-                events.extend(self._accept_drafts(request, item.drafts, result))
-                continue
-            begun = request.num_output > 0
-            # What a retracted request computes again is prefill, but for its newest token.
-            decoded = int(begun and result.token_id is not None)
-            counters.decode_tokens += decoded
-            counters.prefill_tokens += num_tokens - decoded
-            if not request.started:
-                self._note_start(request, num_tokens)
-            request.num_computed += num_tokens
-            if result.prompt_logprobs:
-                request.prompt_logprobs.extend(result.prompt_logprobs)
-            if num_tokens > 1 or not begun:
-                self.cache.publish(request)
-            if not begun:
-                self.cache.keep_prompt(request)
-            if request.prefill_only and request.num_remaining == 0:
-                events.append(self._end(request, FinishReason.STOP, keep_kv=True))
-            elif result.token_id is not None:
-                events.append(self._accept(request, result))
-        return events
-
-    def _accept(self, request: Request, result: SequenceResult) -> TokenEvent:
-        assert result.token_id is not None
-        first = request.num_output == 0
-        error = request.append(result.token_id)
-        if error is not None:
-            return self._fail(request, error)
-        logprobs = () if result.logprob is None else (result.logprob,)
-        prompt_logprobs: tuple[TokenLogprob, ...] = ()
-        if first and request.params.prompt_logprobs:
-            prompt_logprobs = tuple(request.prompt_logprobs)
-            request.prompt_logprobs_done = True
-        if request.finish is not None:
-            self._end(request, request.finish, keep_kv=True)
-        return TokenEvent(
-            request.request_id,
-            (result.token_id,),
-            logprobs,
-            request.finish,
-            request.matched_token_id,
-            prompt_tokens=request.num_prompt,
-            cached_tokens=request.num_cached or 0,
-            prompt_logprobs=prompt_logprobs,
-        )
-
-    def _accept_drafts(self, request: Request, drafts: Drafts, result: SequenceResult) -> list[TokenEvent]:
-        taken, right, error = drafts.accept(result)
-        counters = self.counters
-        counters.draft_steps += 1
-        counters.draft_tokens += len(drafts.tokens)
-        counters.draft_tokens_accepted += right
-        counters.decode_tokens += len(taken)
-        self.speculator.learn(request, drafts, right)
-        event = TokenEvent(
-            request.request_id,
-            tuple([one.token_id for one in taken if one.token_id is not None]),
-            tuple([one.logprob for one in taken if one.logprob is not None]),
-            request.finish,
-            request.matched_token_id,
-            prompt_tokens=request.num_prompt,
-            cached_tokens=request.num_cached or 0,
-        )
-        if error is not None:
-            # What was chosen before it counts, as it would without drafts.
-            return [event, self._fail(request, error)] if taken else [self._fail(request, error)]
-        if request.finish is not None:
-            self._end(request, request.finish, keep_kv=True)
-        return [event]
-
-    def _note_start(self, request: Request, num_tokens: int) -> None:
-        """Count what the caches gave to a request whose first step has run."""
-        request.started = True
-        if request is self._warm:
-            return
-        cached = request.num_cached or 0
-        self.counters.note_start(request.num_prompt, cached)
-        logger.info(
-            "prefill request=%s prompt=%d cached=%d computing=%d",
-            request.request_id, request.num_prompt, cached, num_tokens,
-        )  # fmt: skip
-
-    def _fail(self, request: Request, message: str, kind: str | None = None) -> TokenEvent:
+    def fail(self, request: Request, message: str, kind: str | None = None) -> TokenEvent:
+        """See ``results.Ender``."""
         self.counters.failed += 1
         # Nothing is known of the KV this step was writing, so none of this request's is kept.
-        return self._end(request, FinishReason.ERROR, keep_kv=False, error=message, kind=kind)
+        return self.end(request, FinishReason.ERROR, keep_kv=False, error=message, kind=kind)
 
-    def _end(
+    def end(
         self,
         request: Request,
         reason: FinishReason,
@@ -524,7 +415,7 @@ class EngineCore:
         error: str | None = None,
         kind: str | None = None,
     ) -> TokenEvent:
-        """The one place where a request ends."""
+        """See ``results.Ender``: the one place where a request ends."""
         assert request.phase is not Phase.FINISHED
         if self._grammars.remove(request):
             request.phase = Phase.FINISHED
@@ -533,7 +424,7 @@ class EngineCore:
         del self._requests[request.request_id]
         self.adapters.leave(request.lora)
         self.speculator.forget(request)
-        self.counters.finished += request is not self._warm and reason in (
+        self.counters.finished += not request.internal and reason in (
             FinishReason.STOP,
             FinishReason.LENGTH,
         )

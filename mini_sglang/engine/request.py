@@ -42,6 +42,7 @@ class Request:
         num_computed: leading tokens whose KV is in ``pages``; below ``len(tokens)`` until finished.
         num_cached: prompt tokens taken from the prefix cache when it was first admitted.
         started: whether a step of it has run.
+        internal: nobody waits for it: it fills the cache.
         node: the radix node locked for the tree's pages.
         arrival: ``time.monotonic`` seconds, from when on it ages.
         capped_by: why ``max_new_tokens`` is less than was asked for, "load" or "context"; else None.
@@ -79,6 +80,7 @@ class Request:
     num_computed: int = 0
     num_cached: int | None = None
     started: bool = False
+    internal: bool = False
     flights: int = 0
     node: RadixNode | None = None
     from_logits: int | None = None

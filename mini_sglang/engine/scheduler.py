@@ -12,6 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
+from mini_sglang.backend.step import Backend
+from mini_sglang.config import Settings
 from mini_sglang.engine.drafts import Drafts
 from mini_sglang.engine.kv_cache import KVCacheManager
 from mini_sglang.engine.order import Line, order_of
@@ -38,6 +40,17 @@ class SchedulerLimits:
     max_prefill_tokens: int
     chunk_tokens: int | None
     aging_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Settings, backend: Backend) -> SchedulerLimits:
+        """What the settings say, for this backend."""
+        chunks = settings.chunked_prefill and backend.chunks_prompts
+        return cls(
+            max_batch_size=settings.max_batch_size,
+            max_prefill_tokens=settings.max_prefill_tokens,
+            chunk_tokens=settings.prefill_chunk_size if chunks else None,
+            aging_seconds=settings.priority_aging_seconds,
+        )
 
 
 @dataclass(slots=True)

@@ -213,7 +213,7 @@ def test_close_with_sinks_that_raise_still_tells_the_others() -> None:
     assert {good.wait().finish, last.wait().finish} == {FinishReason.ABORT}
 
 
-@pytest.mark.parametrize("where", ["schedule", "_postprocess"])
+@pytest.mark.parametrize("where", ["schedule", "take"])
 def test_an_engine_that_dies_tells_everybody(where: str) -> None:
     core = make_core(FakeBackend(60, 4))
     thread = EngineThread(core)
@@ -227,7 +227,7 @@ def test_an_engine_that_dies_tells_everybody(where: str) -> None:
 
     def sink(event: TokenEvent) -> None:
         # In the engine's thread, after the first token: the next step dies, however fast the steps are.
-        setattr(core.scheduler if where == "schedule" else core, where, die)
+        setattr(core.scheduler if where == "schedule" else core._intake, where, die)
         first(event)
 
     thread.submit(core.make_request("r0", PROMPT, params(80)), sink)
