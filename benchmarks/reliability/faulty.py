@@ -80,11 +80,18 @@ class FaultyBackend:
             time.sleep(3600)
         if fault.kind != "broken":
             self._fault = None
-        if fault.kind == "memory":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        if fault.kind == "host memory":
-            raise MemoryError
+        if fault.kind in ("memory", "host memory"):
+            from mini_sglang.backend.memory import says_out_of_memory
+
+            # As the backend behind this one would say it.
+            torchs = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            says_out_of_memory()(FaultyBackend._raise)(
+                self, torchs if fault.kind == "memory" else MemoryError()
+            )
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def _raise(self, error: Exception) -> None:
+        raise error
 
 
 def make_core(settings: Settings, setup: Setup, notify: Callable[[str], None]) -> EngineCore:
@@ -92,7 +99,7 @@ def make_core(settings: Settings, setup: Setup, notify: Callable[[str], None]) -
     from mini_sglang.api import starting
 
     core = starting.make_core(settings, setup, notify)
-    core._backend = FaultyBackend(core._backend, setup.index)
+    core._backend = core.recovery._backend = FaultyBackend(core._backend, setup.index)
     return core
 
 

@@ -194,11 +194,14 @@ class Watch:
     def __init__(self, port: int) -> None:
         self._url = f"http://127.0.0.1:{port}"
         self._stop = threading.Event()
+        self._looked = threading.Event()
         self._thread = threading.Thread(target=self._look)
         self.seen: list[tuple[int, int, str, tuple[str, ...]]] = []
 
     def __enter__(self) -> Watch:
         self._thread.start()
+        # What the block does comes after a first look.
+        self._looked.wait(5.0)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -235,6 +238,7 @@ class Watch:
             look = (ready, *before)
             if not self.seen or self.seen[-1] != look:
                 self.seen.append(look)
+            self._looked.set()
 
     def _health(self) -> tuple[int, str, tuple[str, ...]]:
         status, body = self._get("/health")
