@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mini_sglang.engine.engine import EngineCore
 from mini_sglang.errors import InvalidValueError
 from mini_sglang.types import FinishReason
 from tests.api.serving import Server, settle
-from tests.test_same_answer import EOS, alone, workload
+from tests.test_same_answer import EOS, alone, serve_forty, workload
 from tests.tiny_folders import tiny_folder
 
 
@@ -53,7 +52,6 @@ def test_forty_requests_together_answer_as_alone_without_it(
 ) -> None:
     requests = workload(seed=page_size)
     expected = alone(folder, requests)
-    draw = random.Random(7)
     engine = make(
         folder,
         page_size_tokens=page_size,
@@ -64,30 +62,7 @@ def test_forty_requests_together_answer_as_alone_without_it(
         max_batch_size=12,
         page_token_budget=512 if prefix_cache else 0,
     )
-    waiting = list(range(40))
-    draw.shuffle(waiting)
-    to_abort = set(draw.sample(range(40), 8))
-    answers: dict[int, list[int]] = {index: [] for index in range(40)}
-    ends: dict[int, FinishReason] = {}
-    while waiting or engine.has_work:
-        for _ in range(draw.choice([0, 0, 1, 4])):
-            if waiting:
-                index = waiting.pop()
-                engine.add(engine.make_request(str(index), *requests[index]))
-        events = engine.step()
-        engine.check()
-        for index in to_abort - set(ends):
-            if draw.random() < 0.05:
-                aborted = engine.abort(str(index))
-                events += [] if aborted is None else [aborted]
-        for event in events:
-            index = int(event.request_id)
-            assert index not in ends, "an event after the last one"
-            assert event.error is None, event.error
-            answers[index].extend(event.token_ids)
-            if event.finish is not None:
-                ends[index] = event.finish
-    assert set(ends) == set(range(40))
+    answers, ends = serve_forty(engine, requests)
     assert engine.scheduler.num_retractions > 0, "the pool was meant to run out"
     assert engine.counters.overlapped_steps > 0
     for index in range(40):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,24 +82,11 @@ def alone(
     return answers
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize("chunked", [True, False])
-def test_forty_requests_together_answer_as_alone(
-    folder: Path, page_size: int, prefix_cache: bool, chunked: bool
-) -> None:
-    requests = workload(seed=page_size)
-    expected = alone(folder, requests)
+def serve_forty(
+    engine: EngineCore, requests: Sequence[tuple[list[int], SamplingParams]]
+) -> tuple[dict[int, list[int]], dict[int, FinishReason]]:
+    """Serve requests that arrive at random, of which some are aborted; gives ids and ends."""
     draw = random.Random(7)
-    engine = core(
-        folder,
-        page_size_tokens=page_size,
-        prefix_cache=prefix_cache,
-        chunked_prefill=chunked,
-        prefill_chunk_size=24,
-        kv_token_budget=224,  # the longest request takes 180
-        max_batch_size=12,
-    )
     waiting = list(range(40))
     draw.shuffle(waiting)
     to_abort = set(draw.sample(range(40), 8))
@@ -118,10 +106,32 @@ def test_forty_requests_together_answer_as_alone(
         for event in events:
             index = int(event.request_id)
             assert index not in ends, "an event after the last one"
+            assert event.error is None, event.error
             answers[index].extend(event.token_ids)
             if event.finish is not None:
                 ends[index] = event.finish
     assert set(ends) == set(range(40))
+    return answers, ends
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_forty_requests_together_answer_as_alone(
+    folder: Path, page_size: int, prefix_cache: bool, chunked: bool
+) -> None:
+    requests = workload(seed=page_size)
+    expected = alone(folder, requests)
+    engine = core(
+        folder,
+        page_size_tokens=page_size,
+        prefix_cache=prefix_cache,
+        chunked_prefill=chunked,
+        prefill_chunk_size=24,
+        kv_token_budget=224,  # the longest request takes 180
+        max_batch_size=12,
+    )
+    answers, ends = serve_forty(engine, requests)
     assert engine.scheduler.num_retractions > 0, "the pool was meant to run out"
     if prefix_cache:
         assert engine.counters.prefix_hit_tokens > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -316,9 +316,12 @@ def test_forty_requests_at_random(
     seed: int, settings: dict[str, Any], page_size: int, pool_tokens: int
 ) -> None:
     """Random arrivals, lengths, seeds and aborts in a small pool: nobody's answer depends on the others."""
-    chance = random.Random(seed)
     backend = FakeBackend(pool_tokens // page_size, page_size, CONTEXT)
-    driver = Driver(make_core(backend, **settings))
+    forty_at_random(Driver(make_core(backend, **settings)), random.Random(seed), lambda: None)
+
+
+def forty_at_random(driver: Driver, chance: random.Random, after_step: Callable[[], None]) -> None:
+    """Serve them, and compare each answer with what it would be alone."""
     stems = [[2 + chance.randrange(8) for _ in range(CONTEXT)] for _ in range(3)]
     wanted: dict[str, Answer] = {}
     room = driver.core.max_sequence_tokens - 1
@@ -335,6 +338,7 @@ def test_forty_requests_at_random(
         if wanted and chance.random() < 0.02:
             driver.abort(chance.choice(list(wanted)))
         driver.step()
+        after_step()
     driver.core.cache.settle()
     check_locks(driver.core)
     assert driver.core.cache.num_available == driver.core.cache.num_pages

@@ -16,9 +16,9 @@ from hypothesis.stateful import rule
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.types import FinishReason, SamplingParams
 
-from .fake_backend import Answer, Driver, FakeBackend, examples, reference, turns
+from .fake_backend import Driver, FakeBackend, examples
 from .late_backend import LateBackend, make_late_core
-from .test_load import CODES, CONTEXT, EngineMachine, check_locks, engine_settings, sampling_params
+from .test_load import CONTEXT, EngineMachine, engine_settings, forty_at_random
 from .test_speculation import rig
 
 
@@ -101,31 +101,6 @@ def test_forty_requests_at_random(
     chance = random.Random(seed)
     backend = LateBackend(pool_tokens // page_size, page_size, CONTEXT)
     backend.chance, backend.revises = random.Random(seed), chance.choice([0.0, 0.1])
-    driver = Driver(make_late_core(backend, **settings))
-    stems = [[2 + chance.randrange(8) for _ in range(CONTEXT)] for _ in range(3)]
-    wanted: dict[str, Answer] = {}
-    room = driver.core.max_sequence_tokens - 1
-    for _ in turns():
-        if len(wanted) == 40 and not driver.core.has_work:
-            break
-        while len(wanted) < 40 and chance.random() < 0.3:
-            prompt = [*chance.choice(stems)[: chance.randrange(60)], 2 + chance.randrange(3)]
-            prompt = prompt[:room]
-            params = sampling_params(chance.randrange(CODES))
-            name = driver.add(prompt, params)
-            new = min(params.max_new_tokens, driver.core.max_sequence_tokens - len(prompt))
-            wanted[name] = reference(prompt, params, max_new_tokens=new, seed=params.seed or 0)
-        if wanted and chance.random() < 0.02:
-            driver.abort(chance.choice(list(wanted)))
-        driver.step()
-        backend.check_free(driver.core.cache._pages.free_pages())
-    driver.core.cache.settle()
-    check_locks(driver.core)
-    assert driver.core.cache.num_available == driver.core.cache.num_pages
-    assert driver.core.counters.overlapped_steps == backend.ahead
-    for name, alone in wanted.items():
-        answer = driver.answers[name]
-        if answer.finish is FinishReason.ABORT:
-            assert answer.token_ids == alone.token_ids[: len(answer.token_ids)]
-        else:
-            assert replace(answer, cached_tokens=0) == alone
+    core = make_late_core(backend, **settings)
+    forty_at_random(Driver(core), chance, lambda: backend.check_free(core.cache._pages.free_pages()))
+    assert core.counters.overlapped_steps == backend.ahead
