@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -225,12 +226,10 @@ def test_the_banner_says_what_is_served_and_its_line_works(own: Any) -> None:
         assert part in said
     line = next(line for line in said.splitlines() if "curl" in line)
     assert "secret-key" not in said
-    os.environ["API_KEY"] = "secret-key"
-    try:
-        answer = os.popen(f"{line.split('try')[1].strip()} -s").read()
-    finally:
-        del os.environ["API_KEY"]
-    assert lines_of(answer.encode())[-1]["event"] == "done"
+    command = f"{line.split('try')[1].strip()} -s"
+    environment = {**os.environ, "API_KEY": "secret-key"}
+    done = subprocess.run(command, shell=True, env=environment, stdout=subprocess.PIPE, check=True)
+    assert lines_of(done.stdout)[-1]["event"] == "done"
     assert server.end() == 0
 
 
