@@ -109,7 +109,7 @@ def answers(core: EngineCore, prompts: Sequence[Sequence[int]], **params: Any) -
     return list(found.values())
 
 
-@pytest.mark.parametrize("most", [1, 2, 7, 40])
+@pytest.mark.parametrize("most", [2, 40])
 @pytest.mark.parametrize("overlap", ["0", "1"])
 def test_a_model_gives_the_same_tokens_in_parts(
     folder: Path, most: int, overlap: str, monkeypatch: pytest.MonkeyPatch
@@ -152,8 +152,7 @@ def own_cache_folder(model_type: str, folder: Path) -> Path:
     return save(tiny_model(case.family), folder)
 
 
-@pytest.mark.parametrize("most", [1, 5, 30])
-@pytest.mark.parametrize("model_type", ["mamba2", "falcon_h1"])
+@pytest.mark.parametrize(("model_type", "most"), [("mamba2", 1), ("falcon_h1", 5)])
 @pytest.mark.parametrize("overlap", ["0", "1"])
 def test_one_cache_per_request_gives_the_same_tokens_in_parts(
     tmp_path: Path, model_type: str, most: int, overlap: str, monkeypatch: pytest.MonkeyPatch

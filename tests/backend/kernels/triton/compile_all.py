@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,9 @@ def resources(binary: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def compile_all(capability: int, shapes: list[tuple[int, int, int]], dtypes: list[torch.dtype]) -> None:
+def compile_all(
+    capability: int, shapes: list[tuple[int, int, int]], dtypes: list[torch.dtype], formats: Collection[str]
+) -> None:
     done: dict[str, dict[str, int]] = {}
     for module, names in KERNELS.items():
         for name in names:
@@ -122,16 +125,16 @@ def compile_all(capability: int, shapes: list[tuple[int, int, int]], dtypes: lis
             norm = qkv[0, : heads + kv_heads]
             operations.rotate_and_store(qkv, norm, turns, scene.kv, LAYER, slots)
     for dtype in dtypes:
-        compile_products(dtype)
+        compile_products(dtype, formats)
         if capability >= 89:
             round_rows(torch.zeros(3, 5120, dtype=dtype), 1e-30)
     print(json.dumps({"shared": shared, "kernels": done}))
 
 
-def compile_products(dtype: torch.dtype) -> None:
-    """Every way to multiply by blocks of every format, and to unpack them."""
+def compile_products(dtype: torch.dtype, formats: Collection[str]) -> None:
+    """Every way to multiply by blocks of ``formats``, and to unpack them."""
     for kind in GGML_TYPES.values():
-        if kind.name not in FORMATS:
+        if kind.name not in formats:
             continue
         for features in (1024, 9216):
             blocks = torch.zeros(features, 512 // kind.block_size * kind.block_bytes, dtype=torch.uint8)
@@ -147,4 +150,6 @@ if __name__ == "__main__":
         int(sys.argv[1]),
         [tuple(map(int, shape.split(","))) for shape in sys.argv[2].split()],  # type: ignore[misc]
         [getattr(torch, dtype) for dtype in sys.argv[3].split()],
+        # All of them take minutes.
+        sys.argv[4].split() if len(sys.argv) > 4 else FORMATS,
     )

@@ -12,11 +12,11 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("capability", "shapes", "dtypes"),
-    [(90, "16,8,128", "bfloat16"), (86, "14,2,64", "float16 float32")],
+    ("capability", "shapes", "dtypes", "formats"),
+    [(90, "16,8,128", "bfloat16", "Q8_0 Q4_K"), (86, "14,2,64", "float16", "Q5_1 Q6_K")],
 )
 def test_every_kernel_compiles_without_spilling(
-    capability: int, shapes: str, dtypes: str, tmp_path: Path
+    capability: int, shapes: str, dtypes: str, formats: str, tmp_path: Path
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -27,6 +27,7 @@ def test_every_kernel_compiles_without_spilling(
         str(capability),
         shapes,
         dtypes,
+        formats,
     ]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[4]
