@@ -7,10 +7,10 @@ import ctypes
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mini_sglang.backend.children import module_command, module_environment
 from mini_sglang.config import Settings, plain_settings
 from mini_sglang.errors import ModelLoadError
 
@@ -58,12 +58,12 @@ def ask_need(settings: Settings, path: Path) -> Need:
     """
     asked = json.dumps({"path": str(path), "settings": plain_settings(settings)})
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "mini_sglang.backend.parallel.need_main"],
+        module_command("mini_sglang.backend.parallel.need_main"),
         input=asked.encode(),
         stdout=subprocess.PIPE,
         timeout=_PROBE_SECONDS,
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
+        env=module_environment(),
     )
     try:
         answer = json.loads(done.stdout)

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mini_sglang import logs
 from mini_sglang.backend.openmp import sleeping_openmp
 from mini_sglang.backend.parallel.wire import (
     Alive,
@@ -43,7 +44,7 @@ logger = logging.getLogger("mini_sglang.backend.parallel.follower")
 _HEARTBEAT = 0.5
 
 
-class Voice:
+class Outbox:
     """Standard output, for messages of any thread."""
 
     def __init__(self) -> None:
@@ -65,11 +66,11 @@ class Voice:
             self.say(Alive())
 
 
-class Ears:
+class Inbox:
     """Standard input, read by a thread of its own so that its end is noticed in the midst of a step."""
 
     def __init__(self) -> None:
-        self._heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._codec = Codec()
         self._folder: Path | None = None
         self._thread = threading.Thread(target=self._listen, name="mini-sglang-leader", daemon=True)
@@ -77,25 +78,25 @@ class Ears:
 
     def next(self) -> Command:
         """Wait for the next command."""
-        command = self._codec.command(self._heard.get())
+        command = self._codec.command(self._arrived.get())
         if isinstance(command, Join):
             self._folder = Path(command.folder)
         return command
 
     def _listen(self) -> None:
         while (body := read_frame(sys.stdin.buffer)) is not None:
-            self._heard.put(body)
+            self._arrived.put(body)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(0)
 
 
 class Follower:
-    """A rank while its model is loaded; see ``backend.Member``."""
+    """A rank while its model is loaded; see ``rank.Member``."""
 
     group: Group
 
-    def __init__(self, join: Join, voice: Voice) -> None:
+    def __init__(self, join: Join, outbox: Outbox) -> None:
         import torch
 
         from mini_sglang.backend.device import choose_device
@@ -106,7 +107,7 @@ class Follower:
         if device.type == "cuda":
             torch.cuda.set_device(join.rank)
             device = torch.device("cuda", join.rank)
-        voice.say(Hello())
+        outbox.say(Hello())
         self.settings = settings
         self.group = TorchGroup(join.rank, join.size, Path(join.folder), device, settings.step_timeout)
 
@@ -123,47 +124,37 @@ def main(arguments: list[str] | None = None) -> int:
     for name in (signal.SIGINT, signal.SIGTERM):
         # A service manager's SIGTERM reaches every process; the parent decides then.
         signal.signal(name, signal.SIG_IGN)
-    voice, ears = Voice(), Ears()
+    outbox, inbox = Outbox(), Inbox()
     try:
-        join = ears.next()
+        join = inbox.next()
         assert isinstance(join, Join)
-        _log_to_stderr(join)
-        _follow(join, voice, ears)
+        logs.configure(str(join.settings.get("log_level", "warning")), f"rank {join.rank}")
+        _follow(join, outbox, inbox)
     except MiniSglangError as error:
-        voice.say(Failed(str(error)))
+        outbox.say(Failed(str(error)))
     except BaseException as error:
         logger.debug("the rank ends", exc_info=True)
         who = str(options.rank).replace("/", " of ")
-        voice.say(Failed(f"rank {who} failed: {error!r:.200}"))
+        outbox.say(Failed(f"rank {who} failed: {error!r:.200}"))
     # The group's own threads may wait for ranks that are gone.
     os._exit(1)
 
 
-def _follow(join: Join, voice: Voice, ears: Ears) -> None:
+def _follow(join: Join, outbox: Outbox, inbox: Inbox) -> None:
     with sleeping_openmp():
         from mini_sglang.backend.loader import load_backend
         from mini_sglang.backend.parallel.backend import FollowingBackend
 
     gc.disable()
-    follower = Follower(join, voice)
+    follower = Follower(join, outbox)
     backend = load_backend(Path(join.path), follower.settings, sharing=join.sharing, member=follower)
     assert isinstance(backend, FollowingBackend)
     gc.freeze()
     gc.enable()
-    threading.Thread(target=voice.beat, name="mini-sglang-heart", daemon=True).start()
-    voice.say(Ready())
+    threading.Thread(target=outbox.beat, name="mini-sglang-heartbeat", daemon=True).start()
+    outbox.say(Ready())
     while True:
-        backend.obey(ears.next())
-
-
-def _log_to_stderr(join: Join) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    form = f"%(asctime)s %(levelname)s [rank {join.rank}] %(message)s"
-    handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
-    package = logging.getLogger("mini_sglang")
-    package.addHandler(handler)
-    package.setLevel(str(join.settings.get("log_level", "warning")).upper())
-    package.propagate = False
+        backend.obey(inbox.next())
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mini_sglang.backend.children import module_command, module_environment
 from mini_sglang.backend.parallel.wire import Codec, Command, Failed, Hello, Join, Ready, read_frame
 from mini_sglang.errors import BackendLostError
 
@@ -188,13 +187,9 @@ class Followers:
 
 def _start(join: Join) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [
-            *(sys.executable, "-P", "-m", "mini_sglang.backend.parallel.follower_main"),
-            *("--rank", f"{join.rank}/{join.size}"),
-        ],
+        module_command("mini_sglang.backend.parallel.follower_main", "--rank", f"{join.rank}/{join.size}"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        # It finds its modules where this process does, and nowhere else (-P).
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
+        env=module_environment(),
         start_new_session=True,
     )
