@@ -95,7 +95,7 @@ def profile(
         (core, "step", "step"),
         (core.scheduler, "schedule", "scheduling"),
         (backend, "run", "backend"),
-        (core._intake, "take", "results to events"),
+        (core._postprocessor, "take", "results to events"),
         (program, "forward", "forward"),
         (kernels, "run_all", "kernels"),
         (backend.decoder, "logits", "head"),

@@ -63,7 +63,7 @@ def load_native_backend(
     member: Member | None,
 ) -> ModelBackend:
     """Load a model of our own decoder; see ``load_backend``. Closes the checkpoint before KV is allocated."""
-    machine = _with_honest_compiler(settings, machine)
+    machine = _without_idle_compiler(settings, machine)
     config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
     context_length = _context_length(settings, config)
     num_parameters = check_tensors(checkpoint, config)
@@ -126,8 +126,8 @@ def load_native_backend(
     return backend
 
 
-def _with_honest_compiler(settings: Settings, machine: Machine) -> Machine:
-    """The machine with the compiler that has something to compile.
+def _without_idle_compiler(settings: Settings, machine: Machine) -> Machine:
+    """The machine, without a compiler that is on by default and would find nothing to compile.
 
     Raises:
         InvalidValueError: a setting that does nothing for a model of our own decoder.

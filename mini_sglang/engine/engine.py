@@ -27,7 +27,7 @@ from mini_sglang.engine.limits import BY_CONTEXT, BY_LOAD, make_prefix_work, mak
 from mini_sglang.engine.overlap import Overlap, Steps
 from mini_sglang.engine.recovery import Recovery
 from mini_sglang.engine.request import Phase, Request
-from mini_sglang.engine.results import Intake
+from mini_sglang.engine.results import Postprocessor
 from mini_sglang.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from mini_sglang.engine.speculation import Speculator
 from mini_sglang.engine.warming import WarmQueue
@@ -100,7 +100,7 @@ class EngineCore:
         paged = backend.shares_prefixes
         self.speculator = Speculator(settings, self.cache, draft_model, allowed=paged)
         self.counters = EngineCounters()
-        self._intake = Intake(self.cache, self.speculator, self.counters, self)
+        self._postprocessor = Postprocessor(self.cache, self.speculator, self.counters, self)
         self.recovery = Recovery(backend, self.scheduler, self.cache, self.counters)
         self._requests: dict[str, Request] = {}
         self._arrivals: dict[int, float] = {}
@@ -117,7 +117,7 @@ class EngineCore:
                 build=self._sequence_step,
                 fits=self.recovery.fits,
                 run=self._run,
-                take=self._intake.take,
+                take=self._postprocessor.take,
                 fail=self._fail_all,
                 set_back=self.recovery.set_back,
             )
@@ -295,7 +295,7 @@ class EngineCore:
             return self._fail_all(plan, error)
         if speculating:
             self.speculator.note_step(plan, time.perf_counter() - started)
-        return self._intake.take(plan, results)
+        return self._postprocessor.take(plan, results)
 
     def _tell_started(self, plan: Sequence[Scheduled], told: Container[Request] = ()) -> None:
         """Say which requests a plan begins, but for those in ``told``."""
@@ -401,7 +401,7 @@ class EngineCore:
         return step
 
     def fail(self, request: Request, message: str, kind: str | None = None) -> TokenEvent:
-        """See ``results.Ender``."""
+        """See ``results.Requests``."""
         self.counters.failed += 1
         # Nothing is known of the KV this step was writing, so none of this request's is kept.
         return self.end(request, FinishReason.ERROR, keep_kv=False, error=message, kind=kind)
@@ -415,7 +415,7 @@ class EngineCore:
         error: str | None = None,
         kind: str | None = None,
     ) -> TokenEvent:
-        """See ``results.Ender``: the one place where a request ends."""
+        """See ``results.Requests``: the one place where a request ends."""
         assert request.phase is not Phase.FINISHED
         if self._grammars.remove(request):
             request.phase = Phase.FINISHED

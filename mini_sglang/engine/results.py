@@ -18,8 +18,8 @@ from mini_sglang.types import FinishReason, TokenEvent, TokenLogprob
 logger = logging.getLogger(__name__)
 
 
-class Ender(Protocol):
-    """Who lets go of requests that end."""
+class Requests(Protocol):
+    """Those of an engine; it lets go of what ends."""
 
     def end(self, request: Request, reason: FinishReason, *, keep_kv: bool) -> TokenEvent:
         """End a request; gives its terminal event."""
@@ -28,16 +28,16 @@ class Ender(Protocol):
         """End a request with an error."""
 
 
-class Intake:
+class Postprocessor:
     """Takes in the results of steps."""
 
     def __init__(
-        self, cache: KVCacheManager, speculator: Speculator, counters: EngineCounters, ender: Ender
+        self, cache: KVCacheManager, speculator: Speculator, counters: EngineCounters, requests: Requests
     ) -> None:
         self._cache = cache
         self._speculator = speculator
         self._counters = counters
-        self._ender = ender
+        self._requests = requests
 
     def take(self, plan: Sequence[Scheduled], results: Sequence[SequenceResult]) -> list[TokenEvent]:
         """The results of ``plan``, one for each of its items; returns what happened to each request."""
@@ -47,7 +47,7 @@ class Intake:
         for item, result in zip(plan, results, strict=True):
             request, num_tokens = item.request, item.num_tokens
             if result.error is not None:
-                events.append(self._ender.fail(request, result.error, result.error_kind))
+                events.append(self._requests.fail(request, result.error, result.error_kind))
                 continue
             if item.drafts is not None:
                 events.extend(self._accept_drafts(request, item.drafts, result))
@@ -67,7 +67,7 @@ class Intake:
             if not begun:
                 self._cache.keep_prompt(request)
             if request.prefill_only and request.num_remaining == 0:
-                events.append(self._ender.end(request, FinishReason.STOP, keep_kv=True))
+                events.append(self._requests.end(request, FinishReason.STOP, keep_kv=True))
             elif result.token_id is not None:
                 events.append(self._accept(request, result))
         return events
@@ -77,14 +77,14 @@ class Intake:
         first = request.num_output == 0
         error = request.append(result.token_id)
         if error is not None:
-            return self._ender.fail(request, error)
+            return self._requests.fail(request, error)
         logprobs = () if result.logprob is None else (result.logprob,)
         prompt_logprobs: tuple[TokenLogprob, ...] = ()
         if first and request.params.prompt_logprobs:
             prompt_logprobs = tuple(request.prompt_logprobs)
             request.prompt_logprobs_done = True
         if request.finish is not None:
-            self._ender.end(request, request.finish, keep_kv=True)
+            self._requests.end(request, request.finish, keep_kv=True)
         return TokenEvent(
             request.request_id,
             (result.token_id,),
@@ -115,9 +115,10 @@ class Intake:
         )
         if error is not None:
             # What was chosen before it counts, as it would without drafts.
-            return [event, self._ender.fail(request, error)] if taken else [self._ender.fail(request, error)]
+            failed = self._requests.fail(request, error)
+            return [event, failed] if taken else [failed]
         if request.finish is not None:
-            self._ender.end(request, request.finish, keep_kv=True)
+            self._requests.end(request, request.finish, keep_kv=True)
         return [event]
 
     def _note_start(self, request: Request, num_tokens: int) -> None:

@@ -227,7 +227,7 @@ def test_an_engine_that_dies_tells_everybody(where: str) -> None:
 
     def sink(event: TokenEvent) -> None:
         # In the engine's thread, after the first token: the next step dies, however fast the steps are.
-        setattr(core.scheduler if where == "schedule" else core._intake, where, die)
+        setattr(core.scheduler if where == "schedule" else core._postprocessor, where, die)
         first(event)
 
     thread.submit(core.make_request("r0", PROMPT, params(80)), sink)
