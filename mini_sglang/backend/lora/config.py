@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mini_sglang.backend.loading.safetensors_folder import parse_json
+from mini_sglang.backend.loading.json_files import parse_json
 from mini_sglang.backend.lora.files import CONFIG_FILE
 from mini_sglang.errors import InvalidValueError
 

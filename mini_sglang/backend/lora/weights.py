@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from mini_sglang.backend.loading.safetensors_folder import read_tensors
+from mini_sglang.backend.loading.safetensors_file import read_tensors
 from mini_sglang.backend.lora.config import TARGETS, AdapterConfig
 from mini_sglang.backend.lora.files import WEIGHTS_FILE, read_contents
 from mini_sglang.backend.models.config import ModelConfig

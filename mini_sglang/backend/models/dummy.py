@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mini_sglang.backend.loading.json_files import read_json
 from mini_sglang.backend.loading.parts import Part
-from mini_sglang.backend.loading.safetensors_folder import read_json
 from mini_sglang.backend.models.config import SUPPORTED_FAMILIES, ModelConfig, is_native
 from mini_sglang.backend.models.loader import expected_tensors
 from mini_sglang.backend.weights import DenseWeight, Weight
