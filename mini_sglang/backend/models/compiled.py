@@ -12,15 +12,13 @@ from torch import Tensor
 
 from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.batch import Batch, Limits
+from mini_sglang.backend.closeness import HIDDEN_TOLERANCE, relative_error
 from mini_sglang.backend.compiling import Compiler
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.lora.store import StepAdapters
 from mini_sglang.backend.models.decoder import Decoder, LayerWeights
 from mini_sglang.backend.models.operations import TorchOperations
 from mini_sglang.backend.step import SequenceStep
-
-# Of the root mean square of the hidden states.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 
 
 class CompiledDecoder(Decoder):
@@ -102,7 +100,6 @@ def prove(
         batch = Batch.build([step], limits, kv.data.device)
         ours = compiled.forward(batch, kv, attention).float()
         own = plain.forward(batch, kv, attention).float()
-        off = (ours - own).square().mean().sqrt() / own.square().mean().sqrt().clamp_min(1e-30)
-        # Not a number is not below it either.
-        if not off.item() <= _TOLERANCE[plain.dtype]:
-            raise RuntimeError(f"its hidden states are off by {off.item():.2g} of their size")
+        off = relative_error(ours, own)
+        if not off <= HIDDEN_TOLERANCE[plain.dtype]:
+            raise RuntimeError(f"its hidden states are off by {off:.2g} of their size")

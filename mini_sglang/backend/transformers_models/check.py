@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.batch import Batch, Limits
+from mini_sglang.backend.closeness import relative_error
 from mini_sglang.backend.kv.layered import kv_pool
 from mini_sglang.backend.step import SequenceStep
 from mini_sglang.backend.transformers_models.attention import PAGED
@@ -73,8 +74,6 @@ def _own_logits(decoder: TransformersDecoder, ids: list[Tensor]) -> list[Tensor]
 
 
 def _compare(ours: Tensor, own: Tensor, tolerance: float) -> None:
-    centred = own - own.mean(-1, keepdim=True)
-    off = (ours - own).square().mean().sqrt() / centred.square().mean().sqrt().clamp_min(1e-30)
-    # Not a number is not below it either.
-    if not off.item() <= tolerance:
-        raise NotPagedError(f"its logits over pages differ from its own by {off.item():.2g} of their size")
+    off = relative_error(ours, own, own - own.mean(-1, keepdim=True))
+    if not off <= tolerance:
+        raise NotPagedError(f"its logits over pages differ from its own by {off:.2g} of their size")
