@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.attention.base import PLAIN, AttentionForm
-from mini_sglang.backend.attention.packages import why_no_package
+from mini_sglang.backend.attention.packages import pages_of, why_no_package
 from mini_sglang.backend.attention.tables import StepTables
 from mini_sglang.backend.batch import Batch
 from mini_sglang.backend.device import to_device
@@ -86,10 +86,7 @@ class FlashStep:
         from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
         kv, decodes = self._kv, self._decodes
-        keys, values = (
-            part.view(kv.num_pages, kv.page_size, *part.shape[1:])
-            for part in kv.keys_values(layer, kv.rows(layer))
-        )
+        keys, values = pages_of(kv, layer)
         how = {
             "softmax_scale": form.scale,
             "causal": True,

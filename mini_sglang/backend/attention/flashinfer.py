@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.attention.base import PLAIN, AttentionForm
-from mini_sglang.backend.attention.packages import why_no_package
+from mini_sglang.backend.attention.packages import pages_of, why_no_package
 from mini_sglang.backend.batch import Batch
 from mini_sglang.backend.device import to_device
 from mini_sglang.backend.kv.pool import KVPool
@@ -94,10 +94,7 @@ class FlashInferStep:
         form: AttentionForm = PLAIN,
     ) -> Tensor:
         kv, decodes = self._kv, self._decodes
-        keys, values = (
-            part.view(kv.num_pages, kv.page_size, *part.shape[1:])
-            for part in kv.keys_values(layer, kv.rows(layer))
-        )
+        keys, values = pages_of(kv, layer)
         parts: list[Tensor] = []
         if decodes:
             wrapper = self._plan(True, window, query, key.shape[1], form)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mini_sglang.backend.device import dtype_name
+from mini_sglang.backend.kv.pool import KVPool
 
 if TYPE_CHECKING:
     from mini_sglang.backend.attention.choice import Heads
@@ -31,3 +33,10 @@ def why_no_package(
     if any(layer.key_dim != layer.value_dim for layer in layers):
         return f"{package} takes values as wide as keys"
     return None
+
+
+def pages_of(kv: KVPool, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer as the packages take them, ``[pages, page_size, kv_heads, head_dim]``."""
+    keys, values = kv.keys_values(layer, kv.rows(layer))
+    shape = (kv.num_pages, kv.page_size, *keys.shape[1:])
+    return keys.view(shape), values.view(shape)

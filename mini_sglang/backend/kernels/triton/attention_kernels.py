@@ -47,6 +47,50 @@ def _tile(
     return row + first, here, position, lowest, stop, span
 
 
+@triton.jit
+def _rows(
+    m,
+    row,
+    here,
+    kv_head,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Of each place ``m`` of a tile: whether there is something, its row of the batch, its head."""
+    mine = (m // GROUP) < here
+    if BLOCK_M > QUERIES * GROUP:
+        mine = mine & (m < QUERIES * GROUP)
+    return mine, (row + m // GROUP).to(tl.int64), kv_head * GROUP + m % GROUP
+
+
+@triton.jit
+def _finish(
+    out,
+    out_stride,
+    rows,
+    head,
+    v,
+    mine,
+    kept,
+    peak,
+    total,
+    acc,
+    sinks,
+    VALUE_DIM: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """Store what the sums of whole rows come to, with a sink's share of the softmax."""
+    if SINKS:
+        sink = tl.load(sinks + head, mask=mine, other=0.0).to(tl.float32) * 1.4426950408889634
+        higher = tl.maximum(peak, sink)
+        acc = acc * tl.exp2(peak - higher)[:, None]
+        total = total * tl.exp2(peak - higher) + tl.exp2(sink - higher)
+    result = acc / tl.where(mine, total, 1.0)[:, None]
+    place = out + rows[:, None] * out_stride + head[:, None] * VALUE_DIM + v[None, :]
+    tl.store(place, result.to(out.dtype.element_ty), mask=kept)
+
+
 # They change from step to step, and each value that is 1 or divides by 16 would be compiled anew.
 @triton.jit(do_not_specialize=["first_sequence", "fewest", "most", "splits", "window"])
 def attend(
@@ -117,11 +161,7 @@ def attend(
         return
 
     m = tl.arange(0, BLOCK_M)
-    mine = (m // GROUP) < here
-    if BLOCK_M > QUERIES * GROUP:
-        mine = mine & (m < QUERIES * GROUP)
-    rows = (row + m // GROUP).to(tl.int64)
-    head = kv_head * GROUP + m % GROUP
+    mine, rows, head = _rows(m, row, here, kv_head, GROUP, QUERIES, BLOCK_M)
     at = position + m // GROUP
     k = tl.arange(0, KEY_BLOCK)
     v = tl.arange(0, VALUE_BLOCK)
@@ -185,14 +225,7 @@ def attend(
         tl.store(partial_sum + place, total, mask=mine)
         tl.store(partial_out + place[:, None] * VALUE_DIM + v[None, :], acc, mask=kept)
     else:
-        if SINKS:
-            sink = tl.load(sinks + head, mask=mine, other=0.0).to(tl.float32) * 1.4426950408889634
-            higher = tl.maximum(peak, sink)
-            acc = acc * tl.exp2(peak - higher)[:, None]
-            total = total * tl.exp2(peak - higher) + tl.exp2(sink - higher)
-        result = acc / tl.where(mine, total, 1.0)[:, None]
-        place = out + rows[:, None] * out_stride + head[:, None] * VALUE_DIM + v[None, :]
-        tl.store(place, result.to(out.dtype.element_ty), mask=kept)
+        _finish(out, out_stride, rows, head, v, mine, kept, peak, total, acc, sinks, VALUE_DIM, SINKS)
 
 
 @triton.jit(do_not_specialize=["first_sequence", "fewest", "most", "splits", "window"])
@@ -232,11 +265,7 @@ def merge(
     if (here <= 0) | (stop <= 0):
         return
     m = tl.arange(0, BLOCK_M)
-    mine = (m // GROUP) < here
-    if BLOCK_M > QUERIES * GROUP:
-        mine = mine & (m < QUERIES * GROUP)
-    rows = (row + m // GROUP).to(tl.int64)
-    head = kv_head * GROUP + m % GROUP
+    mine, rows, head = _rows(m, row, here, kv_head, GROUP, QUERIES, BLOCK_M)
     v = tl.arange(0, VALUE_BLOCK)
     kept = mine[:, None] & (v < VALUE_DIM)[None, :]
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -253,11 +282,4 @@ def merge(
         more = tl.load(partial_out + place[:, None] * VALUE_DIM + v[None, :], mask=kept, other=0.0)
         acc = acc * shrink[:, None] + more * grow[:, None]
         peak = higher
-    if SINKS:
-        sink = tl.load(sinks + head, mask=mine, other=0.0).to(tl.float32) * 1.4426950408889634
-        higher = tl.maximum(peak, sink)
-        acc = acc * tl.exp2(peak - higher)[:, None]
-        total = total * tl.exp2(peak - higher) + tl.exp2(sink - higher)
-    result = acc / tl.where(mine, total, 1.0)[:, None]
-    place = out + rows[:, None] * out_stride + head[:, None] * VALUE_DIM + v[None, :]
-    tl.store(place, result.to(out.dtype.element_ty), mask=kept)
+    _finish(out, out_stride, rows, head, v, mine, kept, peak, total, acc, sinks, VALUE_DIM, SINKS)
