@@ -281,3 +281,9 @@ def test_no_process_outlives_the_pool(pool: EnginePool) -> None:
     pool.close()
     assert gone(engine)
     until(lambda: gone(follower), "rank 1 to end")
+
+
+def test_a_followers_log_names_its_rank(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with ranks(folder, 2, log_level="info"):
+        pass
+    assert any("[rank 1]" in line and "Loaded" in line for line in capfd.readouterr().err.splitlines())

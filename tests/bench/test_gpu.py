@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -17,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import parts
 from benchmarks.gpu.kernel_checks import CHECKS, TOLERANCE, worst
 from benchmarks.gpu.workload import CONFIGS, FULL, requests, write_config
 from mini_sglang.backend.kernels import triton as kernels
@@ -24,6 +26,7 @@ from mini_sglang.backend.kernels.triton.operations import TritonOperations
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.dummy import DummyCheckpoint
 from mini_sglang.backend.models.loader import check_tensors
+from mini_sglang.types import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -90,6 +93,26 @@ def test_a_kernel_that_computes_something_else_is_found(
         )
         assert not check.run(CPU, dtype, True) <= TOLERANCE[dtype]
     assert not worst([0.0, float("nan")]) <= 1
+
+
+def test_one_stream_is_the_time_of_tokens_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine with 3 s to its first token, cached 0.5, and 0.25 s to each further one."""
+    now, begun = [100.0], []
+
+    def generate(prompt: list[int], params: SamplingParams) -> SimpleNamespace:
+        now[0] += (0.5 if begun else 3.0) + 0.25 * (params.max_new_tokens - 1)
+        begun.append(prompt)
+        return SimpleNamespace(token_ids=[7] * params.max_new_tokens)
+
+    rows: dict[str, float] = {}
+    part = parts.Part({"device": "cpu", "tiny": True, "settings": {}, "bandwidth": 2.0})
+    monkeypatch.setattr(parts, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(part, "row", lambda name, value, *more: rows.update({name: value}))
+    engine = SimpleNamespace(generate=generate, description={"weight_bytes": 10**9, "parameters": 10**9})
+    parts._one_stream(part, engine, {"tie_word_embeddings": False, "vocab_size": 1000, "hidden_size": 10**5})
+    assert rows["one stream"] == pytest.approx(4.0)
+    # 0.9 GB of weights a token, without the embedding: 3.6 of 2 GB/s.
+    assert rows["one stream, share of bandwidth"] == pytest.approx(180.0)
 
 
 def script(*words: str, **more: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from mini_sglang.backend.step import SequenceResult, SequenceStep
 from mini_sglang.engine.request import Request
 from mini_sglang.errors import OutOfMemoryError
 from mini_sglang.types import FinishReason, SamplingParams
-from tests.engine.fake_backend import POISON, Driver, examples, reference
+from tests.engine.fake_backend import POISON, Driver, examples, reference, turns
 from tests.engine.late_backend import LateBackend, LateFlight, make_late_core
 from tests.engine.test_recovery import loads, serve, tokens_of
 
@@ -85,4 +85,26 @@ def test_a_size_that_failed_is_not_submitted_again_and_smaller_steps_are() -> No
         driver.add([start + 2, 5], params)
     driver.drain()
     assert backend.late_failures == 1 and backend.ahead == ahead
+    assert all(answer.finish is FinishReason.LENGTH for answer in driver.answers.values())
+
+
+def test_what_would_not_fit_beside_a_step_under_way_is_not_submitted() -> None:
+    """Decodes that fit, always one step ahead, joined by prompts with which they do not."""
+    backend = TightLateBackend(256, 4, 128, revises=0.0, refuses=0.0, room=20, at_once=0.0)
+    driver = Driver(make_late_core(backend))
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    driver.add([i % 38 + 2 for i in range(30)], params)
+    driver.drain()
+    assert backend.late_failures == 1
+    for start in range(5):
+        driver.add([start + 2, 5], params)
+    ahead = backend.ahead
+    for _ in turns():
+        driver.step()
+        if backend.ahead > ahead + 3:
+            break
+    for start in range(8):
+        driver.add([start + 12, *range(2, 12)], params)
+    driver.drain()
+    assert backend.late_failures == 1
     assert all(answer.finish is FinishReason.LENGTH for answer in driver.answers.values())
