@@ -20,7 +20,7 @@ from mini_sglang.backend.machine import Machine
 from mini_sglang.backend.models.dummy import open_dummy
 from mini_sglang.backend.native_model import load_native_backend
 from mini_sglang.backend.overlap import choose_submitter
-from mini_sglang.backend.parallel.choice import refuse_other_models, threads_per_rank
+from mini_sglang.backend.parallel.choice import threads_per_rank
 from mini_sglang.backend.parallel.rank import Member
 from mini_sglang.backend.step import LoadedBackend
 from mini_sglang.backend.transformers_models.kinds import choose_kind
@@ -76,7 +76,6 @@ def load_backend(
         if served == "native" and not settings.engine_fast_decode:
             backend: LoadedBackend = load_native_backend(path, checkpoint, settings, machine, notify, member)
         else:
-            refuse_other_models(settings)
             if is_fp8(checkpoint.config):
                 raise ModelLoadError(
                     f"The weights of {path} are quantised (fp8), which is read for models of this stack's "
@@ -85,7 +84,7 @@ def load_backend(
             # Imported here, since most models do without.
             from mini_sglang.backend.transformers_models.backend import load_transformers_backend
 
-            backend = load_transformers_backend(path, checkpoint, served, settings, machine, notify)
+            backend = load_transformers_backend(path, checkpoint, served, settings, machine, notify, member)
         backend.submitter = choose_submitter(settings, backend, device)
         return backend
     finally:

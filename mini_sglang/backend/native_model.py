@@ -39,8 +39,8 @@ from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.models.dummy import RANDOM
 from mini_sglang.backend.models.loader import check_tensors, expected_tensors, load_decoder
 from mini_sglang.backend.models.quantization import block_formats
-from mini_sglang.backend.parallel.choice import choose_size, weight_bytes
-from mini_sglang.backend.parallel.rank import Member, Rank, rank_of
+from mini_sglang.backend.parallel.choice import choose_size, weight_bytes, without_compiler
+from mini_sglang.backend.parallel.rank import Member, Rank, place_of, rank_at
 from mini_sglang.backend.parallel.shards import Division
 from mini_sglang.backend.pieces import SHORT
 from mini_sglang.config import Settings
@@ -81,12 +81,9 @@ def load_native_backend(
     division = Division.of(config, checkpoint, formats)
     stored = weight_bytes(checkpoint, num_parameters, dtypes.weights, bool(formats))
     size = choose_size(settings, machine.device, division, stored)
-    compiled = "off"
-    if size > 1 and machine.compiler is not None:
-        why = f"TENSOR_PARALLEL_SIZE is {size}, and the ranks meet in every layer"
-        compiled = machine.compiler.give_up(why)
-        machine = replace(machine, compiler=None)
-    with rank_of(path, checkpoint, settings, machine, division, size, member) as rank:
+    machine, compiled = without_compiler(machine, size)
+    with place_of(path, settings, machine, size, member) as place:
+        rank = rank_at(place, checkpoint, division)
         attention = _attention(settings, rank.config, dtypes.compute, machine)
         decoder = _load(rank, dtypes, machine, formats)
         checkpoint.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 
 from mini_sglang.backend.loading.checkpoint import Checkpoint
+from mini_sglang.backend.machine import Machine
 from mini_sglang.backend.parallel.group import check_device
-from mini_sglang.backend.parallel.shards import Division
 from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError
 
@@ -16,7 +18,17 @@ from mini_sglang.errors import InvalidValueError
 _WEIGHTS_SHARE = 0.8
 
 
-def choose_size(settings: Settings, device: torch.device, division: Division, stored: int) -> int:
+class Divisible(Protocol):
+    """A model that several ranks may share."""
+
+    def sizes(self) -> list[int]:
+        """Every number of ranks that it can be divided by, 1 first."""
+
+    def obstacle(self, size: int) -> str | None:
+        """Why it cannot be divided by ``size``, a clause; None where it can."""
+
+
+def choose_size(settings: Settings, device: torch.device, model: Divisible, stored: int) -> int:
     """The number of ranks: TENSOR_PARALLEL_SIZE, or as many GPUs as the weights need.
 
     Args:
@@ -30,12 +42,37 @@ def choose_size(settings: Settings, device: torch.device, division: Division, st
         size = 1
         if device.type == "cuda" and settings.enable_multi_device:
             free = [int(torch.cuda.mem_get_info(gpu)[0]) for gpu in range(torch.cuda.device_count())]
-            size = size_that_fits(stored, free, division.sizes())
+            size = size_that_fits(stored, free, model.sizes())
     if size > 1:
         check_device(device, size)
-        division.check(size)
+        check_size(model, size)
         refuse_settings(settings, size)
     return size
+
+
+def check_size(model: Divisible, size: int) -> None:
+    """Refuse a number of ranks that a model cannot be divided by.
+
+    Raises:
+        InvalidValueError: it names those that it can.
+    """
+    why = model.obstacle(size)
+    if why is not None:
+        *firsts, last = map(str, model.sizes())
+        allowed = f"{', '.join(firsts)} or {last}" if firsts else last
+        raise InvalidValueError("TENSOR_PARALLEL_SIZE", size, f"{allowed} for this model: {why}")
+
+
+def without_compiler(machine: Machine, size: int) -> tuple[Machine, str]:
+    """``machine`` without torch.compile where several ranks run a model, and what became of it, in words.
+
+    Raises:
+        InvalidValueError: it was asked for.
+    """
+    if size == 1 or machine.compiler is None:
+        return machine, "off"
+    why = f"TENSOR_PARALLEL_SIZE is {size}, and the ranks meet in every layer"
+    return replace(machine, compiler=None), machine.compiler.give_up(why)
 
 
 def weight_bytes(checkpoint: Checkpoint, parameters: int, dtype: torch.dtype, blocks: bool) -> int:
@@ -82,13 +119,6 @@ def refuse_settings(settings: Settings, size: int) -> None:
         raise InvalidValueError(
             "PREFIX_CACHE_FILE", str(settings.prefix_cache_file), f"{unset}: each rank has KV of its own"
         )
-
-
-def refuse_other_models(settings: Settings) -> None:
-    """Refuse more than one rank for a model that transformers' code runs. Raises ``InvalidValueError``."""
-    if settings.tensor_parallel_size > 1:
-        why = "transformers' own code runs it, or ENGINE_FAST_DECODE"
-        raise InvalidValueError("TENSOR_PARALLEL_SIZE", settings.tensor_parallel_size, f"1 here: {why}")
 
 
 def threads_per_rank(threads: int, settings: Settings) -> int:

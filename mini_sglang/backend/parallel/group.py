@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import FileStore, PrefixStore
 
-from mini_sglang.errors import InvalidValueError
+from mini_sglang.errors import InvalidValueError, ModelLoadError
 
 # What Gloo adds up; other types go through the first.
 _GLOO_TYPES = (torch.float32, torch.float64, torch.int64)
@@ -38,9 +41,23 @@ class Group:
         """At rank 0 every rank's ``x`` ``[..., N]`` side by side, ``[..., size * N]``; elsewhere ``x``."""
         return x
 
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Every rank's ``x`` ``[..., N]`` side by side, ``[..., size * N]``, on all of them."""
+        return x
+
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers; waits until all have given one."""
         return number
+
+    def as_default(self) -> AbstractContextManager[None]:
+        """Within it code that calls ``torch.distributed`` itself may make groups of these ranks.
+
+        What it has made then works until ``close``.
+
+        Raises:
+            ModelLoadError: another model in this process has its ranks there.
+        """
+        return nullcontext()
 
     def abort(self) -> None:
         """Have what waits for another rank fail, from any thread."""
@@ -67,9 +84,10 @@ class TorchGroup(Group):
         self.rank = rank
         self.size = size
         self._device = device
-        store = FileStore(str(folder / "ranks"), size)
+        self._is_default = False
+        store = self._store = FileStore(str(folder / "ranks"), size)
         store.set_timeout(timedelta(seconds=_CONNECT_SECONDS))
-        patience = timedelta(seconds=timeout or _NEVER)
+        patience = self._patience = timedelta(seconds=timeout or _NEVER)
         self._on_cpu = device.type == "cpu"
         if self._on_cpu:
             gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -91,9 +109,7 @@ class TorchGroup(Group):
             return x
         # Gloo begins with another rank for each part of a tensor: what a row comes to would depend on what
         # else is in the step.
-        parts = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        self._group._allgather_base(parts, x).wait()
-        first, *others = parts.chunk(self.size)
+        first, *others = self._parts(x)
         for other in others:
             first.add_(other)
         return first
@@ -108,21 +124,69 @@ class TorchGroup(Group):
         self._group.gather([parts] if parts else [], [x], options).wait()
         return torch.cat(parts, -1) if parts else x
 
+    def all_gather(self, x: Tensor) -> Tensor:
+        if self._on_cpu and x.dtype not in _GLOO_TYPES:
+            return self.all_gather(x.float()).to(x.dtype)
+        return torch.cat(self._parts(x.contiguous()), -1)
+
     def least(self, number: int) -> int:
         one = torch.tensor([number], dtype=torch.int64, device=self._device)
         self._reduce(one, dist.ReduceOp.MIN)
         return int(one.item())
 
+    @contextmanager
+    def as_default(self) -> Iterator[None]:
+        if dist.is_initialized() and not self._is_default:
+            raise ModelLoadError(
+                "torch has one group of ranks in a process, and another model has it; with "
+                "ENGINE_ISOLATION=process each engine has a process."
+            )
+        wanted = {"LOCAL_RANK": str(self._device.index or 0)}
+        if self._on_cpu and (loopback := {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}):
+            wanted["GLOO_SOCKET_IFNAME"] = loopback.pop()
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            if not self._is_default:
+                dist.init_process_group(
+                    "gloo" if self._on_cpu else "nccl",
+                    store=PrefixStore("default", self._store),
+                    rank=self.rank,
+                    world_size=self.size,
+                    timeout=self._patience,
+                    device_id=None if self._on_cpu else self._device,
+                )
+                self._is_default = True
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
     def abort(self) -> None:
         # Gloo fails by itself when a connection closes. A CUDA stream waits for a rank that is gone for ever.
         if not self._on_cpu:
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 self._group.abort()
+            if self._is_default:
+                with suppress(Exception):
+                    dist.distributed_c10d._abort_process_group()
 
     def close(self) -> None:
         # At the interpreter's end it would be too late for its threads.
         if hasattr(self, "_group"):
             del self._group
+        if self._is_default:
+            self._is_default = False
+            with suppress(Exception):
+                dist.destroy_process_group()
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Every rank's ``x``, which is contiguous."""
+        parts = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        self._group._allgather_base(parts, x).wait()
+        return parts.chunk(self.size)
 
     def _reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         options = dist.AllreduceOptions()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def need(path: Path, settings: Settings) -> Need:
     from mini_sglang.backend.models.dummy import open_dummy
     from mini_sglang.backend.models.loader import check_tensors, expected_tensors
     from mini_sglang.backend.models.quantization import block_formats
-    from mini_sglang.backend.parallel.choice import choose_size, refuse_other_models, weight_bytes
+    from mini_sglang.backend.parallel.choice import Divisible, choose_size, weight_bytes
     from mini_sglang.backend.parallel.shards import Division
+    from mini_sglang.backend.transformers_models.division import TransformersDivision
     from mini_sglang.backend.transformers_models.kinds import choose_kind
 
     device = choose_device(settings.device)
@@ -38,14 +40,17 @@ def need(path: Path, settings: Settings) -> Need:
         checkpoint = open_checkpoint(path, dequantize=settings.gguf_dequantize != "0")
     try:
         kind = choose_kind(path, checkpoint.config, settings.trust_remote_code)
-        if kind != "native" or settings.engine_fast_decode:
-            refuse_other_models(settings)
-            return Need(gpus, 1)
-        config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
-        parameters = check_tensors(checkpoint, config)
-        formats = block_formats(checkpoint, expected_tensors(config), settings.quantization)
-        division = Division.of(config, checkpoint, formats)
-        stored = weight_bytes(checkpoint, parameters, choose_dtype(settings.dtype, device), bool(formats))
+        division: Divisible
+        if kind == "native" and not settings.engine_fast_decode:
+            config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+            parameters = check_tensors(checkpoint, config)
+            formats = block_formats(checkpoint, expected_tensors(config), settings.quantization)
+            division, in_blocks = Division.of(config, checkpoint, formats), bool(formats)
+        else:
+            division = TransformersDivision.of(path, checkpoint.config, settings, device)
+            parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+            in_blocks = settings.quantization != "none"
+        stored = weight_bytes(checkpoint, parameters, choose_dtype(settings.dtype, device), in_blocks)
         return Need(gpus, choose_size(settings, device, division, stored))
     finally:
         checkpoint.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,29 +29,17 @@ class Member(Protocol):
         """What ``ModelBackend`` is for a rank of its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """What one rank loads and runs; alone it is the whole model.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """This process's place in a group; of a group of one where nothing is said.
 
     Attributes:
-        checkpoint: of its part.
-        config: of its part; the vocabulary stays whole.
         sharing: backends that share the memory of its device, of this model and of others.
     """
 
-    group: Group
-    checkpoint: Checkpoint
-    config: ModelConfig
-    sharing: int
-    shard: Shard | None = None
+    group: Group = field(default_factory=Group)
+    sharing: int = 1
     member: Member | None = None
-
-    def join(self, decoder: Decoder) -> None:
-        """Have the decoder of this part compute what the whole does; waits until all ranks have theirs."""
-        if self.shard is not None:
-            join(decoder, self.shard, self.group)
-            # Each sees what memory is free once all have loaded.
-            self.group.least(0)
 
     def backend(self, *parts: Any, **more: Any) -> ModelBackend:
         """``ModelBackend``, or what it is for a rank of several."""
@@ -59,16 +47,31 @@ class Rank:
         return make(*parts, **more)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank(Place):
+    """What one rank loads and runs of a native model; alone it is the whole.
+
+    Attributes:
+        checkpoint: of its part.
+        config: of its part; the vocabulary stays whole.
+    """
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    shard: Shard | None = None
+
+    def join(self, decoder: Decoder) -> None:
+        """Have the decoder of this part compute what the whole does; waits until all ranks have theirs."""
+        if self.shard is not None:
+            join(decoder, self.group)
+            # Each sees what memory is free once all have loaded.
+            self.group.least(0)
+
+
 @contextmanager
-def rank_of(
-    path: Path,
-    checkpoint: Checkpoint,
-    settings: Settings,
-    machine: Machine,
-    division: Division,
-    size: int,
-    member: Member | None,
-) -> Iterator[Rank]:
+def place_of(
+    path: Path, settings: Settings, machine: Machine, size: int, member: Member | None
+) -> Iterator[Place]:
     """This process as one of ``size`` ranks, which the block loads: rank 0 where it is no ``member`` yet.
 
     Rank 0 starts the others here; where the block raises they end.
@@ -77,7 +80,7 @@ def rank_of(
         ModelLoadError: another rank did not come.
     """
     if size == 1:
-        yield Rank(Group(), checkpoint, division.config, machine.sharing)
+        yield Place(sharing=machine.sharing)
         return
     guard: Any = nullcontext()
     if member is None:
@@ -87,7 +90,22 @@ def rank_of(
         leader = Leader(path, settings, size, machine.device, machine.sharing)
         member, guard = leader, leader.loading()
     with guard:
-        shard = division.shard(member.group.rank, size)
         sharing = machine.sharing * (size if machine.device.type == "cpu" else 1)
-        part = ShardedCheckpoint(checkpoint, shard)
-        yield Rank(member.group, part, shard.local, sharing, shard, member)
+        yield Place(group=member.group, sharing=sharing, member=member)
+
+
+def rank_at(place: Place, checkpoint: Checkpoint, division: Division) -> Rank:
+    """What a native model's ``division`` gives to a ``place``."""
+    group, config = place.group, division.config
+    shard = None
+    if group.size > 1:
+        shard = division.shard(group.rank, group.size)
+        checkpoint, config = ShardedCheckpoint(checkpoint, shard), shard.local
+    return Rank(
+        group=group,
+        sharing=place.sharing,
+        member=place.member,
+        checkpoint=checkpoint,
+        config=config,
+        shard=shard,
+    )

@@ -14,7 +14,6 @@ from mini_sglang.backend.loading.checkpoint import Checkpoint
 from mini_sglang.backend.loading.ggml_types import GGMLType
 from mini_sglang.backend.loading.parts import Part
 from mini_sglang.backend.models.config import ModelConfig
-from mini_sglang.errors import InvalidValueError
 
 MAX_SIZE = 64
 # Columns of down that stay together where they can: what the compiled kernels take at a time.
@@ -51,24 +50,12 @@ class Division:
         remedy = "QUANTIZATION=none" if formats else "GGUF_DEQUANTIZE=1"
         return cls(config, block("self_attn.o_proj"), block("mlp.down_proj"), remedy)
 
-    def check(self, size: int) -> None:
-        """Refuse a number of ranks that this model cannot be divided by.
-
-        Raises:
-            InvalidValueError: it names those that it can.
-        """
-        why = self._obstacle(size)
-        if why is not None:
-            *firsts, last = map(str, self.sizes())
-            allowed = f"{', '.join(firsts)} or {last}" if firsts else last
-            raise InvalidValueError("TENSOR_PARALLEL_SIZE", size, f"{allowed} for this model: {why}")
-
     def sizes(self) -> list[int]:
         """Every number of ranks that the model can be divided by, 1 first."""
-        return [size for size in range(1, MAX_SIZE + 1) if self._obstacle(size) is None]
+        return [size for size in range(1, MAX_SIZE + 1) if self.obstacle(size) is None]
 
     def shard(self, rank: int, size: int) -> Shard:
-        """What ``rank`` holds, for a ``size`` that ``check`` lets through."""
+        """What ``rank`` holds, for a ``size`` without ``obstacle``."""
         config = self.config
         heads, inner, vocabulary = config.num_heads // size, self._inner, -(-config.vocab_size // size)
         units = config.intermediate_size // inner
@@ -83,13 +70,8 @@ class Division:
             vocabulary=(rank * vocabulary, min((rank + 1) * vocabulary, config.vocab_size)),
         )
 
-    @property
-    def _inner(self) -> int:
-        """Numbers of the MLP's inside that stay together."""
-        unit = math.lcm(self.down_block, _UNIT)
-        return self.down_block if self.config.intermediate_size % unit else unit
-
-    def _obstacle(self, size: int) -> str | None:
+    def obstacle(self, size: int) -> str | None:
+        """Why it cannot be divided by ``size``, a clause; None where it can."""
         config = self.config
         heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
         if size == 1:
@@ -108,6 +90,12 @@ class Division:
         if -(-config.vocab_size // size) * (size - 1) >= config.vocab_size:
             return f"its vocabulary has {config.vocab_size} tokens"
         return None
+
+    @property
+    def _inner(self) -> int:
+        """Numbers of the MLP's inside that stay together."""
+        unit = math.lcm(self.down_block, _UNIT)
+        return self.down_block if self.config.intermediate_size % unit else unit
 
 
 @dataclass(frozen=True, slots=True)

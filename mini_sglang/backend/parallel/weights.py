@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mini_sglang.backend.models.decoder import Decoder
 from mini_sglang.backend.parallel.group import Group
-from mini_sglang.backend.parallel.shards import Shard
 from mini_sglang.backend.weights import Weight
 
 
@@ -45,18 +44,41 @@ class SummedWeight(_PartialWeight):
         return self.group.all_reduce(self.part.linear(x, bias))
 
 
-class VocabularyWeight(_PartialWeight):
-    """Rows of an embedding or head, as ``Shard.vocabulary`` gives them to this rank.
+class SplitSummedWeight(SummedWeight):
+    """The same where every rank has all of ``x``.
 
-    ``rows`` gives whole rows to every rank, ``linear`` the products of all rows to rank 0 alone: elsewhere
-    they are this rank's, and padded.
+    Args:
+        first: of the columns.
     """
 
-    def __init__(self, part: Weight, group: Group, shard: Shard) -> None:
+    def __init__(self, part: Weight, group: Group, first: int) -> None:
         super().__init__(part, group)
-        self._shard = shard
-        self._first = shard.vocabulary[0]
-        self._width = -(-shard.config.vocab_size // shard.size)
+        self._first = first
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return super().linear(x[..., self._first : self._first + self.shape[1]].contiguous(), bias)
+
+    def to(self, device: torch.device) -> Weight:
+        return SplitSummedWeight(self.part.to(device), self.group, self._first)
+
+
+class GatheredWeight(_PartialWeight):
+    """A run of a matrix's rows, of which every rank but the last has as many.
+
+    ``rows`` gives whole rows to every rank. So does ``linear`` with the products of all rows, or only to
+    rank 0: elsewhere they are then this rank's, and padded.
+
+    Args:
+        total: rows of the whole.
+        everywhere: whether ``linear`` gives them to all.
+    """
+
+    def __init__(self, part: Weight, group: Group, total: int, everywhere: bool = False) -> None:
+        super().__init__(part, group)
+        self._width = -(-total // group.size)
+        self._first = group.rank * self._width
+        self._total = total
+        self._everywhere = everywhere
 
     def rows(self, ids: Tensor) -> Tensor:
         last = self.shape[0] - 1
@@ -68,17 +90,18 @@ class VocabularyWeight(_PartialWeight):
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         own = self.part.linear(x, bias)
         padded = F.pad(own, (0, self._width - own.shape[-1]))
-        return self.group.gather(padded)[..., : self._shard.config.vocab_size]
+        gathered = self.group.all_gather(padded) if self._everywhere else self.group.gather(padded)
+        return gathered[..., : self._total]
 
     def to(self, device: torch.device) -> Weight:
-        return VocabularyWeight(self.part.to(device), self.group, self._shard)
+        return GatheredWeight(self.part.to(device), self.group, self._total, self._everywhere)
 
 
-def join(decoder: Decoder, shard: Shard, group: Group) -> None:
+def join(decoder: Decoder, group: Group) -> None:
     """Have a decoder of this rank's parts compute what the whole model does, together with the others."""
     for layer in decoder.layers:
         layer.o = SummedWeight(layer.o, group)
         layer.down = SummedWeight(layer.down, group)
-    tied = decoder.lm_head is decoder.embedding
-    decoder.embedding = VocabularyWeight(decoder.embedding, group, shard)
-    decoder.lm_head = decoder.embedding if tied else VocabularyWeight(decoder.lm_head, group, shard)
+    total, tied = decoder.config.vocab_size, decoder.lm_head is decoder.embedding
+    decoder.embedding = GatheredWeight(decoder.embedding, group, total)
+    decoder.lm_head = decoder.embedding if tied else GatheredWeight(decoder.lm_head, group, total)

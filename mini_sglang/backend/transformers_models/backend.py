@@ -26,11 +26,15 @@ from mini_sglang.backend.loading.checkpoint import Checkpoint
 from mini_sglang.backend.machine import Machine
 from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.models.config import read_eos_ids
+from mini_sglang.backend.parallel.choice import choose_size, weight_bytes, without_compiler
+from mini_sglang.backend.parallel.rank import Member, Place, place_of
 from mini_sglang.backend.step import LoadedBackend
 from mini_sglang.backend.transformers_models import rotations
 from mini_sglang.backend.transformers_models.attention import stay_eager
 from mini_sglang.backend.transformers_models.check import self_check
 from mini_sglang.backend.transformers_models.decoder import TransformersConfig, TransformersDecoder, probe
+from mini_sglang.backend.transformers_models.division import TransformersDivision, take_over
+from mini_sglang.backend.transformers_models.division_check import NotDividedError, division_check
 from mini_sglang.backend.transformers_models.kinds import Kind, why_per_request
 from mini_sglang.backend.transformers_models.linears import pack_linears
 from mini_sglang.backend.transformers_models.loading import load_model
@@ -48,6 +52,7 @@ def load_transformers_backend(
     settings: Settings,
     machine: Machine,
     notify: Callable[[str], None] | None,
+    member: Member | None = None,
 ) -> LoadedBackend:
     """Load a model through transformers; see ``load_backend``.
 
@@ -64,21 +69,40 @@ def load_transformers_backend(
     # Imported here: it imports this module.
     from mini_sglang.backend.transformers_models.request_loading import generate_backend, request_backend
 
+    division = TransformersDivision.of(path, checkpoint.config, settings, machine.device)
+    stored = weight_bytes(checkpoint, count, dtype, settings.quantization != "none")
+    size = choose_size(settings, machine.device, division, stored)
     if settings.engine_fast_decode:
         return generate_backend(path, checkpoint, settings, machine, dtype)
-    model: Any = load_model(
-        path, checkpoint.config, dtype, machine.device, "eager", settings.trust_remote_code
-    )
-    reason = why_per_request(model.config)
-    if kind == "paged":
-        try:
-            if settings.force_legacy_cache:
-                allowed = "0 for this model: it runs over this stack's pages, whose shape is fixed"
-                raise InvalidValueError("FORCE_LEGACY_CACHE", True, allowed)
-            return _paged(path, model, checkpoint, settings, machine, dtype)
-        except NotPagedError as error:
-            reason = str(error)
+    machine, compiled = without_compiler(machine, size)
+    with place_of(path, settings, machine, size, member) as place, place.group.as_default():
+        model: Any = load_model(
+            path, checkpoint.config, dtype, machine.device, "eager", settings.trust_remote_code, size
+        )
+        if size > 1:
+            _prove_division(model, checkpoint, settings, dtype, size)
+        reason = why_per_request(model.config)
+        if kind == "paged":
+            try:
+                if settings.force_legacy_cache:
+                    allowed = "0 for this model: it runs over this stack's pages, whose shape is fixed"
+                    raise InvalidValueError("FORCE_LEGACY_CACHE", True, allowed)
+                return _paged(path, model, checkpoint, settings, machine, dtype, place, compiled)
+            except NotPagedError as error:
+                reason = str(error)
+        if size > 1:
+            allowed = f"1 for this model: each request of it has a cache of its own: {reason}"
+            raise InvalidValueError("TENSOR_PARALLEL_SIZE", size, allowed)
     return request_backend(path, model, checkpoint, settings, machine, reason)
+
+
+def _prove_division(
+    model: Any, checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype, size: int
+) -> None:
+    try:
+        division_check(model, read_transformers_config(model, checkpoint, settings).vocab_size, dtype)
+    except NotDividedError as error:
+        raise InvalidValueError("TENSOR_PARALLEL_SIZE", size, f"1 for this model: {error}") from error
 
 
 def _paged(
@@ -88,6 +112,8 @@ def _paged(
     settings: Settings,
     machine: Machine,
     dtype: torch.dtype,
+    place: Place,
+    compiled: str,
 ) -> ModelBackend:
     config = read_transformers_config(model, checkpoint, settings)
     length = config.context_length
@@ -95,14 +121,16 @@ def _paged(
     count = sum(parameter.numel() for parameter in model.parameters())
     # torch.compile cannot look into the kernels.
     kernels = None if machine.compiler else machine.kernels
-    pack_linears(model, kernels, settings.quantization, machine.triton)
+    joins = take_over(model, place.group) if place.group.size > 1 else {}
+    pack_linears(model, kernels, settings.quantization, machine.triton, joins)
     decoder = probe(model, config)
     attention = _chosen_attention(settings, decoder, dtype, machine)
     self_check(decoder, attention, dtype)
-    compiled = _compile(decoder, attention, dtype, machine.compiler) if machine.compiler else "off"
+    if machine.compiler:
+        compiled = _compile(decoder, attention, dtype, machine.compiler)
     page_size = settings.page_size_tokens
     pages = partial(kv_pool, decoder.shapes, page_size=page_size, dtype=dtype, device=machine.device)
-    obstacle = why_not_recorded(decoder, 1, machine.compiler)
+    obstacle = why_not_recorded(decoder, place.group.size, machine.compiler)
     graphs = Graphs(settings, machine.recorder, attention, length, obstacle)
     # Before the pool takes its part of the memory.
     taken = graphs.measure(decoder, pages(num_pages=1, spare_pages=graphs.spare_pages)) if graphs.on else 0
@@ -110,13 +138,13 @@ def _paged(
         token_budget=settings.kv_token_budget,
         page_size=page_size,
         bytes_per_token=sum(shape.width for shape in decoder.shapes) * dtype.itemsize,
-        free_bytes=max(0, free_memory(machine.device) - taken) // machine.sharing,
+        free_bytes=max(0, free_memory(machine.device) - taken) // place.sharing,
         context_length=length,
         max_batch_size=settings.max_batch_size,
     )
-    kv = pages(num_pages=num_pages, spare_pages=graphs.spare_pages)
+    kv = pages(num_pages=place.group.least(num_pages), spare_pages=graphs.spare_pages)
     program = graphs.record(decoder, kv)
-    backend = ModelBackend(
+    backend = place.backend(
         decoder,
         kv,
         attention,

@@ -20,7 +20,7 @@ _PAGE, _PAGES = 4, 8
 # Two sequences, in steps of (sequence, tokens): chunks beside chunks, decodes beside chunks, both together.
 _LENGTHS = (14, 11)
 _STEPS = (((0, 6), (1, 3)), ((0, 1), (1, 4)), ((0, 1), (1, 1)), ((1, 2), (0, 6)), ((1, 1),))
-# Of the root mean square of the logits. What ignores a position, a neighbour or a mask is off by about 1.
+# Of ``error_of_logits``. What ignores a position, a neighbour or a mask is off by about 1.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 
 
@@ -73,7 +73,12 @@ def _own_logits(decoder: TransformersDecoder, ids: list[Tensor]) -> list[Tensor]
         model.set_attn_implementation(PAGED)
 
 
+def error_of_logits(ours: Tensor, own: Tensor) -> float:
+    """How far logits ``[..., V]`` are off, in units of their spread; NaN where something is not a number."""
+    return relative_error(ours, own, own - own.mean(-1, keepdim=True))
+
+
 def _compare(ours: Tensor, own: Tensor, tolerance: float) -> None:
-    off = relative_error(ours, own, own - own.mean(-1, keepdim=True))
+    off = error_of_logits(ours, own)
     if not off <= tolerance:
         raise NotPagedError(f"its logits over pages differ from its own by {off:.2g} of their size")

@@ -25,7 +25,7 @@ from mini_sglang.backend.transformers_models.attention import (
     Step,
     register,
 )
-from mini_sglang.backend.transformers_models.linears import packed_bytes
+from mini_sglang.backend.transformers_models.linears import local_part, packed_bytes
 from mini_sglang.backend.transformers_models.masks import NotPagedError
 
 
@@ -82,8 +82,8 @@ class TransformersDecoder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights, tied ones once."""
-        plain: int = sum(parameter.nbytes for parameter in self.model.parameters())
+        """Bytes of the weights in this process, tied ones once."""
+        plain: int = sum(local_part(parameter).nbytes for parameter in self.model.parameters())
         return plain + packed_bytes(self.model)
 
     def forward(self, batch: Batch, kv: KVPool, attention: Attention) -> Tensor:

@@ -41,7 +41,7 @@ def why_per_request(config: Any) -> str:
     layers = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
     if others := sorted({str(kind) for kind in layers or ()} - _PAGED_LAYERS):
         return f"it has layers of the kind {others[0]}"
-    model_class = _class_of(config)
+    model_class = class_of(config)
     if model_class is None:
         # The repository's own code, which the loaded model's probe will judge.
         return ""
@@ -52,6 +52,7 @@ def why_per_request(config: Any) -> str:
     return ""
 
 
-def _class_of(config: Any) -> Any:
+def class_of(config: Any) -> Any:
+    """transformers' class of causal LMs with this config; None where it has none."""
     mapping = importlib.import_module("transformers").models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     return mapping.get(type(config), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,10 +19,12 @@ from mini_sglang.errors import ModelLoadError
 class PackedLinear(nn.Module):
     """In the place of ``nn.Linear``."""
 
-    def __init__(self, matrix: Weight, bias: Tensor | None) -> None:
+    def __init__(self, matrix: Weight, bias: Tensor | None, device: torch.device) -> None:
         super().__init__()
         self.matrix = matrix
         self.bias = bias
+        # A model is asked for its device and dtype by its parameters; this may be the only one it has.
+        self.anchor = nn.Parameter(torch.empty(0, dtype=matrix.dtype, device=device), requires_grad=False)
         self.out_features, self.in_features = matrix.shape
 
     @property
@@ -33,7 +37,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedRows(nn.Embedding):
-    """An embedding whose table is the head's matrix. A base of the model's own class, see ``_share``."""
+    """An embedding whose table is a ``Weight``. A base of the model's own class, see ``_share``."""
 
     matrix: Weight
 
@@ -41,7 +45,13 @@ class PackedRows(nn.Embedding):
         return self.matrix.rows(input)
 
 
-def pack_linears(model: Any, kernels: NativeKernels | None, quantization: str, triton: bool = False) -> None:
+def pack_linears(
+    model: Any,
+    kernels: NativeKernels | None,
+    quantization: str,
+    triton: bool = False,
+    joins: Mapping[nn.Module, Callable[[Weight], Weight]] = MappingProxyType({}),
+) -> None:
     """Replace the model's ``nn.Linear`` where the kernels multiply faster or ``quantization`` makes blocks.
 
     Experts that a model keeps in one tensor of three dimensions are no ``nn.Linear`` and stay as they are.
@@ -50,6 +60,7 @@ def pack_linears(model: Any, kernels: NativeKernels | None, quantization: str, t
     Args:
         quantization: the value of QUANTIZATION.
         triton: whether Triton's kernels may multiply by blocks.
+        joins: see ``division.take_over``.
 
     Raises:
         InvalidValueError: no matrix is left to quantise.
@@ -57,6 +68,7 @@ def pack_linears(model: Any, kernels: NativeKernels | None, quantization: str, t
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = type(head) is nn.Linear and head.weight is embedding.weight
+    tables = [module for module in joins if isinstance(module, nn.Embedding)]
     # Listed first: what is replaced must not be walked into.
     places = [
         (module, name, child)
@@ -74,21 +86,33 @@ def pack_linears(model: Any, kernels: NativeKernels | None, quantization: str, t
             matrix = _matrix(dense, kind)
             blocks += not isinstance(matrix, DenseWeight)
             packed = accelerate(matrix, kernels, dense.dtype, triton)
-            if packed is matrix and isinstance(matrix, DenseWeight):
+            if child in joins:
+                packed = joins[child](packed)
+            elif packed is matrix and isinstance(matrix, DenseWeight):
                 continue
             bias = None if child.bias is None else child.bias.data
-            done[child] = PackedLinear(packed, bias)
+            done[child] = PackedLinear(packed, bias, dense.device)
             child.weight = None  # type: ignore[assignment]
             if tied and child is head:
                 _share(embedding, packed)
         module._modules[name] = done[child]
+    for table in tables:
+        if not (tied and table is embedding):
+            _share(table, joins[table](DenseWeight(table.weight.data)))
     if quantization != "none" and not blocks:
         raise nothing_fits(quantization)
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Bytes of the matrices that ``pack_linears`` made."""
-    return sum(module.matrix.nbytes for module in model.modules() if isinstance(module, PackedLinear))
+    """Bytes of the matrices that ``pack_linears`` made, tied ones once."""
+    made = (module for module in model.modules() if isinstance(module, PackedLinear | PackedRows))
+    return sum({id(module.matrix): module.matrix.nbytes for module in made}.values())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter that transformers has divided; a plain one as it is."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor.data if to_local is None else to_local().detach()
 
 
 def _matrix(dense: Tensor, kind: GGMLType | None) -> Weight:

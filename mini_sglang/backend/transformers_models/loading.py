@@ -53,6 +53,7 @@ def load_model(
     device: torch.device,
     attn_implementation: str,
     trust_remote_code: bool,
+    ranks: int = 1,
 ) -> nn.Module:
     """The causal LM in a folder of safetensors, in eval mode on ``device``.
 
@@ -62,6 +63,7 @@ def load_model(
         dtype: of the weights.
         attn_implementation: transformers' name: ``eager``, ``sdpa``, ``flash_attention_2``, …
         trust_remote_code: whether the folder's own Python code may run.
+        ranks: more have the model's ``tp_plan`` divide it over torch's default group of as many.
 
     Raises:
         ModelLoadError: transformers is missing, does not know the model, or cannot load it; a weight is
@@ -69,6 +71,10 @@ def load_model(
     """
     transformers = import_transformers(_model_type(checkpoint_config))
     config = read_config(path, checkpoint_config, trust_remote_code)
+    divided: dict[str, Any] = {}
+    if ranks > 1:
+        distributed = importlib.import_module("transformers.distributed")
+        divided["distributed_config"] = distributed.DistributedConfig(tp_size=ranks)
     try:
         with _quiet(transformers):
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -83,6 +89,7 @@ def load_model(
                 # Refused below, with a sentence of our own.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **divided,
             )
     except Exception as error:
         raise _refused(path, checkpoint_config, trust_remote_code, error) from None

@@ -137,7 +137,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, object], str]] = [
     ({}, {"lora_root": "/b"}, "LORA_ROOT is '/b'; it must be unset"),
     ({}, {"prefix_cache_file": "/b/c"}, "PREFIX_CACHE_FILE is '/b/c'; it must be unset"),
     ({}, {"compile_model": "1", "kernels": "reference"}, "COMPILE_MODEL is '1'; it must be 0 or auto here"),
-    ({}, {"engine_fast_decode": True}, "TENSOR_PARALLEL_SIZE is 2; it must be 1 here: transformers' own"),
+    ({}, {"engine_fast_decode": True}, "it must be 1 for this model: ENGINE_FAST_DECODE"),
 ]  # fmt: skip
 
 
