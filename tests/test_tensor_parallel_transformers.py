@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -125,6 +126,16 @@ def test_one_process_has_one_such_model(tmp_path: Path) -> None:
     assert not torch.distributed.is_initialized()
     with Group().as_default():
         assert not torch.distributed.is_initialized()
+
+
+def test_ranks_listen_on_loopback_alone_and_leave_the_environment(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    with ranks(folder_of("mixtral", tmp_path), 2, kv_token_budget=512) as backend:
+        assert dict(os.environ) == before
+        pids = [os.getpid(), *backend.follower_pids]
+        sockets = [one for pid in pids for one in psutil.Process(pid).net_connections("inet")]
+        heard = {one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN}
+        assert heard == {"127.0.0.1"}
 
 
 def test_a_killed_rank_ends_the_engine(tmp_path: Path) -> None:
