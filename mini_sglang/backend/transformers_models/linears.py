@@ -104,9 +104,13 @@ def pack_linears(
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Bytes of the matrices that ``pack_linears`` made, tied ones once."""
-    made = (module for module in model.modules() if isinstance(module, PackedLinear | PackedRows))
-    return sum({id(module.matrix): module.matrix.nbytes for module in made}.values())
+    """Bytes of the matrices that ``pack_linears`` made, tied ones once, and of the biases beside them."""
+    made = [module for module in model.modules() if isinstance(module, PackedLinear | PackedRows)]
+    matrices = {id(module.matrix): module.matrix.nbytes for module in made}
+    biases = [
+        module.bias.nbytes for module in made if isinstance(module, PackedLinear) and module.bias is not None
+    ]
+    return sum(matrices.values()) + sum(biases)
 
 
 def local_part(tensor: Tensor) -> Tensor:
