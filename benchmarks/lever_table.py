@@ -28,6 +28,7 @@ FIGURES = {
     "first_mean": Figure("first token, mean", "ms", 1e3),
     "late_first": Figure("its first token", "ms", 1e3),
     "long_first": Figure("the prompt’s first token", "ms", 1e3),
+    "gap": Figure("between two tokens, median", "ms", 1e3),
     "worst_gap": Figure("longest pause of an answer", "ms", 1e3),
 }
 
@@ -91,6 +92,8 @@ ROWS = (
         ONE, plain=True),
     Row(1, {"kv_dtype": "fp32"}, {"kv_dtype": "auto"}, "8 answers after 1,000 tokens each", "burst", LONG),
     Row(1, {"kv_dtype": "auto"}, {"kv_dtype": "int8"}, "8 answers after 1,000 tokens each", "burst", LONG),
+    Row(1, {"kv_dtype": "auto"}, {"kv_dtype": "int8"}, "one answer after 4,000 tokens", "burst",
+        {"requests": 1, "prompt": 4000, "new": 128}, ("gap",)),
     Row(1, {"num_threads": 1}, {"num_threads": 2}, "8 answers at once", "burst", EIGHT),
     Row(1, {"attn_impl": "eager"}, {"attn_impl": "sdpa"},
         "8 answers after 1,000 tokens each, on PyTorch's operators", "burst", LONG,

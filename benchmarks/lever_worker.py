@@ -211,6 +211,7 @@ class Lever:
             "tokens_per_s": made / seconds,
             "first": statistics.median(firsts),
             "first_mean": statistics.fmean(firsts),
+            "gap": statistics.median(gap for job in jobs for gap in job.gaps),
             "cached": sum(job.cached for job in jobs) / sum(len(job.ids) for job in jobs),
         }
 

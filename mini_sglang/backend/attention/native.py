@@ -34,7 +34,7 @@ class NativeAttention:
 
     def tiles(self, dtype: torch.dtype, page_size: int) -> bool:
         """Whether a KV pool of ``dtype`` is read faster in tiles, and can be."""
-        return self._kernels.tiles and dtype == torch.bfloat16 and page_size % TILE == 0
+        return dtype in self._kernels.tiled_dtypes and page_size % TILE == 0
 
     def begin(self, batch: Batch, kv: KVPool) -> NativeStep:
         return NativeStep(self._kernels, batch, kv)

@@ -85,7 +85,7 @@ inline Reach reach_of(const Attention& job, const AttentionTask& task) {
 // What the heads of a task read of a block.
 template <class KV>
 inline Lines lines_of(const Pool& pool, const uint8_t* const* rows, const AttentionTask& task) {
-    const int64_t bytes = pool.head_dim * KV::BYTES * (TILED<KV> ? LANES : 1);
+    const int64_t bytes = head_bytes<KV>(pool.head_dim);
     return {rows, TILED<KV> ? PARTS : KEYS, task.first_head * bytes, (pool.kv_heads + task.first_head) * bytes,
             (task.last_head - task.first_head) * bytes};
 }
@@ -110,10 +110,16 @@ void attend_task(const Attention& job, const AttentionTask& task, const Attentio
             for (int64_t h = 0; h < group; h++, place++) {
                 const float* query = job.query + (begins + row) * job.query_stride + (head + h) * dim;
                 uint16_t* rounded = queries + place * dim;
-                for (int64_t d = 0; PAIRED<KV> && d < dim; d += LANES)
-                    store_factors(rounded + d, load<Floats>(query + d));
-                items[place].query = PAIRED<KV> ? (const void*)rounded : query;
-                items[place].partial = spans + place;
+                Item& item = items[place];
+                item = {PAIRED<KV> ? (const void*)rounded : query, 1.0f, spans + place, 0, 0};
+                if (WHOLE<KV>) {
+                    const Steps steps(largest_magnitude(query, dim), 32767.0f);
+                    item.unit = steps.size;
+                    for (int64_t d = 0; d < dim; d += LANES)
+                        store_shorts(rounded + d, steps.whole(load<Floats>(query + d)));
+                } else if (PAIRED<KV>) {
+                    for (int64_t d = 0; d < dim; d += LANES) store_factors(rounded + d, load<Floats>(query + d));
+                }
             }
     const bool several = !task.partials && reach.begin / SPAN < (stop - 1) / SPAN;
     Block turned;
@@ -183,6 +189,9 @@ void attend(const Attention& job, const AttentionTask& task, const AttentionTask
         case INT8: return attend_task<KV8>(job, task, upcoming);
 #if defined(__AVX512BF16__)
         case TILES: return attend_task<KVTiles>(job, task, upcoming);
+#endif
+#if defined(__AVX512VNNI__)
+        case TILES8: return attend_task<KV8Tiles>(job, task, upcoming);
 #endif
     }
 }

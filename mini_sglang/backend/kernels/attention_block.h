@@ -29,22 +29,55 @@ struct KV8 {
 struct KVTiles : KVB16 {
     static constexpr int FORMAT = TILES;
 };
+struct KV8Tiles : KV8 {
+    static constexpr int FORMAT = TILES8;
+};
 
 enum { PARTS = KEYS / LANES };
 // Heads of rows whose scores, and numbers of values of how many, fit in the registers.
 enum { TALL_SCORES = LANES == 16 ? 12 : 6, TALL_VALUES = LANES == 16 ? 6 : 3, WIDE_VALUES = 4 };
 
 template <class KV>
-constexpr bool TILED = KV::FORMAT == TILES;
+constexpr bool SCALED = KV::BYTES == 1;  // a scale for each key and value head
+template <class KV>
+constexpr bool TILED = KV::FORMAT == TILES || KV::FORMAT == TILES8;
+// Bytes from one head to the next of a row, or of a tile.
+template <class KV>
+constexpr int64_t head_bytes(int64_t dim) {
+    return TILED<KV> ? (dim * KV::BYTES + (SCALED<KV> ? 4 : 0)) * LANES : dim * KV::BYTES;
+}
 
-// Whether products of two bfloat16 at a time are to be had: queries and weights are then rounded to bfloat16.
+// Whether two products at a time are taken: of bfloat16, to which queries and weights are then rounded, or of
+// whole numbers (WHOLE), int8 with queries and weights of 16 bits.
+#if defined(__AVX512VNNI__)
+template <class KV>
+constexpr bool WHOLE = KV::FORMAT == TILES8;
 #if defined(__AVX512BF16__)
 template <class KV>
 constexpr bool PAIRED = KV::FORMAT == BF16 || TILED<KV>;
 
+inline __m512 add_bfloats(__m512 sum, __m512i pairs, __m512i pair) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)pairs, (__m512bh)pair);
+}
+#else
+template <class KV>
+constexpr bool PAIRED = WHOLE<KV>;
+
+inline __m512 add_bfloats(__m512 sum, __m512i, __m512i) { return sum; }
+#endif
+
 inline Ints pair_everywhere(const void* pair) { return (Ints)_mm512_set1_epi32(load<int>(pair)); }
+// LANES pairs.
+template <class KV>
+inline Ints pairs_at(const uint8_t* p) {
+    if constexpr (WHOLE<KV>) return (Ints)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+    return load<Ints>(p);
+}
 inline Floats add_pairs(Floats sum, Ints pairs, Ints pair) {
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)pair);
+    return (Floats)add_bfloats((__m512)sum, (__m512i)pairs, (__m512i)pair);
+}
+inline Ints add_pairs(Ints sum, Ints pairs, Ints pair) {
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)pairs, (__m512i)pair);
 }
 // The numbers of two rows side by side.
 inline Ints interleaved(const uint8_t* first, const uint8_t* second) {
@@ -54,12 +87,28 @@ inline Ints interleaved(const uint8_t* first, const uint8_t* second) {
 }
 #else
 template <class KV>
+constexpr bool WHOLE = false;
+template <class KV>
 constexpr bool PAIRED = false;
 
 inline Ints pair_everywhere(const void*) { return Ints{}; }
-inline Floats add_pairs(Floats sum, Ints, Ints) { return sum; }
+template <class KV>
+inline Ints pairs_at(const uint8_t*) { return Ints{}; }
+template <class Sum>
+inline Sum add_pairs(Sum sum, Ints, Ints) { return sum; }
 inline Ints interleaved(const uint8_t*, const uint8_t*) { return Ints{}; }
 #endif
+
+// What products are added up in. The compiler keeps vectors that change their type in memory.
+template <bool IS_WHOLE>
+struct SumOf { typedef Floats type; };
+template <>
+struct SumOf<true> { typedef Ints type; };
+template <class KV>
+using Sum = typename SumOf<WHOLE<KV>>::type;
+
+inline Floats in_floats(Floats sum) { return sum; }
+inline Floats in_floats(Ints sum) { return to_floats(sum); }
 
 // 2^x for x below 127, to some units in the last place, or ROUGH to 3e-6 of it; 0 or next to it below -126. NaN
 // stays NaN.
@@ -116,36 +165,51 @@ struct Lines {
 // they are PAIRED, pairs of numbers. values[p], of PAIRED ones alone, are pairs of rows, LANES numbers a vector.
 struct Block {
     int first, last;  // keys that somebody sees
-    const float* keys[PARTS];
-    const Ints* values[PARTS];
+    const uint8_t* keys[PARTS];
+    const uint8_t* values[PARTS];
+    const uint8_t *key_scales[PARTS], *value_scales[PARTS];  // of SCALED alone
     const uint8_t* const* rows;  // of what does not lie in tiles
     float weights[TALL_SCORES][KEYS];
-    float key_scales[KEYS], value_scales[KEYS];  // of INT8 alone
+    float units[TALL_SCORES];  // what WHOLE weights are multiples of
+    float scales[2][KEYS];
     alignas(64) float turned[PARTS][MAX_HEAD_DIM][LANES];
     Ints side_by_side[PARTS][LANES / 2 * MAX_HEAD_DIM / LANES];
 };
 
 // One head of one row in one block: positions from first to last of it are seen.
 struct Item {
-    const void* query;  // PAIRED ones are bfloat16
+    const void* query;  // PAIRED ones have 16 bits
+    float unit;         // what a WHOLE one is multiples of; of others 1
     Partial* partial;
     int first, last;
 };
+
+// Of LANES keys, the vector p of the block.
+inline bool sees_all(const Item& item, int p) { return item.first <= p * LANES && item.last >= (p + 1) * LANES; }
+inline Ints seen(const Item& item, int p) {
+    const Ints index = lane_numbers() + p * LANES;
+    return (index >= item.first) & (index < item.last);
+}
 
 // The keys that somebody sees; those of positions outside may be anything.
 template <class KV>
 inline void take_keys(Block& block, const Pool& pool, int64_t head) {
     const int64_t dim = pool.head_dim;
     if constexpr (TILED<KV>) {
+        constexpr int SCALES = SCALED<KV> ? 4 * LANES : 0;
         for (int p = 0; p < PARTS; p++) {
-            block.keys[p] = (const float*)(block.rows[p] + head * dim * LANES * KV::BYTES);
-            block.values[p] = (const Ints*)(block.rows[p] + (pool.kv_heads + head) * dim * LANES * KV::BYTES);
+            block.key_scales[p] = block.rows[p] + head * head_bytes<KV>(dim);
+            block.value_scales[p] = block.rows[p] + (pool.kv_heads + head) * head_bytes<KV>(dim);
+            block.keys[p] = block.key_scales[p] + SCALES;
+            block.values[p] = block.value_scales[p] + SCALES;
         }
         return;
     }
     for (int p = 0; p < PARTS; p++) {
-        block.keys[p] = &block.turned[p][0][0];
-        block.values[p] = block.side_by_side[p];
+        block.keys[p] = (const uint8_t*)block.turned[p];
+        block.values[p] = (const uint8_t*)block.side_by_side[p];
+        block.key_scales[p] = (const uint8_t*)(block.scales[0] + p * LANES);
+        block.value_scales[p] = (const uint8_t*)(block.scales[1] + p * LANES);
     }
     const int64_t at = head * dim * KV::BYTES;
     constexpr int SIZE = PAIRED<KV> ? 4 : KV::BYTES;
@@ -168,11 +232,10 @@ inline void take_keys(Block& block, const Pool& pool, int64_t head) {
                 interleaved(block.rows[j] + number, block.rows[j + 1] + number);
         }
     }
-    if (KV::FORMAT != INT8) return;
-    for (int j = 0; j < KEYS; j++) {
+    for (int j = 0; SCALED<KV> && j < KEYS; j++) {
         const uint8_t* scales = block.rows[j] + 2 * pool.kv_heads * dim + 4 * head;
-        block.key_scales[j] = load<float>(scales);
-        block.value_scales[j] = load<float>(scales + 4 * pool.kv_heads);
+        block.scales[0][j] = load<float>(scales);
+        block.scales[1][j] = load<float>(scales + 4 * pool.kv_heads);
     }
 }
 
@@ -200,17 +263,22 @@ inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& ne
     const int begin = block.first / (2 * LANES) * 2, end = (block.last + LANES - 1) / LANES;
     Floats scores[COUNT][PARTS];
     for (int part = begin; part < end; part += 2) {
-        Floats dots[COUNT][2] = {};
-        const float* keys[2];
+        Sum<KV> dots[COUNT][2] = {};
+        constexpr int EACH = (PAIRED<KV> ? 2 * KV::BYTES : 4) * LANES;
+        const uint8_t* keys[2];
         UNROLL for (int p = 0; p < 2; p++) keys[p] = block.keys[part + p < end ? part + p : part];
         for (int64_t d = 0; d < (PAIRED<KV> ? dim / 2 : dim); d++) {
-            Floats vectors[2];
-            UNROLL for (int p = 0; p < 2; p++) vectors[p] = load<Floats>(keys[p] + d * LANES);
-            UNROLL for (int i = 0; i < COUNT; i++) {
-                if constexpr (PAIRED<KV>) {
+            if constexpr (PAIRED<KV>) {
+                Ints pairs[2];
+                UNROLL for (int p = 0; p < 2; p++) pairs[p] = pairs_at<KV>(keys[p] + d * EACH);
+                UNROLL for (int i = 0; i < COUNT; i++) {
                     const Ints pair = pair_everywhere((const uint16_t*)items[i].query + 2 * d);
-                    UNROLL for (int p = 0; p < 2; p++) dots[i][p] = add_pairs(dots[i][p], (Ints)vectors[p], pair);
-                } else {
+                    UNROLL for (int p = 0; p < 2; p++) dots[i][p] = add_pairs(dots[i][p], pairs[p], pair);
+                }
+            } else {
+                Floats vectors[2];
+                UNROLL for (int p = 0; p < 2; p++) vectors[p] = load<Floats>(keys[p] + d * EACH);
+                UNROLL for (int i = 0; i < COUNT; i++) {
                     const Floats number = all(((const float*)items[i].query)[d]);
                     UNROLL for (int p = 0; p < 2; p++) dots[i][p] = fused(number, vectors[p], dots[i][p]);
                 }
@@ -218,19 +286,16 @@ inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& ne
             if (d % EVERY == EVERY - 1) next.fetch(COUNT <= 3 ? LINES : LINES / 4);
         }
         UNROLL for (int i = 0; i < COUNT; i++)
-            UNROLL for (int p = 0; p < 2; p++) scores[i][part + p] = dots[i][p] * scale;
+            UNROLL for (int p = 0; p < 2; p++)
+                scores[i][part + p] = in_floats(dots[i][p]) * (scale * items[i].unit);
     }
     for (int i = 0; i < COUNT; i++) {
         Partial& partial = *items[i].partial;
         Floats top = all(-__builtin_inff());
         for (int p = begin; p < end; p++) {
             Floats& some = scores[i][p];
-            if (KV::FORMAT == INT8) some *= load<Floats>(block.key_scales + p * LANES);
-            if (items[i].first > p * LANES || items[i].last < (p + 1) * LANES) {
-                const Ints index = lane_numbers() + p * LANES;
-                const Ints seen = (index >= items[i].first) & (index < items[i].last);
-                some = seen ? some : all(-__builtin_inff());
-            }
+            if (SCALED<KV>) some *= load<Floats>(block.key_scales[p]);
+            if (!sees_all(items[i], p)) some = seen(items[i], p) ? some : all(-__builtin_inff());
             top = larger(some, top);
         }
         Floats sum = load<Floats>(partial.totals);
@@ -241,35 +306,49 @@ inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& ne
             sum *= old;
             for (int64_t d = 0; d < dim; d += LANES) store(partial.values + d, load<Floats>(partial.values + d) * old);
         }
+        top = Floats{};
         for (int p = begin; p < end; p++) {
-            Floats weight = power_of_two<PAIRED<KV>>(scores[i][p] - all(partial.largest));
+            Floats& weight = scores[i][p];
+            weight = power_of_two<PAIRED<KV>>(weight - all(partial.largest));
             sum += weight;
-            if (KV::FORMAT == INT8) weight *= load<Floats>(block.value_scales + p * LANES);
-            if (PAIRED<KV>) store_factors((uint16_t*)block.weights[i] + p * LANES, weight);
-            else store(block.weights[i] + p * LANES, weight);
+            if (SCALED<KV>) {
+                weight *= load<Floats>(block.value_scales[p]);
+                // Where it does not look a scale may be anything.
+                if (!sees_all(items[i], p)) weight = seen(items[i], p) ? weight : Floats{};
+            }
+            top = larger(weight, top);
+            if (PAIRED<KV> && !WHOLE<KV>) store_factors((uint16_t*)block.weights[i] + p * LANES, weight);
+            else if (!PAIRED<KV>) store(block.weights[i] + p * LANES, weight);
         }
         store(partial.totals, sum);
+        if (WHOLE<KV>) {
+            const Steps steps(largest_of(top), 32767.0f);
+            block.units[i] = steps.size;
+            for (int p = begin; p < end; p++)
+                store_shorts((uint16_t*)block.weights[i] + p * LANES, steps.whole(scores[i][p]));
+        }
     }
 }
 
-// Weights of items that follow each other, those from the first one on.
+// What items that follow each other, those of the block's weights from skipped on, get of WIDTH vectors of values.
 template <class KV, int COUNT, int WIDTH>
-inline void add_values(Item* items, const float (*weights)[KEYS], const Block& block, int64_t at, int64_t dim,
-                       int64_t d) {
-    Floats sums[COUNT][WIDTH];
+inline void add_values(Item* items, const Block& block, int skipped, int64_t at, int64_t dim, int64_t d) {
+    const float(*weights)[KEYS] = block.weights + skipped;
+    Sum<KV> sums[COUNT][WIDTH] = {};
     int first = KEYS, last = 0;
     UNROLL for (int i = 0; i < COUNT; i++) {
-        UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = load<Floats>(items[i].partial->values + d + v * LANES);
+        if constexpr (!WHOLE<KV>)
+            UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = load<Floats>(items[i].partial->values + d + v * LANES);
         first = items[i].first < first ? items[i].first : first;
         last = items[i].last > last ? items[i].last : last;
     }
     if constexpr (PAIRED<KV>) {
         for (int j = first / 2 * 2; j < last;) {
             const int stop = last < (j / LANES + 1) * LANES ? last : (j / LANES + 1) * LANES;
-            const Ints* pairs = block.values[j / LANES] + (j % LANES / 2 * dim + d) / LANES;
-            for (; j < stop; j += 2, pairs += dim / LANES) {
+            const uint8_t* pairs = block.values[j / LANES] + (j % LANES / 2 * dim + d) * 2 * KV::BYTES;
+            for (; j < stop; j += 2, pairs += 2 * dim * KV::BYTES) {
                 Ints values[WIDTH];
-                UNROLL for (int v = 0; v < WIDTH; v++) values[v] = load<Ints>(pairs + v);
+                UNROLL for (int v = 0; v < WIDTH; v++) values[v] = pairs_at<KV>(pairs + v * LANES * 2 * KV::BYTES);
                 UNROLL for (int i = 0; i < COUNT; i++) {
                     const Ints pair = pair_everywhere((const uint16_t*)weights[i] + j);
                     UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = add_pairs(sums[i][v], values[v], pair);
@@ -277,25 +356,32 @@ inline void add_values(Item* items, const float (*weights)[KEYS], const Block& b
             }
         }
     }
-    for (int j = first; !PAIRED<KV> && j < last; j++) {
-        Floats values[WIDTH];
-        UNROLL for (int v = 0; v < WIDTH; v++)
-            values[v] = KV::numbers(block.rows[j] + at + (d + v * LANES) * KV::BYTES);
-        UNROLL for (int i = 0; i < COUNT; i++) {
-            const Floats weight = all(weights[i][j]);
-            UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = fused(weight, values[v], sums[i][v]);
+    if constexpr (!PAIRED<KV>) {
+        for (int j = first; j < last; j++) {
+            Floats values[WIDTH];
+            UNROLL for (int v = 0; v < WIDTH; v++)
+                values[v] = KV::numbers(block.rows[j] + at + (d + v * LANES) * KV::BYTES);
+            UNROLL for (int i = 0; i < COUNT; i++) {
+                const Floats weight = all(weights[i][j]);
+                UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = fused(weight, values[v], sums[i][v]);
+            }
         }
     }
     UNROLL for (int i = 0; i < COUNT; i++)
-        UNROLL for (int v = 0; v < WIDTH; v++) store(items[i].partial->values + d + v * LANES, sums[i][v]);
+        UNROLL for (int v = 0; v < WIDTH; v++) {
+            float* kept = items[i].partial->values + d + v * LANES;
+            if constexpr (WHOLE<KV>)
+                store(kept, fused(to_floats(sums[i][v]), all(block.units[skipped + i]), load<Floats>(kept)));
+            else store(kept, sums[i][v]);
+        }
 }
 
 template <class KV, int COUNT>
-inline void add_all_values(Item* items, const float (*weights)[KEYS], const Block& block, int64_t at, int64_t dim) {
+inline void add_all_values(Item* items, const Block& block, int skipped, int64_t at, int64_t dim) {
     int64_t d = 0;
     for (; d + WIDE_VALUES * LANES <= dim; d += WIDE_VALUES * LANES)
-        add_values<KV, COUNT, WIDE_VALUES>(items, weights, block, at, dim, d);
-    for (; d < dim; d += LANES) add_values<KV, COUNT, 1>(items, weights, block, at, dim, d);
+        add_values<KV, COUNT, WIDE_VALUES>(items, block, skipped, at, dim, d);
+    for (; d < dim; d += LANES) add_values<KV, COUNT, 1>(items, block, skipped, at, dim, d);
 }
 
 // The heads of rows in items, all of one KV head, of which the block has the keys.
@@ -307,15 +393,15 @@ void attend_block(const Attention& job, Block& block, int64_t head, Item* items,
     for (; i + TALL_SCORES <= count; i += TALL_SCORES) {
         score<KV, TALL_SCORES>(items + i, block, dim, scale, next);
         UNROLL for (int j = 0; j < TALL_SCORES; j += TALL_VALUES)
-            add_all_values<KV, TALL_VALUES>(items + i + j, block.weights + j, block, at, dim);
+            add_all_values<KV, TALL_VALUES>(items + i + j, block, j, at, dim);
     }
     for (; i + 3 <= count; i += 3) {
         score<KV, 3>(items + i, block, dim, scale, next);
-        add_all_values<KV, 3>(items + i, block.weights, block, at, dim);
+        add_all_values<KV, 3>(items + i, block, 0, at, dim);
     }
     for (; i < count; i++) {
         score<KV, 1>(items + i, block, dim, scale, next);
-        add_all_values<KV, 1>(items + i, block.weights, block, at, dim);
+        add_all_values<KV, 1>(items + i, block, 0, at, dim);
     }
 }
 

@@ -46,54 +46,86 @@ void norm(const Norm& job, int64_t first, int64_t last) {
     }
 }
 
+// The largest magnitude of count numbers; of any that is NaN, NaN.
+inline float largest_magnitude(const float* from, int64_t count) {
+    Ints top = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Ints bits = load<Ints>(from + i) & 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    int32_t largest = 0;
+    for (int i = 0; i < LANES; i++) largest = top[i] > largest ? top[i] : largest;
+    return from_bits((uint32_t)largest);
+}
+
+// What count numbers are multiples of, of at most limit: as in quantize_block that of numbers that are not finite
+// is not, that of numbers below 2^-100 is 0.
+struct Steps {
+    float size;
+    Floats inverse;
+    Steps(float magnitude, float limit)
+        : size(magnitude < 0x1p-100f ? 0.0f : magnitude / limit),
+          inverse(all(magnitude < 0x1p-100f ? 0.0f : limit / magnitude)) {}
+    Ints whole(Floats numbers) const { return (Ints)(numbers * inverse + 12582912.0f) - 0x4b400000; }
+};
+
+inline float store_quantized(const float* from, int64_t dim, int8_t* to) {
+    const Steps steps(largest_magnitude(from, dim), 127.0f);
+    for (int64_t i = 0; i < dim; i += LANES) store_bytes(to + i, steps.whole(load<Floats>(from + i)));
+    return steps.size;
+}
+
 // Numbers of keys or values to the pool's format; for INT8 each head with its own scale, which goes to scales.
 inline void store_heads(const float* from, int format, int64_t heads, int64_t dim, uint8_t* to, float* scales) {
     const int64_t count = heads * dim;
     if (format == F32) memcpy(to, from, (size_t)count * sizeof(float));
     for (int64_t i = 0; format == F16 && i < count; i += LANES) store_halves(to + 2 * i, load<Floats>(from + i));
     for (int64_t i = 0; format == BF16 && i < count; i += LANES) store_bfloats(to + 2 * i, load<Floats>(from + i));
-    for (int64_t h = 0; format == INT8 && h < heads; h++, from += dim, to += dim) {
-        // As in quantize_block: the scale of a head that is not finite is not, of one below 2^-100 it is 0.
-        Ints top = {};
-        for (int64_t i = 0; i < dim; i += LANES) {
-            const Ints bits = load<Ints>(from + i) & 0x7fffffff;
-            top = bits > top ? bits : top;
-        }
-        int32_t largest = 0;
-        for (int i = 0; i < LANES; i++) largest = top[i] > largest ? top[i] : largest;
-        const float magnitude = from_bits((uint32_t)largest);
-        const float scale = magnitude < 0x1p-100f ? 0.0f : magnitude / 127.0f;
-        const Floats inverse = all(magnitude < 0x1p-100f ? 0.0f : 127.0f / magnitude);
-        for (int64_t i = 0; i < dim; i += LANES) {
-            const Floats shifted = load<Floats>(from + i) * inverse + 12582912.0f;
-            store_bytes((int8_t*)to + i, (Ints)shifted - 0x4b400000);
-        }
-        scales[h] = scale;
-    }
+    for (int64_t h = 0; format == INT8 && h < heads; h++)
+        scales[h] = store_quantized(from + h * dim, dim, (int8_t*)to + h * dim);
 }
 
-// The keys and values of one row to its place in a tile; heads is 2 * kv_heads. Threads may write neighbouring rows.
+// Every second of numbers of BYTES each, from the lane's on, and only those: threads may write neighbouring rows.
+template <int BYTES>
+inline void store_alternate(const uint8_t* numbers, int64_t count, int odd, uint8_t* to) {
+#if defined(__AVX512VNNI__)
+    for (int64_t i = 0; i < count * BYTES; i += 32, to += 64) {
+        const __m256i some = _mm256_loadu_si256((const __m256i*)(numbers + i));
+        if constexpr (BYTES == 2) {
+            const __m512i wide = _mm512_cvtepu16_epi32(some);
+            _mm512_mask_storeu_epi16(to, odd ? 0xaaaaaaaa : 0x55555555, odd ? _mm512_slli_epi32(wide, 16) : wide);
+        } else {
+            const int64_t left = count - i;  // 16 or more
+            const uint64_t there = left < 32 ? 0xffffffff : ~(uint64_t)0, half = 0x5555555555555555 << odd;
+            const __m512i wide = _mm512_cvtepu8_epi16(some);
+            _mm512_mask_storeu_epi8(to, half & there, odd ? _mm512_slli_epi16(wide, 8) : wide);
+        }
+    }
+#else
+    for (int64_t i = 0; i < count; i++) memcpy(to + (2 * i + odd) * BYTES, numbers + i * BYTES, BYTES);
+#endif
+}
+
+// The keys and values of one row to its place in a tile.
+template <int BYTES>
 inline void store_in_tile(const float* from, const Pool& pool, int64_t slot) {
-    const int64_t dim = pool.head_dim, head_bytes = dim * GROUP * 2;
+    const int64_t dim = pool.head_dim;
     const int lane = (int)(slot % GROUP);
     uint8_t* to = pool.data + (slot - lane) * pool_row_bytes(pool);
-    for (int64_t h = 0; h < 2 * pool.kv_heads; h++, from += dim, to += head_bytes) {
-        uint16_t numbers[MAX_HEAD_DIM];
-        for (int64_t i = 0; i < dim; i += LANES) store_bfloats(numbers + i, load<Floats>(from + i));
-        if (h < pool.kv_heads) {
-            for (int64_t i = 0; i < dim; i += 2) memcpy(to + 2 * GROUP * i + 4 * lane, numbers + i, 4);
-            continue;
+    for (int64_t h = 0; h < 2 * pool.kv_heads; h++, from += dim, to += dim * GROUP * BYTES) {
+        uint8_t numbers[MAX_HEAD_DIM * BYTES];
+        if constexpr (BYTES == 1) {
+            const float scale = store_quantized(from, dim, (int8_t*)numbers);
+            memcpy(to + 4 * lane, &scale, 4);
+            to += 4 * GROUP;
+        } else {
+            for (int64_t i = 0; i < dim; i += LANES) store_bfloats(numbers + 2 * i, load<Floats>(from + i));
         }
-        uint16_t* pairs = (uint16_t*)to + lane / 2 * 2 * dim;
-#if defined(__AVX512VNNI__)
-        for (int64_t i = 0; i < dim; i += LANES) {
-            const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(numbers + i)));
-            const __m512i odd = _mm512_slli_epi32(wide, 16);
-            _mm512_mask_storeu_epi16(pairs + 2 * i, lane % 2 ? 0xaaaaaaaa : 0x55555555, lane % 2 ? odd : wide);
-        }
-#else
-        for (int64_t i = 0; i < dim; i++) pairs[2 * i + lane % 2] = numbers[i];
-#endif
+        if (h < pool.kv_heads)
+            for (int64_t i = 0; i < dim; i += 2)
+                memcpy(to + (GROUP * i + 2 * lane) * BYTES, numbers + i * BYTES, 2 * BYTES);
+        else
+            store_alternate<BYTES>(numbers, dim, lane % 2, to + lane / 2 * 2 * dim * BYTES);
     }
 }
 
@@ -126,8 +158,9 @@ void rotate(const Rotate& job, int64_t first, int64_t last) {
                 else turn(head, cos, sin, Eights{});
             }
         }
-        if (pool.format == TILES) {
-            store_in_tile(qkv + job.heads * dim, pool, job.slots[row]);
+        if (in_tiles(pool)) {
+            const auto store = pool.format == TILES ? store_in_tile<2> : store_in_tile<1>;
+            store(qkv + job.heads * dim, pool, job.slots[row]);
             continue;
         }
         uint8_t* to = pool.data + job.slots[row] * row_bytes;

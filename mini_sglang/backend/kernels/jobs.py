@@ -22,7 +22,7 @@ FORMATS: Mapping[str, int] = MappingProxyType(
 KV_FORMATS: Mapping[torch.dtype, int] = MappingProxyType(
     {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30, torch.int8: 24}
 )
-TILES = 100
+TILES: Mapping[torch.dtype, int] = MappingProxyType({torch.bfloat16: 100, torch.int8: 101})
 
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -46,7 +46,7 @@ class _Pool(ctypes.Structure):
 
     @classmethod
     def of(cls, kv: KVPool, layer: int) -> _Pool:
-        kept_as = TILES if kv.tiled else KV_FORMATS[kv.dtype]
+        kept_as = (TILES if kv.tiled else KV_FORMATS)[kv.dtype]
         return cls(_address(kv.rows(layer)), kept_as, kv.kv_heads, kv.head_dim)
 
 

@@ -4,8 +4,10 @@
 
 #include <stdint.h>
 
-// ggml's numbers. INT8 and TILES are of the KV pool alone.
-enum Format { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14, INT8 = 24, BF16 = 30, TILES = 100 };
+// ggml's numbers. INT8 and tiles are of the KV pool alone.
+enum Format {
+    F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14, INT8 = 24, BF16 = 30, TILES = 100, TILES8 = 101
+};
 
 // Rows of a matrix are interleaved in groups, so that one vector holds the same columns of all of a group's
 // rows. Dense: number 16 c + r is column c of row r; of BF16 number 32 p + 2 r + j is column 2 p + j, the last
@@ -106,9 +108,10 @@ struct Pool {
 
 static inline int64_t pool_row_bytes(const Pool& pool) {
     const int64_t numbers = 2 * pool.kv_heads * pool.head_dim;
-    if (pool.format == INT8) return numbers + 8 * pool.kv_heads;
+    if (pool.format == INT8 || pool.format == TILES8) return numbers + 8 * pool.kv_heads;
     return numbers * (pool.format == F32 ? 4 : 2);
 }
+static inline bool in_tiles(const Pool& pool) { return pool.format == TILES || pool.format == TILES8; }
 
 // out is [rows, heads, head_dim].
 struct Attention {

@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ from mini_sglang.backend.loading.ggml_types import GGMLType
 logger = logging.getLogger(__name__)
 
 _FAST_FORMATS = frozenset({"Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"})
+_TILED_DTYPES: Mapping[str, frozenset[torch.dtype]] = MappingProxyType(
+    {
+        "avx512bf16": frozenset({torch.bfloat16, torch.int8}),
+        "avx512vnni": frozenset({torch.int8}),
+    }
+)
 
 
 class NativeKernels:
@@ -36,7 +43,7 @@ class NativeKernels:
         variant: the instruction set in use: ``avx512bf16``, ``avx512vnni``, ``avx2`` or ``generic``.
         fast: whether they are faster than torch with a dense matrix; the generic ones are not, and serve
             where a matrix is to stay in blocks.
-        tiles: whether attention over a tiled ``KVPool`` is to be had.
+        tiled_dtypes: of which attention over a tiled ``KVPool`` is to be had.
         half: the 16-bit dtype that attention works in fastest.
         fast_formats: names of the block formats that are faster than the dense matrix.
     """
@@ -79,8 +86,8 @@ class NativeKernels:
         self._finalizer.atexit = False
         self.variant: str = lib.kernels_variant(self._handle).decode()
         self.fast = self.variant != "generic"
-        self.tiles = self.variant == "avx512bf16"
-        self.half = torch.bfloat16 if self.tiles else torch.float16
+        self.tiled_dtypes = _TILED_DTYPES.get(self.variant, frozenset())
+        self.half = torch.bfloat16 if torch.bfloat16 in self.tiled_dtypes else torch.float16
         self.fast_formats = _FAST_FORMATS if self.fast else frozenset()
 
     def has_format(self, type: GGMLType) -> bool:

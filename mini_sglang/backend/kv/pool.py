@@ -21,8 +21,8 @@ class KVPool:
     Args:
         dtype: int8 keeps each head's key and value with a float32 scale of its own behind the row's numbers:
             the compiled kernels alone read it.
-        tiled: keeps 16 rows of bfloat16 together as the compiled attention reads them, and only it does; see
-            kernels.h. Pages are then whole tiles.
+        tiled: keeps 16 rows of bfloat16 or int8 together as the compiled attention reads them, and only it
+            does; see kernels.h. Pages are then whole tiles.
         spare_pages: more of them, after the others, which no sequence has: padding is written there.
 
     Layout otherwise: ``data[layer, slot]`` is one token's ``2 * kv_heads * head_dim`` numbers, keys before
@@ -58,7 +58,7 @@ class KVPool:
         self.dtype = dtype
         self.tiled = tiled
         self.spare_pages = spare_pages
-        assert not tiled or (dtype == torch.bfloat16 and page_size % TILE == 0)
+        assert not tiled or page_size % TILE == 0
         self._row = (2, kv_heads, head_dim)
         width = kv_bytes_per_token(1, kv_heads, head_dim, dtype) // dtype.itemsize
         pages = num_pages + spare_pages

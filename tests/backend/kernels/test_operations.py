@@ -103,13 +103,14 @@ def stored(kernels: NativeKernels, kv: KVPool, keys_and_values: Tensor, slots: T
     return kept[slots]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("head_dim", [16, 48, 128])
 def test_a_tiled_pool_has_the_numbers_of_another_in_its_own_order(
-    kernels: NativeKernels, head_dim: int
+    kernels: NativeKernels, head_dim: int, dtype: torch.dtype
 ) -> None:
     slots = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:37]
     keys_and_values = rows(37, 2 * KV_HEADS * head_dim, 5).view(37, -1, head_dim)
-    plain = pool(64, head_dim, torch.bfloat16)
+    plain = pool(64, head_dim, dtype)
     stored(kernels, plain, keys_and_values, slots)
     shape = {
         "num_layers": LAYERS,
@@ -118,13 +119,13 @@ def test_a_tiled_pool_has_the_numbers_of_another_in_its_own_order(
         "kv_heads": KV_HEADS,
         "head_dim": head_dim,
     }
-    tiled = KVPool(**shape, dtype=torch.bfloat16, device=torch.device("cpu"), tiled=True)
+    tiled = KVPool(**shape, dtype=dtype, device=torch.device("cpu"), tiled=True)
     tiled.data.fill_(-1)
     queries = torch.zeros(37, HEADS, head_dim)
     fused = torch.cat([queries, keys_and_values], 1)
     both(kernels)[0].rotate_and_store(fused, None, None, tiled, 1, slots)
-    expected = tiles(plain.rows(1).view(64, 2, KV_HEADS, head_dim))
-    assert torch.equal(tiled.rows(1).view(4, -1), expected)
+    expected = tiles(plain, plain.rows(1).view(torch.uint8))
+    assert torch.equal(tiled.rows(1).view(torch.uint8).view(4, -1), expected)
     assert (tiled.rows(0) == -1).all()
 
 
