@@ -52,7 +52,7 @@ def test_two_ranks_hold_a_part_each_and_give_the_ids_of_one(family: str, tmp_pat
 def test_four_ranks_under_the_engine_and_by_torch_alone(tmp_path: Path) -> None:
     """Chunks beside decodes, prefix hits and retractions; the last rank has fewer rows of the vocabulary."""
     path = save_tiny_model(tmp_path, "gpt_neox", vocab_size=259, num_key_value_heads=4)
-    requests = workload(4, 12)
+    requests = workload(4, 6)
     more: dict[str, Any] = {"kernels": "reference", "kv_token_budget": 176}
     expected = alone(path, requests, **SETTINGS, kernels="reference")
     with ranks(path, 4, **more) as backend:

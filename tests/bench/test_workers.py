@@ -61,11 +61,7 @@ def test_ids_are_transformers_own_and_each_has_its_time(name: str, folder: Path,
     process = start(name, folder)
     try:
         assert process.about["versions"] and isinstance(process.about["notes"], list)
-        for prompts, answers in (
-            (PROMPTS[:1], expected[:1]),
-            (PROMPTS, expected),
-            (PROMPTS[1:], expected[1:]),
-        ):
+        for prompts, answers in ((PROMPTS[1:], expected[1:]), (PROMPTS, expected)):
             for cold in (True, False):
                 reply = process.ask(ids=prompts, new=NEW, cold=cold)
                 assert reply["ids"] == answers

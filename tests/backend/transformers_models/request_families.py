@@ -129,6 +129,8 @@ CASES = (
         {
             "layer_types": ["linear_attention", "full_attention"],
             "num_key_value_heads": 4,
+            "linear_num_heads": 4,
+            "linear_head_dim": 8,
             "kv_lora_rank": 16,
             "qk_rope_head_dim": 8,
             "qk_nope_head_dim": 16,
