@@ -55,6 +55,9 @@ class HFBatching:
             self._answer([[0]], 1)
         return self._answer(ids, new)
 
+    def close(self) -> None:
+        self.manager.stop(block=True)
+
     def _answer(self, ids: Ids, new: int) -> Answer:
         stream = Stream(len(ids))
         names = self.manager.add_requests(ids, max_new_tokens=new, streaming=True)

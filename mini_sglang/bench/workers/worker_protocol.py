@@ -103,6 +103,8 @@ def serve(load: Callable[[dict[str, Any]], Any]) -> None:
             continue
         reply = dataclasses.asdict(answer) if isinstance(answer, Answer) else {"answer": answer}
         say({**reply, "cpu_seconds": cpu_seconds() - cpu})
+    # What would keep the process from ending, where there is such a thing.
+    getattr(engine, "close", lambda: None)()
 
 
 def end_with_parent() -> None:
