@@ -253,42 +253,54 @@ inline bool any_above(Floats scores, float bound) {
 #endif
 }
 
-// Weights of COUNT items, from scores to the base 2, which scale makes of products.
+// Scores of COUNT items, to the base 2, which scale makes of products, with VECTORS vectors of keys from part on,
+// of which those before end count.
+template <class KV, int COUNT, int VECTORS>
+inline void multiply_keys(const Item* items, const Block& block, int64_t dim, int part, int end, float scale,
+                          Floats (*scores)[PARTS], Lines& next) {
+    // Half of a head's block to come is fetched meanwhile, a quarter before the values and one after: all of it
+    // here came slower from memory, and so did less. Many items fetch half as much: others follow.
+    constexpr int PAIR = PAIRED<KV> ? 2 : 1, EVERY = 32 / VECTORS;
+    constexpr int LINES = LANES * KV::BYTES * PAIR / (COUNT <= 3 ? 2 : 4);
+    constexpr int EACH = (PAIRED<KV> ? 2 * KV::BYTES : 4) * LANES;
+    Sum<KV> sums[COUNT][VECTORS] = {};
+    const uint8_t* keys[VECTORS];
+    UNROLL for (int p = 0; p < VECTORS; p++) keys[p] = block.keys[part + p < end ? part + p : part];
+    for (int64_t d = 0; d < dim / PAIR; d++) {
+        if constexpr (PAIRED<KV>) {
+            Ints pairs[VECTORS];
+            UNROLL for (int p = 0; p < VECTORS; p++) pairs[p] = pairs_at<KV>(keys[p] + d * EACH);
+            UNROLL for (int i = 0; i < COUNT; i++) {
+                const Ints pair = pair_everywhere((const uint16_t*)items[i].query + 2 * d);
+                UNROLL for (int p = 0; p < VECTORS; p++) sums[i][p] = add_pairs(sums[i][p], pairs[p], pair);
+            }
+        } else {
+            Floats vectors[VECTORS];
+            UNROLL for (int p = 0; p < VECTORS; p++) vectors[p] = load<Floats>(keys[p] + d * EACH);
+            UNROLL for (int i = 0; i < COUNT; i++) {
+                const Floats number = all(((const float*)items[i].query)[d]);
+                UNROLL for (int p = 0; p < VECTORS; p++) sums[i][p] = fused(number, vectors[p], sums[i][p]);
+            }
+        }
+        if (d % EVERY == EVERY - 1) next.fetch(LINES);
+    }
+    UNROLL for (int i = 0; i < COUNT; i++)
+        UNROLL for (int p = 0; p < VECTORS; p++)
+            scores[i][part + p] = in_floats(sums[i][p]) * (scale * items[i].unit);
+}
+
+// Weights of COUNT items.
 template <class KV, int COUNT>
 inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& next) {
-    // Vectors of keys that somebody sees, two at a time; add_values may take the weights of any of them.
-    // Of a block to come as much is fetched as a few heads of rows take to go through this one, 4 KB of half
-    // precision at a time: fewer or more come slower from memory.
-    constexpr int EVERY = 16, LINES = 2 * KEYS * KV::BYTES / 64 * EVERY * 2 / PARTS * (PAIRED<KV> ? 2 : 1);
+    // Vectors of keys that somebody sees, an even number of them; add_values may take the weights of any.
     const int begin = block.first / (2 * LANES) * 2, end = (block.last + LANES - 1) / LANES;
     Floats scores[COUNT][PARTS];
-    for (int part = begin; part < end; part += 2) {
-        Sum<KV> dots[COUNT][2] = {};
-        constexpr int EACH = (PAIRED<KV> ? 2 * KV::BYTES : 4) * LANES;
-        const uint8_t* keys[2];
-        UNROLL for (int p = 0; p < 2; p++) keys[p] = block.keys[part + p < end ? part + p : part];
-        for (int64_t d = 0; d < (PAIRED<KV> ? dim / 2 : dim); d++) {
-            if constexpr (PAIRED<KV>) {
-                Ints pairs[2];
-                UNROLL for (int p = 0; p < 2; p++) pairs[p] = pairs_at<KV>(keys[p] + d * EACH);
-                UNROLL for (int i = 0; i < COUNT; i++) {
-                    const Ints pair = pair_everywhere((const uint16_t*)items[i].query + 2 * d);
-                    UNROLL for (int p = 0; p < 2; p++) dots[i][p] = add_pairs(dots[i][p], pairs[p], pair);
-                }
-            } else {
-                Floats vectors[2];
-                UNROLL for (int p = 0; p < 2; p++) vectors[p] = load<Floats>(keys[p] + d * EACH);
-                UNROLL for (int i = 0; i < COUNT; i++) {
-                    const Floats number = all(((const float*)items[i].query)[d]);
-                    UNROLL for (int p = 0; p < 2; p++) dots[i][p] = fused(number, vectors[p], dots[i][p]);
-                }
-            }
-            if (d % EVERY == EVERY - 1) next.fetch(COUNT <= 3 ? LINES : LINES / 4);
-        }
-        UNROLL for (int i = 0; i < COUNT; i++)
-            UNROLL for (int p = 0; p < 2; p++)
-                scores[i][part + p] = in_floats(dots[i][p]) * (scale * items[i].unit);
-    }
+    int part = begin;
+    // Sums enough to be added up side by side, where there are registers for them.
+    constexpr int WIDE = LANES == 16 && COUNT <= 3 ? 4 : 2;
+    for (; end - part > 2 && WIDE == 4; part += WIDE)
+        multiply_keys<KV, COUNT, WIDE>(items, block, dim, part, end, scale, scores, next);
+    for (; part < end; part += 2) multiply_keys<KV, COUNT, 2>(items, block, dim, part, end, scale, scores, next);
     for (int i = 0; i < COUNT; i++) {
         Partial& partial = *items[i].partial;
         Floats top = all(-__builtin_inff());
@@ -384,25 +396,27 @@ inline void add_all_values(Item* items, const Block& block, int skipped, int64_t
     for (; d < dim; d += LANES) add_values<KV, COUNT, 1>(items, block, skipped, at, dim, d);
 }
 
-// The heads of rows in items, all of one KV head, of which the block has the keys.
+// COUNT heads of rows, all of one KV head, of which the block has the keys.
+template <class KV, int COUNT>
+inline void attend_together(Item* items, Block& block, int64_t at, int64_t dim, float scale, Lines& next) {
+    constexpr int VALUES = COUNT < TALL_VALUES ? COUNT : TALL_VALUES;
+    const int quarter = (int)(KEYS * dim * KV::BYTES / 128) + PARTS;
+    score<KV, COUNT>(items, block, dim, scale, next);
+    next.fetch(COUNT <= 3 ? quarter : 0);
+    UNROLL for (int j = 0; j < COUNT; j += VALUES) add_all_values<KV, VALUES>(items + j, block, j, at, dim);
+    next.fetch(COUNT <= 3 ? quarter : 0);
+}
+
+// The heads of rows in items, all of one KV head.
 template <class KV>
 void attend_block(const Attention& job, Block& block, int64_t head, Item* items, int count, Lines& next) {
     const int64_t dim = job.pool.head_dim, at = (job.pool.kv_heads + head) * dim * KV::BYTES;
     const float scale = job.scale * 1.44269504f;
     int i = 0;
-    for (; i + TALL_SCORES <= count; i += TALL_SCORES) {
-        score<KV, TALL_SCORES>(items + i, block, dim, scale, next);
-        UNROLL for (int j = 0; j < TALL_SCORES; j += TALL_VALUES)
-            add_all_values<KV, TALL_VALUES>(items + i + j, block, j, at, dim);
-    }
-    for (; i + 3 <= count; i += 3) {
-        score<KV, 3>(items + i, block, dim, scale, next);
-        add_all_values<KV, 3>(items + i, block, 0, at, dim);
-    }
-    for (; i < count; i++) {
-        score<KV, 1>(items + i, block, dim, scale, next);
-        add_all_values<KV, 1>(items + i, block, 0, at, dim);
-    }
+    for (; i + TALL_SCORES <= count; i += TALL_SCORES)
+        attend_together<KV, TALL_SCORES>(items + i, block, at, dim, scale, next);
+    for (; i + 3 <= count; i += 3) attend_together<KV, 3>(items + i, block, at, dim, scale, next);
+    for (; i < count; i++) attend_together<KV, 1>(items + i, block, at, dim, scale, next);
 }
 
 }  // namespace
