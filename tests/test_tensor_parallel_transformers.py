@@ -16,6 +16,7 @@ from mini_sglang.backend.gpus import Need
 from mini_sglang.backend.loader import load_backend
 from mini_sglang.backend.parallel.group import Group
 from mini_sglang.backend.parallel.need_main import need
+from mini_sglang.backend.parallel.weights import SummedWeight
 from mini_sglang.backend.transformers_models.division import TransformersDivision
 from mini_sglang.engine.engine import EngineCore
 from mini_sglang.errors import BackendLostError, InvalidValueError, ModelLoadError
@@ -83,6 +84,13 @@ def test_blocks_are_made_of_each_ranks_part(tmp_path: Path) -> None:
 def test_a_plan_that_is_wrong_for_the_model_is_refused(family: str, why: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match=f"TENSOR_PARALLEL_SIZE is 2; it must be 1 .*{why}"):
         load_backend(folder_of(family, tmp_path), settings_for(2, kv_token_budget=512))
+
+
+def test_sums_of_ours_that_are_wrong_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = SummedWeight.linear
+    monkeypatch.setattr(SummedWeight, "linear", lambda self, *given: 2 * plain(self, *given))
+    with pytest.raises(InvalidValueError, match=r"divided by its tp_plan, its logits are off by 0\.\d+"):
+        load_backend(folder_of("gpt_neox", tmp_path), settings_for(2, kv_token_budget=512))
 
 
 @pytest.mark.parametrize(

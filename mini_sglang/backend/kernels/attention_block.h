@@ -47,14 +47,18 @@ constexpr int64_t head_bytes(int64_t dim) {
     return TILED<KV> ? (dim * KV::BYTES + (SCALED<KV> ? 4 : 0)) * LANES : dim * KV::BYTES;
 }
 
+// Of a pair in a block: rows of int8 are widened as they are turned.
+template <class KV>
+constexpr int PAIR_BYTES = KV::FORMAT == TILES8 ? 2 : 4;
+
 // Whether two products at a time are taken: of bfloat16, to which queries and weights are then rounded, or of
 // whole numbers (WHOLE), int8 with queries and weights of 16 bits.
 #if defined(__AVX512VNNI__)
 template <class KV>
-constexpr bool WHOLE = KV::FORMAT == TILES8;
+constexpr bool WHOLE = SCALED<KV>;
 #if defined(__AVX512BF16__)
 template <class KV>
-constexpr bool PAIRED = KV::FORMAT == BF16 || TILED<KV>;
+constexpr bool PAIRED = KV::FORMAT == BF16 || KV::FORMAT == TILES || WHOLE<KV>;
 
 inline __m512 add_bfloats(__m512 sum, __m512i pairs, __m512i pair) {
     return _mm512_dpbf16_ps(sum, (__m512bh)pairs, (__m512bh)pair);
@@ -67,11 +71,17 @@ inline __m512 add_bfloats(__m512 sum, __m512i, __m512i) { return sum; }
 #endif
 
 inline Ints pair_everywhere(const void* pair) { return (Ints)_mm512_set1_epi32(load<int>(pair)); }
-// LANES pairs.
+// LANES pairs of a block.
 template <class KV>
 inline Ints pairs_at(const uint8_t* p) {
-    if constexpr (WHOLE<KV>) return (Ints)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+    if constexpr (PAIR_BYTES<KV> == 2) return (Ints)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
     return load<Ints>(p);
+}
+// Eight pairs of a row.
+template <class KV>
+inline Eights eight_pairs(const uint8_t* p) {
+    if constexpr (WHOLE<KV>) return (Eights)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+    return load<Eights>(p);
 }
 inline Floats add_pairs(Floats sum, Ints pairs, Ints pair) {
     return (Floats)add_bfloats((__m512)sum, (__m512i)pairs, (__m512i)pair);
@@ -80,10 +90,13 @@ inline Ints add_pairs(Ints sum, Ints pairs, Ints pair) {
     return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)pairs, (__m512i)pair);
 }
 // The numbers of two rows side by side.
+template <class KV>
 inline Ints interleaved(const uint8_t* first, const uint8_t* second) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)first));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)second));
-    return (Ints)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    auto wide = [](const uint8_t* p) {
+        if constexpr (WHOLE<KV>) return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    };
+    return (Ints)_mm512_mask_blend_epi16(0xaaaaaaaa, wide(first), _mm512_slli_epi32(wide(second), 16));
 }
 #else
 template <class KV>
@@ -94,8 +107,11 @@ constexpr bool PAIRED = false;
 inline Ints pair_everywhere(const void*) { return Ints{}; }
 template <class KV>
 inline Ints pairs_at(const uint8_t*) { return Ints{}; }
+template <class KV>
+inline Eights eight_pairs(const uint8_t*) { return Eights{}; }
 template <class Sum>
 inline Sum add_pairs(Sum sum, Ints, Ints) { return sum; }
+template <class KV>
 inline Ints interleaved(const uint8_t*, const uint8_t*) { return Ints{}; }
 #endif
 
@@ -212,14 +228,14 @@ inline void take_keys(Block& block, const Pool& pool, int64_t head) {
         block.value_scales[p] = (const uint8_t*)(block.scales[1] + p * LANES);
     }
     const int64_t at = head * dim * KV::BYTES;
-    constexpr int SIZE = PAIRED<KV> ? 4 : KV::BYTES;
+    constexpr int SIZE = PAIRED<KV> ? 2 * KV::BYTES : KV::BYTES;
     for (int key = block.first / LANES * LANES; key < (block.last + LANES - 1) / LANES * LANES; key += 8) {
         float(*to)[LANES] = block.turned[key / LANES];
         for (int64_t d = 0; d < (PAIRED<KV> ? dim / 2 : dim); d += 8) {
             Eights square[8];
             UNROLL for (int j = 0; j < 8; j++) {
                 const uint8_t* numbers = block.rows[key + j] + at + d * SIZE;
-                square[j] = PAIRED<KV> ? load<Eights>(numbers) : KV::eight(numbers);
+                square[j] = PAIRED<KV> ? eight_pairs<KV>(numbers) : KV::eight(numbers);
             }
             transpose(square);
             UNROLL for (int j = 0; j < 8; j++) memcpy(&to[d + j][key % LANES], &square[j], sizeof square[j]);
@@ -229,7 +245,7 @@ inline void take_keys(Block& block, const Pool& pool, int64_t head) {
         for (int64_t d = 0; d < dim; d += LANES) {
             const int64_t number = (pool.kv_heads + head) * dim * KV::BYTES + d * KV::BYTES;
             block.side_by_side[j / LANES][(j % LANES / 2 * dim + d) / LANES] =
-                interleaved(block.rows[j] + number, block.rows[j + 1] + number);
+                interleaved<KV>(block.rows[j] + number, block.rows[j + 1] + number);
         }
     }
     for (int j = 0; SCALED<KV> && j < KEYS; j++) {
@@ -262,7 +278,7 @@ inline void multiply_keys(const Item* items, const Block& block, int64_t dim, in
     // here came slower from memory, and so did less. Many items fetch half as much: others follow.
     constexpr int PAIR = PAIRED<KV> ? 2 : 1, EVERY = 32 / VECTORS;
     constexpr int LINES = LANES * KV::BYTES * PAIR / (COUNT <= 3 ? 2 : 4);
-    constexpr int EACH = (PAIRED<KV> ? 2 * KV::BYTES : 4) * LANES;
+    constexpr int EACH = PAIR_BYTES<KV> * LANES;
     Sum<KV> sums[COUNT][VECTORS] = {};
     const uint8_t* keys[VECTORS];
     UNROLL for (int p = 0; p < VECTORS; p++) keys[p] = block.keys[part + p < end ? part + p : part];
@@ -357,10 +373,10 @@ inline void add_values(Item* items, const Block& block, int skipped, int64_t at,
     if constexpr (PAIRED<KV>) {
         for (int j = first / 2 * 2; j < last;) {
             const int stop = last < (j / LANES + 1) * LANES ? last : (j / LANES + 1) * LANES;
-            const uint8_t* pairs = block.values[j / LANES] + (j % LANES / 2 * dim + d) * 2 * KV::BYTES;
-            for (; j < stop; j += 2, pairs += 2 * dim * KV::BYTES) {
+            const uint8_t* pairs = block.values[j / LANES] + (j % LANES / 2 * dim + d) * PAIR_BYTES<KV>;
+            for (; j < stop; j += 2, pairs += dim * PAIR_BYTES<KV>) {
                 Ints values[WIDTH];
-                UNROLL for (int v = 0; v < WIDTH; v++) values[v] = pairs_at<KV>(pairs + v * LANES * 2 * KV::BYTES);
+                UNROLL for (int v = 0; v < WIDTH; v++) values[v] = pairs_at<KV>(pairs + v * LANES * PAIR_BYTES<KV>);
                 UNROLL for (int i = 0; i < COUNT; i++) {
                     const Ints pair = pair_everywhere((const uint16_t*)weights[i] + j);
                     UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = add_pairs(sums[i][v], values[v], pair);

@@ -27,6 +27,7 @@ from mini_sglang.backend.machine import Machine
 from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.models.config import read_eos_ids
 from mini_sglang.backend.parallel.choice import choose_size, weight_bytes, without_compiler
+from mini_sglang.backend.parallel.group import Group
 from mini_sglang.backend.parallel.rank import Member, Place, place_of
 from mini_sglang.backend.step import LoadedBackend
 from mini_sglang.backend.transformers_models import rotations
@@ -34,7 +35,7 @@ from mini_sglang.backend.transformers_models.attention import stay_eager
 from mini_sglang.backend.transformers_models.check import self_check
 from mini_sglang.backend.transformers_models.decoder import TransformersConfig, TransformersDecoder, probe
 from mini_sglang.backend.transformers_models.division import TransformersDivision, take_over
-from mini_sglang.backend.transformers_models.division_check import NotDividedError, division_check
+from mini_sglang.backend.transformers_models.division_check import DivisionCheck, NotDividedError
 from mini_sglang.backend.transformers_models.kinds import Kind, why_per_request
 from mini_sglang.backend.transformers_models.linears import pack_linears
 from mini_sglang.backend.transformers_models.loading import load_model
@@ -79,8 +80,6 @@ def load_transformers_backend(
         model: Any = load_model(
             path, checkpoint.config, dtype, machine.device, "eager", settings.trust_remote_code, size
         )
-        if size > 1:
-            _prove_division(model, checkpoint, settings, dtype, size)
         reason = why_per_request(model.config)
         if kind == "paged":
             try:
@@ -88,21 +87,14 @@ def load_transformers_backend(
                     allowed = "0 for this model: it runs over this stack's pages, whose shape is fixed"
                     raise InvalidValueError("FORCE_LEGACY_CACHE", True, allowed)
                 return _paged(path, model, checkpoint, settings, machine, dtype, place, compiled)
+            except NotDividedError as error:
+                raise InvalidValueError("TENSOR_PARALLEL_SIZE", size, f"1 for this model: {error}") from error
             except NotPagedError as error:
                 reason = str(error)
         if size > 1:
             allowed = f"1 for this model: each request of it has a cache of its own: {reason}"
             raise InvalidValueError("TENSOR_PARALLEL_SIZE", size, allowed)
     return request_backend(path, model, checkpoint, settings, machine, reason)
-
-
-def _prove_division(
-    model: Any, checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype, size: int
-) -> None:
-    try:
-        division_check(model, read_transformers_config(model, checkpoint, settings).vocab_size, dtype)
-    except NotDividedError as error:
-        raise InvalidValueError("TENSOR_PARALLEL_SIZE", size, f"1 for this model: {error}") from error
 
 
 def _paged(
@@ -121,8 +113,10 @@ def _paged(
     count = sum(parameter.numel() for parameter in model.parameters())
     # torch.compile cannot look into the kernels.
     kernels = None if machine.compiler else machine.kernels
-    joins = take_over(model, place.group) if place.group.size > 1 else {}
-    pack_linears(model, kernels, settings.quantization, machine.triton, joins)
+    if place.group.size == 1:
+        pack_linears(model, kernels, settings.quantization, machine.triton)
+    else:
+        _divide(model, config.vocab_size, settings, machine, dtype, place.group)
     decoder = probe(model, config)
     attention = _chosen_attention(settings, decoder, dtype, machine)
     self_check(decoder, attention, dtype)
@@ -164,6 +158,21 @@ def _paged(
         warm_up(backend)
     logger.info("Loaded %s", backend.describe())
     return backend
+
+
+def _divide(
+    model: Any, vocab_size: int, settings: Settings, machine: Machine, dtype: torch.dtype, group: Group
+) -> None:
+    """Have our matrices and sums take the place of those of transformers in a divided model.
+
+    Raises:
+        NotDividedError: it then is not what it is whole.
+    """
+    check = DivisionCheck(model, vocab_size, dtype)
+    check()
+    pack_linears(model, machine.kernels, settings.quantization, machine.triton, take_over(model, group))
+    if settings.quantization == "none":
+        check()
 
 
 def read_transformers_config(model: Any, checkpoint: Checkpoint, settings: Settings) -> TransformersConfig:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mini_sglang.backend.transformers_models.check import error_of_logits
 from mini_sglang.backend.transformers_models.decoder import probe_ids
@@ -23,28 +23,42 @@ class NotDividedError(Exception):
     """The plan is not right for this model; the message is a clause that says why."""
 
 
-@torch.inference_mode()
-def division_check(model: Any, vocab_size: int, dtype: torch.dtype) -> None:
-    """Compare a divided model with itself made whole again, a module at a time, over a few tokens.
+class DivisionCheck:
+    """Compares a divided model with itself made whole again, a module at a time, over a few tokens.
 
     A plan may be wrong for a config: what looks at a whole row between two matrices sees a part of it.
 
     Args:
-        model: as ``load_model`` gives it on one of several ranks; all of them call this.
+        model: as ``load_model`` gives it on one of several ranks. All of them make one, and call it.
 
     Raises:
-        NotDividedError: they differ by more than the dtype explains, or the forward fails.
+        NotDividedError: the forward fails.
     """
-    ids = probe_ids(vocab_size, _TOKENS).to(model.device)[None]
-    try:
-        divided = model(input_ids=ids, use_cache=False).logits.float()
+
+    def __init__(self, model: Any, vocab_size: int, dtype: torch.dtype) -> None:
+        self._model = model
+        self._tolerance = _TOLERANCE[dtype]
+        self._ids = probe_ids(vocab_size, _TOKENS).to(model.device)[None]
         with _whole(model):
-            whole = model(input_ids=ids, use_cache=False).logits.float()
-    except Exception as error:
-        raise NotDividedError(f"divided by its tp_plan, its forward failed: {said(error)}") from error
-    off = error_of_logits(divided, whole)
-    if not off <= _TOLERANCE[dtype]:
-        raise NotDividedError(f"divided by its tp_plan, its logits are off by {off:.2g} of their size")
+            self._whole = self._logits()
+
+    def __call__(self) -> None:
+        """See that the model is right as it is now.
+
+        Raises:
+            NotDividedError: the logits differ by more than the dtype explains, or the forward fails.
+        """
+        off = error_of_logits(self._logits(), self._whole)
+        if not off <= self._tolerance:
+            raise NotDividedError(f"divided by its tp_plan, its logits are off by {off:.2g} of their size")
+
+    @torch.inference_mode()
+    def _logits(self) -> Tensor:
+        try:
+            logits: Tensor = self._model(input_ids=self._ids, use_cache=False).logits
+        except Exception as error:
+            raise NotDividedError(f"divided by its tp_plan, its forward failed: {said(error)}") from error
+        return logits.float()
 
 
 @contextmanager

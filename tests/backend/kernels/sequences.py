@@ -12,11 +12,9 @@ from mini_sglang.backend.kernels.jobs import Attention, SequenceTable
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.pool import TILE, KVPool
 
-INT8_TILES = "int8 in tiles"
-KV_KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.int8, INT8_TILES)
-Kind = torch.dtype | str
+KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 KEYS = 64
-"""Keys of a block, whose weights have one unit in tiles of int8."""
+"""Keys of a block, whose weights are rounded together beside int8."""
 # A number of positions from first to last of a sequence, its rows in one step.
 Part = tuple["Sequence", int, int]
 
@@ -28,15 +26,13 @@ class Sequence:
         query: ``[length, heads, head_dim]`` float32.
         stored: the rows as the pool has them, uint8 ``[length, bytes]``.
         exact: the numbers that those bytes are, float64 ``[length, 2, kv_heads, head_dim]``.
-        tiled: whether the kernels are to have it in tiles alone, where they take them.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], length: int, seed: int, kind: Kind = torch.float32
+        self, shape: tuple[int, int, int], length: int, seed: int, dtype: torch.dtype = torch.float32
     ) -> None:
         heads, self.kv_heads, self.head_dim = shape
-        self.tiled = kind == INT8_TILES
-        self.dtype = kind if isinstance(kind, torch.dtype) else torch.int8
+        self.dtype = dtype
         generator = torch.Generator().manual_seed(seed)
         self.query = torch.randn(length, heads, self.head_dim, generator=generator) * 2
         self.keep(torch.randn(length, 2, self.kv_heads, self.head_dim, generator=generator) * 2)
@@ -102,22 +98,13 @@ def attend(
 ) -> list[Tensor]:
     """One step: of each sequence the rows from first to last, its pages scattered over a pool of NaN.
 
-    Where the kernels read tiles of bfloat16 too, those must give the same bits. Pages are whole tiles where
-    the sequences are to lie in them.
+    Where the kernels read tiles too, those must give the same bits.
     """
-    some = parts[0][0]
-    tiled = in_tiles(kernels, some)
-    page_size = max(TILE, page_size) if tiled else page_size
-    out = _attend(kernels, parts, page_size, window, seed, tiled)
-    if some.dtype == torch.bfloat16 and some.dtype in kernels.tiled_dtypes and page_size % TILE == 0:
+    out = _attend(kernels, parts, page_size, window, seed, tiled=False)
+    if parts[0][0].dtype in kernels.tiled_dtypes and page_size % TILE == 0:
         again = _attend(kernels, parts, page_size, window, seed, tiled=True)
         assert torch.equal(out.nan_to_num(7.5), again.nan_to_num(7.5))
     return list(out.split([last - first for _, first, last in parts]))
-
-
-def in_tiles(kernels: NativeKernels, sequence: Sequence) -> bool:
-    """Whether a sequence lies in tiles alone."""
-    return sequence.tiled and sequence.dtype in kernels.tiled_dtypes
 
 
 def tiles(kv: KVPool, rows: Tensor) -> Tensor:

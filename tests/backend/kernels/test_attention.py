@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mini_sglang.backend.attention.native import NativeAttention
 from mini_sglang.backend.kernels.library import NativeKernels
-from tests.backend.kernels.sequences import KV_KINDS, Kind, Part, Sequence, attend, in_tiles
+from tests.backend.kernels.sequences import KV_DTYPES, Part, Sequence, attend
 from tests.backend.kernels.twins import VARIANTS
 from tests.backend.test_attention import DECODES, FORMS, SCENES, Scene
 
-KINDS = pytest.mark.parametrize("kind", KV_KINDS, ids=str)
+DTYPES = pytest.mark.parametrize("dtype", KV_DTYPES, ids=str)
 SHAPES = [(9, 3, 64), (4, 4, 16), (14, 2, 64), (32, 1, 16), (8, 2, 128), (2, 1, 256), (6, 2, 48)]
 # Below, at and beyond one span of 512 positions, and several.
 LONG = (511, 512, 513, 1100, 2050)
@@ -45,9 +45,9 @@ def test_a_sequence_of_nan_leaves_its_neighbours_alone(kernels: NativeKernels) -
 
 def rounds(kernels: NativeKernels, sequence: Sequence) -> str:
     """To what queries and weights are rounded; see ``Sequence.attended``."""
-    if in_tiles(kernels, sequence):
-        return "whole"
-    return "bfloat16" if kernels.variant == "avx512bf16" and sequence.dtype == torch.bfloat16 else ""
+    if sequence.dtype not in kernels.tiled_dtypes:
+        return ""
+    return "whole" if sequence.dtype == torch.int8 else "bfloat16"
 
 
 def check(
@@ -57,22 +57,24 @@ def check(
     assert ((out - expected).abs() <= slack).all()
 
 
-@KINDS
+@DTYPES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_a_softmax_of_the_stored_numbers(
-    kernels: NativeKernels, shape: tuple[int, int, int], kind: Kind
+    kernels: NativeKernels, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    sequence = Sequence(shape, 150, 9, kind)
+    sequence = Sequence(shape, 150, 9, dtype)
     for window in (None, 40):
         out = attend(kernels, [(sequence, 0, 150)], 16, window, seed=4)[0]
         check(kernels, out, sequence, list(range(150)), window)
 
 
-@KINDS
+@DTYPES
 @pytest.mark.parametrize("window", [None, 50, 600, 1000])
-def test_equals_a_softmax_over_several_spans(kernels: NativeKernels, window: int | None, kind: Kind) -> None:
+def test_equals_a_softmax_over_several_spans(
+    kernels: NativeKernels, window: int | None, dtype: torch.dtype
+) -> None:
     shape = (4, 2, 16)
-    sequences = [Sequence(shape, length, length, kind) for length in LONG]
+    sequences = [Sequence(shape, length, length, dtype) for length in LONG]
     chunks: list[Part] = [(s, len(s.query) - 40, len(s.query)) for s in sequences]
     for sequence, out in zip(sequences, attend(kernels, chunks, 16, window, 5), strict=True):
         length = len(sequence.query)
@@ -84,13 +86,13 @@ def test_equals_a_softmax_over_several_spans(kernels: NativeKernels, window: int
             check(kernels, out, sequence, [len(sequence.query) - 1], window)
 
 
-@KINDS
+@DTYPES
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_row_has_the_same_bits_in_a_chunk_as_a_decode_and_among_others(
-    kernels: NativeKernels, shape: tuple[int, int, int], window: int | None, kind: Kind
+    kernels: NativeKernels, shape: tuple[int, int, int], window: int | None, dtype: torch.dtype
 ) -> None:
-    sequences = [Sequence(shape, length, i, kind) for i, length in enumerate((131, 40, 7, 96, 1, 64))]
+    sequences = [Sequence(shape, length, i, dtype) for i, length in enumerate((131, 40, 7, 96, 1, 64))]
     whole = [attend(kernels, [(s, 0, len(s.query))], 16, window, seed=1)[0] for s in sequences]
     assert all(bool(out.isfinite().all()) for out in whole)
     decodes: list[Part] = [(s, len(s.query) - 1, len(s.query)) for s in sequences]
@@ -102,14 +104,14 @@ def test_a_row_has_the_same_bits_in_a_chunk_as_a_decode_and_among_others(
             assert torch.equal(attend(kernels, mixed, page_size, window, 3)[3], whole[0][start:stop])
 
 
-@KINDS
+@DTYPES
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("window", [None, 50, 511, 512, 513, 1000, 1600])
 def test_a_row_of_several_spans_has_the_same_bits_however_it_is_computed(
-    library: Path, variant: str, window: int | None, kind: Kind
+    library: Path, variant: str, window: int | None, dtype: torch.dtype
 ) -> None:
     shape = (6, 2, 16)
-    sequences = [Sequence(shape, length, length, kind) for length in LONG]
+    sequences = [Sequence(shape, length, length, dtype) for length in LONG]
     decodes: list[Part] = [(s, len(s.query) - 1, len(s.query)) for s in sequences]
     results: list[list[Tensor]] = []
     for threads in (1, 2, 3):
@@ -144,13 +146,15 @@ def test_every_row_of_a_long_chunk_is_the_decode_at_its_place(kernels: NativeKer
                 assert torch.equal(one[0], whole[row])
 
 
-@KINDS
-def test_a_long_sequence_of_nan_leaves_its_neighbours_alone(kernels: NativeKernels, kind: Kind) -> None:
-    sequences = [Sequence((4, 2, 16), length, length, kind) for length in (1100, 40, 2050)]
+@DTYPES
+def test_a_long_sequence_of_nan_leaves_its_neighbours_alone(
+    kernels: NativeKernels, dtype: torch.dtype
+) -> None:
+    sequences = [Sequence((4, 2, 16), length, length, dtype) for length in (1100, 40, 2050)]
     decodes: list[Part] = [(s, len(s.query) - 1, len(s.query)) for s in sequences]
     clean = attend(kernels, decodes, 16, None, 1)
     for place in (0, 700, 1099):
-        broken = Sequence((4, 2, 16), 1100, 1100, kind)
+        broken = Sequence((4, 2, 16), 1100, 1100, dtype)
         kv = torch.randn(1100, 2, 2, 16)
         kv[place] = torch.nan
         broken.keep(kv)
@@ -166,10 +170,10 @@ def test_a_long_sequence_of_nan_leaves_its_neighbours_alone(kernels: NativeKerne
         assert bool(out.isfinite().all())
 
 
-@KINDS
-def test_extreme_scores(kernels: NativeKernels, kind: Kind) -> None:
+@DTYPES
+def test_extreme_scores(kernels: NativeKernels, dtype: torch.dtype) -> None:
     for length in (70, 1100):
-        sequence = Sequence((2, 1, 16), length, 5, kind)
+        sequence = Sequence((2, 1, 16), length, 5, dtype)
         sequence.query *= 1e4
         (out,) = attend(kernels, [(sequence, length - 3, length)], 16, None, seed=4)
         rounded = rounds(kernels, sequence)
