@@ -7,6 +7,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from mini_sglang.types import Adapter
 
 logger = logging.getLogger(__name__)
+
+_SIGNAL_SECONDS = 0.5
 
 
 class _Answer:
@@ -184,7 +187,9 @@ class Stream(_Answer, Iterator[Delta]):
 
     def _next_event(self, patient: bool = False) -> TokenEvent:
         while (event := self._inbox.take(patient=patient)) is None:
-            self._bell.get()
+            # A signal that comes just before a wait is acted on when it ends.
+            with suppress(queue.Empty):
+                self._bell.get(timeout=_SIGNAL_SECONDS)
         return event
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ class HostLink:
     """Moves pages between a tree and its host tier.
 
     Args:
+        store: its host side is open, with the tier's slots.
         make_room: sees to it that so many pages of the pool are free, where that many can be had.
 
     Attributes:
@@ -44,7 +45,6 @@ class HostLink:
         store: PageStore,
         make_room: Callable[[int], None],
     ) -> None:
-        store.open_host(tier.num_slots)
         self.tier = tier
         self.arrivals: list[Arrival] = []
         self.hits = 0

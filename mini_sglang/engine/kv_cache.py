@@ -49,7 +49,10 @@ class KVCacheManager:
         if limits.max_prompts:
             self.prompts = PromptCache(limits.max_prompts, limits.prompt_token_budget)
         if limits.host_tokens:
-            tier = HostTier(limits.host_tokens // page_size, page_size, limits.policy)
+            slots = limits.host_tokens // page_size
+            # First: there may not be memory for so many.
+            store.open_host(slots)
+            tier = HostTier(slots, page_size, limits.policy)
             self.host = HostLink(tier, self._tree, self._pages, store, self._make_room)
 
     @property

@@ -104,9 +104,10 @@ class FakeStream:
         order, _, rest = text.partition(" ")
         self._stuck = order == "stuck"
         if order in ("hang", "stuck"):
-            # As the real stream does in a long prefill: the caller waits on a lock.
+            # As the real stream does in a long prefill: the caller waits on a lock, for a while at a time.
             print("(hanging)", file=sys.stderr, flush=True)
-            threading.Event().wait(60)
+            for _ in range(120):
+                threading.Event().wait(0.5)
         if order == "silent":
             yield self._last(FinishReason.STOP)
             return
