@@ -200,13 +200,6 @@ struct Item {
     int first, last;
 };
 
-// Of LANES keys, the vector p of the block.
-inline bool sees_all(const Item& item, int p) { return item.first <= p * LANES && item.last >= (p + 1) * LANES; }
-inline Ints seen(const Item& item, int p) {
-    const Ints index = lane_numbers() + p * LANES;
-    return (index >= item.first) & (index < item.last);
-}
-
 // The keys that somebody sees; those of positions outside may be anything.
 template <class KV>
 inline void take_keys(Block& block, const Pool& pool, int64_t head) {
@@ -323,7 +316,11 @@ inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& ne
         for (int p = begin; p < end; p++) {
             Floats& some = scores[i][p];
             if (SCALED<KV>) some *= load<Floats>(block.key_scales[p]);
-            if (!sees_all(items[i], p)) some = seen(items[i], p) ? some : all(-__builtin_inff());
+            if (items[i].first > p * LANES || items[i].last < (p + 1) * LANES) {
+                const Ints index = lane_numbers() + p * LANES;
+                const Ints seen = (index >= items[i].first) & (index < items[i].last);
+                some = seen ? some : all(-__builtin_inff());
+            }
             top = larger(some, top);
         }
         Floats sum = load<Floats>(partial.totals);
@@ -339,11 +336,7 @@ inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& ne
             Floats& weight = scores[i][p];
             weight = power_of_two<PAIRED<KV>>(weight - all(partial.largest));
             sum += weight;
-            if (SCALED<KV>) {
-                weight *= load<Floats>(block.value_scales[p]);
-                // Where it does not look a scale may be anything.
-                if (!sees_all(items[i], p)) weight = seen(items[i], p) ? weight : Floats{};
-            }
+            if (SCALED<KV>) weight *= load<Floats>(block.value_scales[p]);
             top = larger(weight, top);
             if (PAIRED<KV> && !WHOLE<KV>) store_factors((uint16_t*)block.weights[i] + p * LANES, weight);
             else if (!PAIRED<KV>) store(block.weights[i] + p * LANES, weight);
