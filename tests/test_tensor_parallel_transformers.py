@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -113,7 +114,9 @@ def test_what_is_not_divided_starts_no_rank(
     assert need(path, settings_for(1)) == Need(0, 1)
 
 
-def test_generate_and_models_with_a_cache_per_request_are_not_divided(tmp_path: Path) -> None:
+def test_generate_and_models_with_a_cache_per_request_are_not_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = folder_of("olmo2", tmp_path)
     with pytest.raises(InvalidValueError, match="1 for this model: ENGINE_FAST_DECODE"):
         load_backend(path, settings_for(2, engine_fast_decode=True))
@@ -122,6 +125,13 @@ def test_generate_and_models_with_a_cache_per_request_are_not_divided(tmp_path: 
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "vocab_size": 200}')
     found = TransformersDivision.of(tmp_path, config, settings_for(2), cpu)
     assert found.sizes() == [1] and "a cache of its own" in str(found.obstacle(2))
+    # A repository's own config may have less than those of transformers.
+    own = SimpleNamespace(base_model_tp_plan={"layers.*.mlp.up_proj": "colwise"})
+    own.get_text_config = lambda **_: own
+    with monkeypatch.context() as patch:
+        patch.setattr("mini_sglang.backend.transformers_models.division.read_config", lambda *_: own)
+        found = TransformersDivision.of(path, {}, settings_for(1), cpu)
+    assert found.sizes() == [1] and "vocabulary" in str(found.obstacle(2))
     elsewhere = TransformersDivision.of(path, {"model_type": "olmo2"}, settings_for(2), torch.device("meta"))
     assert elsewhere.obstacle(2) == "DEVICE is meta, and transformers divides models over cpu here"
 

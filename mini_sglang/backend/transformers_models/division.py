@@ -65,10 +65,13 @@ class TransformersDivision:
             return cls("transformers before 5.17 does not divide it")
         if (accelerator := torch._C._get_accelerator().type) != device.type:
             return cls(f"DEVICE is {device.type}, and transformers divides models over {accelerator} here")
+        vocab_size = getattr(text, "vocab_size", None)
+        if not isinstance(vocab_size, int):
+            return cls("its config does not say how large its vocabulary is")
         by_heads = any(style == "colwise" and "att" in name for name, style in plan.items())
         counts = [getattr(text, name, None) for name in _HEADS] if by_heads else []
         heads = tuple(count for count in counts if isinstance(count, int))
-        return cls("", heads, int(text.vocab_size))
+        return cls("", heads, vocab_size)
 
     def obstacle(self, size: int) -> str | None:
         """Why it cannot be divided by ``size``, a clause; None where it can."""
