@@ -132,7 +132,6 @@ template <bool ROUGH = false>
 inline Floats power_of_two(Floats x) {
     constexpr float factors[] = {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f,
                                  2.40226507e-1f, 6.93147182e-1f, 1.0f};
-    x = larger(all(-200.0f), x);  // of -infinity the rest would be none
 #if defined(__AVX512VNNI__)
     if constexpr (ROUGH) {
         constexpr float rough[] = {1.35341678e-2f, 5.20114601e-2f, 2.41442755e-1f, 6.93003833e-1f, 1.00000262f};
@@ -141,6 +140,9 @@ inline Floats power_of_two(Floats x) {
         UNROLL for (int i = 1; i < 5; i++) p = fused(p, r, all(rough[i]));
         return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
     }
+#endif
+    x = larger(all(-200.0f), x);  // of -infinity the rest would be none
+#if defined(__AVX512VNNI__)
     const Floats n = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #else
     const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
@@ -178,11 +180,12 @@ struct Lines {
 };
 
 // A block of keys of one head and its values. keys[p] are LANES keys: number d of all of them, then d + 1; where
-// they are PAIRED, pairs of numbers. values[p], of PAIRED ones alone, are pairs of rows, LANES numbers a vector.
+// they are PAIRED, pairs of numbers. pairs[j], of PAIRED ones alone, are the values of rows 2 j and 2 j + 1, number
+// beside number.
 struct Block {
     int first, last;  // keys that somebody sees
     const uint8_t* keys[PARTS];
-    const uint8_t* values[PARTS];
+    const uint8_t* pairs[KEYS / 2];
     const uint8_t *key_scales[PARTS], *value_scales[PARTS];  // of SCALED alone
     const uint8_t* const* rows;  // of what does not lie in tiles
     float weights[TALL_SCORES][KEYS];
@@ -210,13 +213,15 @@ inline void take_keys(Block& block, const Pool& pool, int64_t head) {
             block.key_scales[p] = block.rows[p] + head * head_bytes<KV>(dim);
             block.value_scales[p] = block.rows[p] + (pool.kv_heads + head) * head_bytes<KV>(dim);
             block.keys[p] = block.key_scales[p] + SCALES;
-            block.values[p] = block.value_scales[p] + SCALES;
+            const uint8_t* values = block.value_scales[p] + SCALES;
+            for (int j = 0; j < LANES / 2; j++) block.pairs[p * LANES / 2 + j] = values + j * dim * PAIR_BYTES<KV>;
         }
         return;
     }
     for (int p = 0; p < PARTS; p++) {
         block.keys[p] = (const uint8_t*)block.turned[p];
-        block.values[p] = (const uint8_t*)block.side_by_side[p];
+        for (int j = 0; j < LANES / 2; j++)
+            block.pairs[p * LANES / 2 + j] = (const uint8_t*)(block.side_by_side[p] + j * dim / LANES);
         block.key_scales[p] = (const uint8_t*)(block.scales[0] + p * LANES);
         block.value_scales[p] = (const uint8_t*)(block.scales[1] + p * LANES);
     }
@@ -262,11 +267,10 @@ inline bool any_above(Floats scores, float bound) {
 #endif
 }
 
-// Scores of COUNT items, to the base 2, which scale makes of products, with VECTORS vectors of keys from part on,
-// of which those before end count.
+// Products of COUNT items with VECTORS vectors of keys from part on, of which those before end count.
 template <class KV, int COUNT, int VECTORS>
-inline void multiply_keys(const Item* items, const Block& block, int64_t dim, int part, int end, float scale,
-                          Floats (*scores)[PARTS], Lines& next) {
+inline void multiply_keys(const Item* items, const Block& block, int64_t dim, int part, int end,
+                          Floats (*products)[PARTS], Lines& next) {
     // Half of a head's block to come is fetched meanwhile, a quarter before the values and one after: all of it
     // here came slower from memory, and so did less. Many items fetch half as much: others follow.
     constexpr int PAIR = PAIRED<KV> ? 2 : 1, EVERY = 32 / VECTORS;
@@ -295,10 +299,10 @@ inline void multiply_keys(const Item* items, const Block& block, int64_t dim, in
     }
     UNROLL for (int i = 0; i < COUNT; i++)
         UNROLL for (int p = 0; p < VECTORS; p++)
-            scores[i][part + p] = in_floats(sums[i][p]) * (scale * items[i].unit);
+            products[i][part + p] = in_floats(sums[i][p]);
 }
 
-// Weights of COUNT items.
+// Weights of COUNT items. Scores, to the base 2, are scale times products.
 template <class KV, int COUNT>
 inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& next) {
     // Vectors of keys that somebody sees, an even number of them; add_values may take the weights of any.
@@ -308,45 +312,58 @@ inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& ne
     // Sums enough to be added up side by side, where there are registers for them.
     constexpr int WIDE = LANES == 16 && COUNT <= 3 ? 4 : 2;
     for (; end - part > 2 && WIDE == 4; part += WIDE)
-        multiply_keys<KV, COUNT, WIDE>(items, block, dim, part, end, scale, scores, next);
-    for (; part < end; part += 2) multiply_keys<KV, COUNT, 2>(items, block, dim, part, end, scale, scores, next);
+        multiply_keys<KV, COUNT, WIDE>(items, block, dim, part, end, scores, next);
+    for (; part < end; part += 2) multiply_keys<KV, COUNT, 2>(items, block, dim, part, end, scores, next);
+    // Of most blocks all keys are seen: then the loops over vectors are unrolled.
+    auto each = [&](auto work) {
+        if (LANES == 16 && begin == 0 && end == PARTS) {
+            UNROLL for (int p = 0; p < PARTS; p++) work(p);
+        } else {
+            for (int p = begin; p < end; p++) work(p);
+        }
+    };
     for (int i = 0; i < COUNT; i++) {
         Partial& partial = *items[i].partial;
-        Floats top = all(-__builtin_inff());
-        for (int p = begin; p < end; p++) {
-            Floats& some = scores[i][p];
-            if (SCALED<KV>) some *= load<Floats>(block.key_scales[p]);
-            if (items[i].first > p * LANES || items[i].last < (p + 1) * LANES) {
+        Floats* const some = scores[i];
+        // With scales of keys they are made scores first, without when the largest is taken from them.
+        const float factor = SCALED<KV> ? 1.0f : scale;
+        if (SCALED<KV>)
+            each([&](int p) { some[p] = some[p] * (scale * items[i].unit) * load<Floats>(block.key_scales[p]); });
+        if (items[i].first > begin * LANES || items[i].last < end * LANES)
+            for (int p = begin; p < end; p++) {
                 const Ints index = lane_numbers() + p * LANES;
                 const Ints seen = (index >= items[i].first) & (index < items[i].last);
-                some = seen ? some : all(-__builtin_inff());
+                some[p] = seen ? some[p] : all(-__builtin_inff());
             }
-            top = larger(some, top);
-        }
+        Floats top = all(-__builtin_inff());
+        each([&](int p) { top = larger(some[p], top); });
+        top *= factor;
         Floats sum = load<Floats>(partial.totals);
         if (any_above(top, partial.largest + BOUND)) {
             const float largest = largest_of(top);
-            const Floats old = power_of_two(all(partial.largest - largest));
+            if (partial.largest > -__builtin_inff()) {
+                const Floats old = power_of_two(all(partial.largest - largest));
+                sum *= old;
+                for (int64_t d = 0; d < dim; d += LANES)
+                    store(partial.values + d, load<Floats>(partial.values + d) * old);
+            }
             partial.largest = largest;
-            sum *= old;
-            for (int64_t d = 0; d < dim; d += LANES) store(partial.values + d, load<Floats>(partial.values + d) * old);
         }
         top = Floats{};
-        for (int p = begin; p < end; p++) {
-            Floats& weight = scores[i][p];
-            weight = power_of_two<PAIRED<KV>>(weight - all(partial.largest));
+        const Floats least = all(-partial.largest);
+        each([&](int p) {
+            Floats weight = power_of_two<PAIRED<KV>>(fused(some[p], all(factor), least));
             sum += weight;
             if (SCALED<KV>) weight *= load<Floats>(block.value_scales[p]);
-            top = larger(weight, top);
-            if (PAIRED<KV> && !WHOLE<KV>) store_factors((uint16_t*)block.weights[i] + p * LANES, weight);
-            else if (!PAIRED<KV>) store(block.weights[i] + p * LANES, weight);
-        }
+            if (WHOLE<KV>) top = larger(weight, top), some[p] = weight;
+            else if (PAIRED<KV>) store_factors((uint16_t*)block.weights[i] + p * LANES, weight);
+            else store(block.weights[i] + p * LANES, weight);
+        });
         store(partial.totals, sum);
         if (WHOLE<KV>) {
             const Steps steps(largest_of(top), 32767.0f);
             block.units[i] = steps.size;
-            for (int p = begin; p < end; p++)
-                store_shorts((uint16_t*)block.weights[i] + p * LANES, steps.whole(scores[i][p]));
+            each([&](int p) { store_shorts((uint16_t*)block.weights[i] + p * LANES, steps.whole(some[p])); });
         }
     }
 }
@@ -364,18 +381,18 @@ inline void add_values(Item* items, const Block& block, int skipped, int64_t at,
         last = items[i].last > last ? items[i].last : last;
     }
     if constexpr (PAIRED<KV>) {
-        for (int j = first / 2 * 2; j < last;) {
-            const int stop = last < (j / LANES + 1) * LANES ? last : (j / LANES + 1) * LANES;
-            const uint8_t* pairs = block.values[j / LANES] + (j % LANES / 2 * dim + d) * PAIR_BYTES<KV>;
-            for (; j < stop; j += 2, pairs += dim * PAIR_BYTES<KV>) {
-                Ints values[WIDTH];
-                UNROLL for (int v = 0; v < WIDTH; v++) values[v] = pairs_at<KV>(pairs + v * LANES * PAIR_BYTES<KV>);
-                UNROLL for (int i = 0; i < COUNT; i++) {
-                    const Ints pair = pair_everywhere((const uint16_t*)weights[i] + j);
-                    UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = add_pairs(sums[i][v], values[v], pair);
-                }
+        int pair = first / 2;
+        const int end = (last + 1) / 2;
+        // A loop that is entered once at least: else gcc keeps the sums on the stack around it.
+        if (pair < end) do {
+            const uint8_t* pairs = block.pairs[pair] + d * PAIR_BYTES<KV>;
+            Ints values[WIDTH];
+            UNROLL for (int v = 0; v < WIDTH; v++) values[v] = pairs_at<KV>(pairs + v * LANES * PAIR_BYTES<KV>);
+            UNROLL for (int i = 0; i < COUNT; i++) {
+                const Ints weight = pair_everywhere((const uint16_t*)weights[i] + 2 * pair);
+                UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = add_pairs(sums[i][v], values[v], weight);
             }
-        }
+        } while (++pair < end);
     }
     if constexpr (!PAIRED<KV>) {
         for (int j = first; j < last; j++) {
