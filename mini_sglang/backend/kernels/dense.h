@@ -58,9 +58,9 @@ struct Sums {
     }
 };
 
-template <class N, int ROWS, int GROUPS>
+template <class N, int ROWS, int GROUPS, bool FETCHES>
 void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, const float* bias, float* y,
-                int64_t stride, int64_t valid) {
+                int64_t stride, int64_t valid, Ahead ahead) {
     constexpr int STEP = N::COLUMNS, VECTOR = (N::FORMAT == F32 ? 4 : 2) * STEP * LANES;
     Sums<ROWS, GROUPS> sums;
     auto add = [&](const uint8_t* at, int64_t column, auto columns) {
@@ -80,8 +80,8 @@ void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, cons
     int64_t column = 0;
     for (; column + STEP <= k; column += STEP, w += HALVES * VECTOR) {
 #if defined(__AVX2__)
-
-            UNROLL for (int g = 0; g < GROUPS; g++) _mm_prefetch((const char*)w + g * bytes + 2048, _MM_HINT_T0);
+        UNROLL for (int g = 0; g < GROUPS; g++) _mm_prefetch((const char*)w + g * bytes + 2048, _MM_HINT_T0);
+        if (FETCHES) ahead.fetch<GROUPS>(w, bytes, HALVES * VECTOR);
 #endif
         add(w, column, Step{});
     }
@@ -92,13 +92,13 @@ void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, cons
 #if defined(__AVX512BF16__)
 
 // x in bfloat16 too, [rows, k + k % 2]: exact products of two columns at a time.
-template <int ROWS, int GROUPS>
+template <int ROWS, int GROUPS, bool FETCHES>
 void bfloat_tile(const uint8_t* w, int64_t bytes, int64_t k, const uint16_t* x, const float* bias, float* y,
-                 int64_t stride, int64_t valid) {
+                 int64_t stride, int64_t valid, Ahead ahead) {
     Sums<ROWS, GROUPS> sums;
     for (int64_t column = 0; column < k; column += 2, w += 64) {
-
-            UNROLL for (int g = 0; g < GROUPS; g++) _mm_prefetch((const char*)w + g * bytes + 2048, _MM_HINT_T0);
+        UNROLL for (int g = 0; g < GROUPS; g++) _mm_prefetch((const char*)w + g * bytes + 2048, _MM_HINT_T0);
+        if (FETCHES) ahead.fetch<GROUPS>(w, bytes, 64);
         __m512bh weights[GROUPS];
         UNROLL for (int g = 0; g < GROUPS; g++) weights[g] = (__m512bh)_mm512_loadu_si512(w + g * bytes);
         UNROLL for (int r = 0; r < ROWS; r++) {
@@ -134,26 +134,31 @@ void dense_groups(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
                   int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride, Tiles tiles) {
     int64_t g = first;
     const int64_t bias_stride = bias == y ? y_stride : 0;
+    struct Yes { enum { value = 1 }; };
+    struct No { enum { value = 0 }; };
     auto block = [&](auto groups) {
         for (; g + groups.value <= last; g += groups.value) {
             const int64_t column = g * GROUP;
             int64_t row = 0;
-            auto part = [&](auto count) {
-                for (; row + count.value <= rows; row += count.value)
-                    tiles(count, groups)(packed + g * bytes, bytes, width, x + row * width,
-                                         bias ? bias + row * bias_stride + column : nullptr,
-                                         y + row * y_stride + column, y_stride, n - column);
+            auto times = [&](auto count, auto fetches, Ahead ahead) {
+                tiles(count, groups, fetches)(packed + g * bytes, bytes, width, x + row * width,
+                                              bias ? bias + row * bias_stride + column : nullptr,
+                                              y + row * y_stride + column, y_stride, n - column, ahead);
+                row += count.value;
             };
             struct Tall { enum { value = TALL }; };
-
             struct Four { enum { value = 4 }; };
             struct Two { enum { value = 2 }; };
             struct One { enum { value = 1 }; };
-            part(Tall{});
-
-            part(Four{});
-            part(Two{});
-            part(One{});
+            // Of the first rows' passes through these weights each fetches a part of the next: alone they would
+            // wait for memory and the later ones for the first. One pass does both anyway.
+            const int64_t passes = rows < 2 * TALL ? 0 : rows < 4 * TALL ? rows / TALL : 4;
+            for (int64_t pass = 0; pass < passes; pass++)
+                times(Tall{}, Yes{}, Ahead{groups.value * bytes, passes, pass});
+            while (row + TALL <= rows) times(Tall{}, No{}, Ahead{});
+            while (row + 4 <= rows) times(Four{}, No{}, Ahead{});
+            while (row + 2 <= rows) times(Two{}, No{}, Ahead{});
+            while (row + 1 <= rows) times(One{}, No{}, Ahead{});
         }
     };
     struct Wide { enum { value = WIDE }; };
@@ -166,8 +171,9 @@ template <class N>
 void dense_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k, const float* x, int64_t rows,
                  const float* bias, float* y, int64_t n, int64_t stride) {
     dense_groups(packed, group_bytes(N::FORMAT, k), first, last, k, x, rows, bias, y, n, stride,
-                 [](auto count, auto groups) {
-                     return dense_tile<N, (int)decltype(count)::value, (int)decltype(groups)::value>;
+                 [](auto count, auto groups, auto fetches) {
+                     return dense_tile<N, (int)decltype(count)::value, (int)decltype(groups)::value,
+                                       (bool)decltype(fetches)::value>;
                  });
 }
 

@@ -62,9 +62,6 @@ struct Activations {
     int32_t unused;      // a line of the cache is a block
 };
 
-// Prepared rows of x lie in panels of 16: block b of row r at (r / 16 * blocks + b) * 16 + r % 16.
-enum { PANEL = 16 };
-
 // What one call does, each with its struct, to the first rows of x: jobs.py has the same. A recorded step is
 // a list of these whose addresses stay the same from step to step.
 enum Kind { PRODUCT, ATTENTION, NORM, ROTATE, SILU_AND_MUL, EMBED, ADAPT };

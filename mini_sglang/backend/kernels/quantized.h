@@ -6,6 +6,10 @@
 
 namespace {
 
+// Prepared rows of x lie in panels: block b of row r at (r / PANEL * blocks + b) * PANEL + r % PANEL. A panel is as
+// many rows as are multiplied together: with more between them they would share few sets of the first-level cache.
+enum { PANEL = LANES == 16 ? 4 : 16 };
+
 // ---- LANES rows of a tile of each format: load() once, then the product with a block of each row of x
 
 struct Nibbles {
@@ -161,11 +165,12 @@ constexpr bool BY_FOURS = __is_base_of(Nibbles, Tile) && Tile::FORMAT != Q6_K;
 
 #endif
 
-// One group by ROWS rows of one panel of x.
+// One group by ROWS rows of x, of one panel or of whole ones.
 template <class Tile, int ROWS>
 void group_times(const uint8_t* w, int64_t blocks, const Activations* x, const float* bias, float* y,
                  int64_t stride, int64_t valid) {
     const Layout layout = layout_of(Tile::FORMAT);
+    const int64_t panel = PANEL * blocks;
     Floats sums[ROWS][HALVES] = {};
     const uint8_t* header = w;
     for (int64_t b = 0; b < blocks; b++, x += PANEL) {
@@ -182,13 +187,15 @@ void group_times(const uint8_t* w, int64_t blocks, const Activations* x, const f
         w += layout.tile_bytes;
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
         if constexpr (ROWS % 4 == 0 && BY_FOURS<Tile>) {
-            for (int r = 0; r < ROWS; r += 4) four_times(tiles, x + r, sums + r);
+            for (int r = 0; r < ROWS; r += 4) four_times(tiles, x + r / PANEL * panel + r % PANEL, sums + r);
             continue;
         }
 #endif
-        UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            const Activations& at = x[r / PANEL * panel + r % PANEL];
             UNROLL for (int h = 0; h < HALVES; h++)
-                sums[r][h] = fused(tiles[h].times(x[r]), all(x[r].scale), sums[r][h]);
+                sums[r][h] = fused(tiles[h].times(at), all(at.scale), sums[r][h]);
+        }
     }
     UNROLL for (int r = 0; r < ROWS; r++) write_group(sums[r], bias, y + r * stride, valid);
 }
@@ -197,12 +204,6 @@ void group_times(const uint8_t* w, int64_t blocks, const Activations* x, const f
 
 template <class Tile>
 constexpr bool IN_PAIRS = Tile::FORMAT != Q6_K;
-
-// The lines of weights to come: of every so many blocks, so many bytes behind them, one block's.
-struct Ahead {
-    int64_t distance;
-    int64_t every, turn;
-};
 
 // GROUPS groups, bytes apart, by ROWS rows of one panel of x: what is broadcast of x serves all groups. What the
 // minima add is summed by itself, which leaves registers for the codes of two groups.
@@ -219,13 +220,8 @@ void groups_by_rows(const uint8_t* w, int64_t bytes, int64_t blocks, const Activ
             work(header, tile, x + b * PANEL);
         }
     };
-    int64_t turn = 0;
     each_block([&](const uint8_t* header, const uint8_t* tile, const Activations* at) {
-        if (FETCHES && turn == ahead.turn)
-            UNROLL for (int g = 0; g < GROUPS; g++)
-                for (int line = 0; line < layout.tile_bytes + layout.header_bytes; line += 64)
-                    _mm_prefetch((const char*)tile + g * bytes + ahead.distance + line, _MM_HINT_T0);
-        if (FETCHES && ++turn == ahead.every) turn = 0;
+        if (FETCHES) ahead.fetch<GROUPS>(tile, bytes, layout.tile_bytes + layout.header_bytes);
         Tile tiles[GROUPS];
         UNROLL for (int g = 0; g < GROUPS; g++) {
             tiles[g].load(header + g * bytes, tile + g * bytes, 0);
@@ -288,7 +284,7 @@ void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k,
                     for (; row + count <= until; row += count)
                         times(packed + g * bytes, bytes, blocks, x + row / PANEL * PANEL * blocks + row % PANEL,
                               bias ? bias + column : nullptr, y + row * y_stride + column, y_stride, n - column,
-                              Ahead{distance, every, (row - start) / 4});
+                              Ahead{distance, every, (row - start) / 4 % every});
                 };
                 // One row goes through the weights as they come, more of them through two groups some times.
                 if (pair) {
@@ -319,35 +315,92 @@ void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k,
     }
 }
 
-struct Rounded {
-    int32_t first, last;  // sums of q[0..15] and q[16..31]
-};
-
 #if defined(__AVX512VNNI__)
 
-inline int32_t largest_bits(const float* x) {
-    const __m512i sign = _mm512_set1_epi32(0x7fffffff);
-    const __m512i top = _mm512_max_epi32(_mm512_and_si512(_mm512_loadu_si512(x), sign),
-                                         _mm512_and_si512(_mm512_loadu_si512(x + 16), sign));
-    return _mm512_reduce_max_epi32(top);
+// The lanes of eight vectors folded: of each vector's first half, and of its second.
+struct Folded {
+    __m256i first, last;
+};
+
+template <class Fold>
+inline Folded fold_lanes(const __m256i* v, Fold fold) {
+    __m256i two[4], four[2];
+    UNROLL for (int i = 0; i < 4; i++)
+        two[i] = fold(_mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    UNROLL for (int i = 0; i < 2; i++)
+        four[i] = fold(_mm256_unpacklo_epi64(two[2 * i], two[2 * i + 1]), _mm256_unpackhi_epi64(two[2 * i], two[2 * i + 1]));
+    return {_mm256_permute2x128_si256(four[0], four[1], 0x20), _mm256_permute2x128_si256(four[0], four[1], 0x31)};
 }
 
-inline Rounded round_block(const float* x, float inverse, int8_t* q) {
-    const __m512 factor = _mm512_set1_ps(inverse);
-    auto sixteen = [&](const float* from) {
-        return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), factor)));
-    };
-    const __m256i all = _mm256_set_m128i(sixteen(x + 16), sixteen(x));
-    _mm256_storeu_si256((__m256i*)q, all);
-    __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), all);
-    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0x4e));
-    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0xb1));
-    return {_mm256_extract_epi32(sums, 0), _mm256_extract_epi32(sums, 4)};
+// Eight blocks that follow each other, each to its place: what is counted for a block is so for all in one vector.
+inline void quantize_eight(const float* x, Activations* const* out) {
+    const __m512i no_sign = _mm512_set1_epi32(0x7fffffff);
+    __m256i eight[8];
+    UNROLL for (int i = 0; i < 8; i++) {
+        const __m512i top = _mm512_max_epi32(_mm512_and_si512(_mm512_loadu_si512(x + BLOCK * i), no_sign),
+                                             _mm512_and_si512(_mm512_loadu_si512(x + BLOCK * i + 16), no_sign));
+        eight[i] = _mm256_max_epi32(_mm512_castsi512_si256(top), _mm512_extracti64x4_epi64(top, 1));
+    }
+    // Magnitudes compare like their bit patterns, infinities and NaN above all numbers.
+    const Folded tops = fold_lanes(eight, [](__m256i a, __m256i b) { return _mm256_max_epi32(a, b); });
+    const __m256i largest = _mm256_max_epi32(tops.first, tops.last);
+    const __m256 magnitude = _mm256_castsi256_ps(largest);
+    const __mmask8 endless = _mm256_cmpge_epi32_mask(largest, _mm256_set1_epi32(0x7f800000));
+    const __mmask8 usual = ~endless & _mm256_cmp_ps_mask(magnitude, _mm256_set1_ps(0x1p-100f), _CMP_GE_OQ);
+    const __m256 scale = _mm256_mask_mov_ps(_mm256_maskz_mul_ps(usual, magnitude, _mm256_set1_ps(1.0f / 127.0f)),
+                                            endless, _mm256_set1_ps(from_bits(0x7fc00000)));
+    float inverses[8];
+    _mm256_storeu_ps(inverses, _mm256_maskz_div_ps(usual, _mm256_set1_ps(127.0f), magnitude));
+    UNROLL for (int i = 0; i < 8; i++) {
+        const __m512 inverse = _mm512_set1_ps(inverses[i]);
+        // What is not finite times 0 has no whole number: the conversion gives -2^31, of which the lowest byte is 0.
+        auto sixteen = [&](const float* from) {
+            return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), inverse)));
+        };
+        const __m256i q = _mm256_set_m128i(sixteen(x + BLOCK * i + 16), sixteen(x + BLOCK * i));
+        _mm256_storeu_si256((__m256i*)out[i]->q, q);
+        eight[i] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q);
+    }
+    const Folded sums = fold_lanes(eight, [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); });
+    const __m256i sum = _mm256_add_epi32(sums.first, sums.last), none = _mm256_setzero_si256();
+    auto times_minus = [&](__m256i v, int power) { return (Eights)_mm256_sub_epi32(none, _mm256_slli_epi32(v, power)); };
+    const __m256 number = _mm256_cvtepi32_ps(sum);
+    Eights fields[8] = {(Eights)scale, (Eights)number, (Eights)_mm256_mul_ps(scale, number), times_minus(sum, 3),
+                        times_minus(sum, 7), times_minus(sums.first, 5), times_minus(sums.last, 5), Eights{}};
+    transpose(fields);
+    UNROLL for (int i = 0; i < 8; i++) memcpy(&out[i]->scale, &fields[i], sizeof fields[i]);
+}
+
+void quantize(const float* x, int64_t first, int64_t last, int64_t k, Activations* out) {
+    const int64_t blocks = k / BLOCK, count = (last - first) * blocks;
+    float few[8 * BLOCK];
+    if (count < 8) {
+        memset(few, 0, sizeof few);
+        memcpy(few, x + first * k, (size_t)count * BLOCK * sizeof *few);
+    }
+    x = count < 8 ? few : x + first * k;
+    for (int64_t done = 0; done < count;) {
+        // The last eight may be some of those before, too.
+        const int64_t begin = count < 8 ? 0 : done + 8 > count ? count - 8 : done;
+        done = begin + 8;
+        // Many rows do not come from the caches nearby.
+        constexpr int AHEAD = 32;
+        for (int i = 0; done + AHEAD <= count && i < 8 * BLOCK; i += 16)
+            _mm_prefetch((const char*)(x + (begin + AHEAD) * BLOCK + i), _MM_HINT_T0);
+        Activations beyond;
+        Activations* places[8];
+        int64_t row = first + begin / blocks, block = begin % blocks;
+        for (int i = 0; i < 8; i++) {
+            places[i] = begin + i < count ? out + (row / PANEL * blocks + block) * PANEL + row % PANEL : &beyond;
+            if (++block == blocks) block = 0, row++;
+        }
+        quantize_eight(x + begin * BLOCK, places);
+    }
 }
 
 #else
 
-inline int32_t largest_bits(const float* x) {
+inline void quantize_block(const float* x, Activations* out) {
     // Magnitudes compare like their bit patterns, infinities and NaN above all numbers.
     Ints top = {};
     UNROLL for (int i = 0; i < BLOCK; i += LANES) {
@@ -356,42 +409,31 @@ inline int32_t largest_bits(const float* x) {
     }
     int32_t largest = 0;
     for (int i = 0; i < LANES; i++) largest = top[i] > largest ? top[i] : largest;
-    return largest;
-}
-
-inline Rounded round_block(const float* x, float inverse, int8_t* q) {
-    Ints sums[2] = {};
-    UNROLL for (int i = 0; i < BLOCK; i += LANES) {
-        // Adding 1.5 * 2^23 leaves the number rounded to even in the low bits.
-        const Floats shifted = load<Floats>(x + i) * all(inverse) + 12582912.0f;
-        const Ints codes = (Ints)shifted - 0x4b400000;
-        store_bytes(q + i, codes);
-        sums[2 * i / BLOCK] += codes;
-    }
-    Rounded out = {};
-    for (int i = 0; i < LANES; i++) out.first += sums[0][i], out.last += sums[1][i];
-    return out;
-}
-
-#endif
-
-inline void quantize_block(const float* x, Activations* out) {
-    const int32_t largest = largest_bits(x);
     const float magnitude = from_bits((uint32_t)largest);
     if (largest >= 0x7f800000 || magnitude < 0x1p-100f) {
         memset(out, 0, sizeof *out);
         out->scale = largest >= 0x7f800000 ? from_bits(0x7fc00000) : 0.0f;
         return;
     }
-    const Rounded sums = round_block(x, 127.0f / magnitude, out->q);
-    const int32_t sum = sums.first + sums.last;
+    const float inverse = 127.0f / magnitude;
+    Ints sums[2] = {};  // of q[0..15] and q[16..31]
+    UNROLL for (int i = 0; i < BLOCK; i += LANES) {
+        // Adding 1.5 * 2^23 leaves the number rounded to even in the low bits.
+        const Floats shifted = load<Floats>(x + i) * all(inverse) + 12582912.0f;
+        const Ints codes = (Ints)shifted - 0x4b400000;
+        store_bytes(out->q + i, codes);
+        sums[2 * i / BLOCK] += codes;
+    }
+    int32_t first = 0, last = 0;
+    for (int i = 0; i < LANES; i++) first += sums[0][i], last += sums[1][i];
+    const int32_t sum = first + last;
     out->scale = magnitude * (1.0f / 127.0f);
     out->sum = (float)sum;
     out->scaled_sum = out->scale * out->sum;
     out->from_8 = -8 * sum;
     out->from_128 = -128 * sum;
-    out->from_32[0] = -32 * sums.first;
-    out->from_32[1] = -32 * sums.last;
+    out->from_32[0] = -32 * first;
+    out->from_32[1] = -32 * last;
 }
 
 void quantize(const float* x, int64_t first, int64_t last, int64_t k, Activations* out) {
@@ -401,5 +443,7 @@ void quantize(const float* x, int64_t first, int64_t last, int64_t k, Activation
         for (int64_t b = 0; b < blocks; b++) quantize_block(x + row * k + b * BLOCK, to + b * PANEL);
     }
 }
+
+#endif
 
 }  // namespace

@@ -44,8 +44,9 @@ void product(int format, const uint8_t* packed, int64_t first, int64_t last, int
 #if defined(__AVX512BF16__)
         case BF16:
             return dense_groups(packed, group_bytes(BF16, k), first, last, k + k % 2, (const uint16_t*)x, rows,
-                                bias, y, n, stride, [](auto count, auto groups) {
-                                    return bfloat_tile<(int)decltype(count)::value, (int)decltype(groups)::value>;
+                                bias, y, n, stride, [](auto count, auto groups, auto fetches) {
+                                    return bfloat_tile<(int)decltype(count)::value, (int)decltype(groups)::value,
+                                                       (bool)decltype(fetches)::value>;
                                 });
 #else
         case BF16: return dense(dense_times<BFloat16>);

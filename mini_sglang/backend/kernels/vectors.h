@@ -48,6 +48,22 @@ inline Ints lane_numbers() {
 }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// The lines of weights to come: of every so many steps one fetches, so many bytes behind what it takes, first after
+// turn others.
+struct Ahead {
+    int64_t distance;
+    int64_t every, turn;
+
+    // In a step that takes size bytes from w on, and of each of so many groups, bytes apart.
+    template <int GROUPS>
+    void fetch(const uint8_t* w, int64_t bytes, int size) {
+        if (turn--) return;
+        turn = every - 1;
+        UNROLL for (int g = 0; g < GROUPS; g++)
+            for (int line = 0; line < size; line += 64) __builtin_prefetch(w + g * bytes + distance + line);
+    }
+};
+
 // ---- numbers in memory to vectors
 
 #if defined(__AVX512VNNI__)
