@@ -19,6 +19,8 @@ namespace {
 constexpr int64_t SLAB = 256;
 // Numbers that one thread has gone through before another would have begun.
 constexpr int64_t ALONE = 32 << 10;
+// Of a product to come what a thread fetches at most while it has nothing to do, of its second-level cache a part.
+constexpr int64_t FETCHED = 128 << 10;
 
 const Variant* find_variant(const char* wanted) {
 #if defined(__x86_64__)
@@ -57,20 +59,55 @@ struct Kernels {
 
     Kernels(const Variant* variant, int threads) : variant(variant), pool(threads) {}
 
-    // Splits count things into chunks: several for each thread, none above 64 KiB of weights.
+    // How count things are split into chunks: several for each thread, none above 64 KiB of weights.
+    struct Split {
+        int64_t count, size, chunks;
+    };
+    Split split(int64_t count, int64_t bytes_each) const {
+        const int64_t most = std::min(count / (8 * pool.threads()), (64 << 10) / std::max<int64_t>(bytes_each, 1));
+        const int64_t size = std::max<int64_t>(most, 1);
+        return {count, size, (count + size - 1) / size};
+    }
+
     template <class Work>
     void share(int64_t count, int64_t bytes_each, Work work) {
-        int64_t size = std::min(count / (8 * pool.threads()), (64 << 10) / std::max<int64_t>(bytes_each, 1));
         struct Chunks {
             Work& work;
-            int64_t count, size;
-        } chunks = {work, count, std::max<int64_t>(size, 1)};
+            Split split;
+        } chunks = {work, split(count, bytes_each)};
         pool.run(
             [](void* context, int64_t chunk) {
                 Chunks& chunks = *static_cast<Chunks*>(context);
-                chunks.work(chunk * chunks.size, std::min(chunks.count, (chunk + 1) * chunks.size));
+                const Split& split = chunks.split;
+                chunks.work(chunk * split.size, std::min(split.count, (chunk + 1) * split.size));
             },
-            &chunks, (count + chunks.size - 1) / chunks.size);
+            &chunks, chunks.split.chunks);
+    }
+
+    // What product() works on together of a matrix, and bytes of it.
+    struct Units {
+        int64_t groups, together, count, bytes;
+    };
+    Units units_of(const Product& job) const {
+        const int format = static_cast<int>(job.format);
+        const int64_t groups = (job.n + GROUP - 1) / GROUP, together = variant->groups_together(format);
+        return {groups, together, (groups + together - 1) / together, together * group_bytes(format, job.k)};
+    }
+
+    // Whoever waits from now on fetches what it will begin the next product with; null is none.
+    void expect(const Product* next) {
+        for (int i = 0; i < pool.threads(); i++) {
+            if (!next) {
+                pool.fetch_meanwhile(i, nullptr, nullptr);
+                continue;
+            }
+            const Units units = units_of(*next);
+            const Split parts = split(units.count, units.bytes);
+            auto place = [&](int thread) { return pool.first_chunk(thread, parts.chunks) * parts.size * units.bytes; };
+            const uint8_t* from = static_cast<const uint8_t*>(next->weight) + place(i);
+            const int64_t bytes = std::min(place(i + 1), units.count * units.bytes) - place(i);
+            pool.fetch_meanwhile(i, from, from + std::min(bytes, FETCHED));
+        }
     }
 
     void run(const Product& job, int64_t rows) {
@@ -91,12 +128,11 @@ struct Kernels {
                 if (count * job.k < ALONE) prepare(0, count);
                 else share(count, 4 * job.k, prepare);
             }
-            const int64_t groups = (job.n + GROUP - 1) / GROUP, together = variant->groups_together(format);
-            share((groups + together - 1) / together, together * group_bytes(format, job.k),
-                  [&](int64_t first, int64_t last) {
-                      variant->product(format, weight, together * first, std::min(groups, together * last), job.k,
-                                       x, count, job.bias, job.y + start * job.stride, job.n, job.stride);
-                  });
+            const Units units = units_of(job);
+            share(units.count, units.bytes, [&](int64_t first, int64_t last) {
+                variant->product(format, weight, units.together * first, std::min(units.groups, units.together * last),
+                                 job.k, x, count, job.bias, job.y + start * job.stride, job.n, job.stride);
+            });
         }
     }
 
@@ -217,6 +253,10 @@ void kernels_run(void* handle, const Entry* entries, int64_t count, int64_t rows
     std::lock_guard<std::mutex> lock(kernels.busy);
     for (const Entry* entry = entries; entry < entries + count; entry++) {
         const void* job = entry->job;
+        if (entry->kind == PRODUCT) {
+            const Entry* next = std::find_if(entry + 1, entries + count, [](const Entry& e) { return e.kind == PRODUCT; });
+            kernels.expect(next < entries + count ? static_cast<const Product*>(next->job) : nullptr);
+        }
         switch (entry->kind) {
             case PRODUCT: kernels.run(*static_cast<const Product*>(job), rows); break;
             case ATTENTION: kernels.run(*static_cast<const Attention*>(job)); break;

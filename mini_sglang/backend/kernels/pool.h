@@ -2,7 +2,8 @@
 //
 // Each thread has its own run of chunks and takes from the others' when that is done, so a thread that the
 // system has put aside delays nothing but the chunk it holds. Workers watch for the next job for some tens of
-// microseconds, the gap between two matrices of a step, and then sleep; between two jobs nobody takes a lock.
+// microseconds, the gap between two matrices of a step, and then sleep; between two jobs nobody takes a lock. Who
+// waits fetches into its caches what it was told that it would begin with.
 
 #pragma once
 
@@ -36,6 +37,15 @@ public:
 
     int threads() const { return static_cast<int>(runs_.size()); }
 
+    // Chunks of a job that a thread has at first: from the one to below the other.
+    int64_t first_chunk(int thread, int64_t chunks) const { return chunks * thread / threads(); }
+
+    // What a thread fetches while it waits; the last to be told counts.
+    void fetch_meanwhile(int thread, const uint8_t* from, const uint8_t* to) {
+        runs_[thread].from.store(from, std::memory_order_relaxed);
+        runs_[thread].to.store(to, std::memory_order_relaxed);
+    }
+
     // Calls function(context, i) for every i below chunks; returns when all are done. One caller at a time.
     void run(Function function, void* context, int64_t chunks) {
         if (chunks <= 1 || workers_.empty() || !owned()) {
@@ -45,8 +55,8 @@ public:
         function_ = function;
         context_ = context;
         for (int i = 0; i < threads(); i++) {
-            runs_[i].next.store(chunks * i / threads(), std::memory_order_relaxed);
-            runs_[i].end = chunks * (i + 1) / threads();
+            runs_[i].next.store(first_chunk(i, chunks), std::memory_order_relaxed);
+            runs_[i].end = first_chunk(i + 1, chunks);
         }
         open_.store(true);
         epoch_.fetch_add(1);
@@ -55,9 +65,12 @@ public:
         // A worker says that it is active before it looks whether the job is open: either it sees that this
         // one is closed, or it is seen here, and the next job's fields wait for it.
         open_.store(false);
+        Fetch fetch(runs_[0]);
+        // Some even where nobody is waited for: this thread goes on to work that leaves memory alone.
+        for (int i = 0; i < 32; i++) fetch.line();
         for (int spins = 0; active_.load() > 0; spins++) {
-            if (spins < 4096) pause();
-            else std::this_thread::yield();
+            if (spins >= 4096) std::this_thread::yield();
+            else if (!fetch.line()) pause();
         }
     }
 
@@ -66,6 +79,22 @@ private:
     struct alignas(64) Run {
         std::atomic<int64_t> next{0};
         int64_t end = 0;
+        std::atomic<const uint8_t*> from{nullptr}, to{nullptr};  // to be fetched
+    };
+
+    struct Fetch {
+        const uint8_t *at, *to;
+
+        // Read in two parts, the two may be of different jobs: only hints for the caches come of it.
+        explicit Fetch(const Run& run)
+            : at(run.from.load(std::memory_order_relaxed)), to(run.to.load(std::memory_order_relaxed)) {}
+
+        bool line() {
+            if (at >= to) return false;
+            __builtin_prefetch(at, 0, 2);
+            at += 64;
+            return true;
+        }
     };
 
     void end() {
@@ -103,7 +132,7 @@ private:
     void work(int thread) {
         uint64_t seen = 0;
         for (;;) {
-            if (!watch(seen)) sleep(seen);
+            if (!watch(seen, runs_[thread])) sleep(seen);
             seen = epoch_.load();
             if (stop_.load()) return;
             active_.fetch_add(1);
@@ -112,13 +141,14 @@ private:
         }
     }
 
-    bool watch(uint64_t seen) const {
+    bool watch(uint64_t seen, const Run& run) const {
         using clock = std::chrono::steady_clock;
+        Fetch fetch(run);
         clock::time_point end = clock::now() + std::chrono::microseconds(SPIN_MICROSECONDS);
         do {
             for (int i = 0; i < 16; i++) {
                 if (epoch_.load() != seen) return true;
-                pause();
+                if (!fetch.line()) pause();
             }
         } while (clock::now() < end);
         return false;
