@@ -59,7 +59,7 @@ struct Kernels {
 
     Kernels(const Variant* variant, int threads) : variant(variant), pool(threads) {}
 
-    // How count things are split into chunks: several for each thread, none above 64 KiB of weights.
+    // How count things are split into chunks: several for each thread, none above 64 KiB of weights, or as much work.
     struct Split {
         int64_t count, size, chunks;
     };
@@ -84,25 +84,26 @@ struct Kernels {
             &chunks, chunks.split.chunks);
     }
 
-    // What product() works on together of a matrix, and bytes of it.
+    // What product() works on together of a matrix: bytes of it, and what to share its rows' work by.
     struct Units {
-        int64_t groups, together, count, bytes;
+        int64_t groups, together, count, bytes, work;
     };
-    Units units_of(const Product& job) const {
+    Units units_of(const Product& job, int64_t rows) const {
         const int format = static_cast<int>(job.format);
         const int64_t groups = (job.n + GROUP - 1) / GROUP, together = variant->groups_together(format);
-        return {groups, together, (groups + together - 1) / together, together * group_bytes(format, job.k)};
+        const int64_t bytes = together * group_bytes(format, job.k);
+        return {groups, together, (groups + together - 1) / together, bytes, bytes * std::max<int64_t>(rows / 16, 1)};
     }
 
     // Whoever waits from now on fetches what it will begin the next product with; null is none.
-    void expect(const Product* next) {
+    void expect(const Product* next, int64_t rows) {
         for (int i = 0; i < pool.threads(); i++) {
             if (!next) {
                 pool.fetch_meanwhile(i, nullptr, nullptr);
                 continue;
             }
-            const Units units = units_of(*next);
-            const Split parts = split(units.count, units.bytes);
+            const Units units = units_of(*next, std::min(rows, SLAB));
+            const Split parts = split(units.count, units.work);
             auto place = [&](int thread) { return pool.first_chunk(thread, parts.chunks) * parts.size * units.bytes; };
             const uint8_t* from = static_cast<const uint8_t*>(next->weight) + place(i);
             const int64_t bytes = std::min(place(i + 1), units.count * units.bytes) - place(i);
@@ -128,8 +129,8 @@ struct Kernels {
                 if (count * job.k < ALONE) prepare(0, count);
                 else share(count, 4 * job.k, prepare);
             }
-            const Units units = units_of(job);
-            share(units.count, units.bytes, [&](int64_t first, int64_t last) {
+            const Units units = units_of(job, count);
+            share(units.count, units.work, [&](int64_t first, int64_t last) {
                 variant->product(format, weight, units.together * first, std::min(units.groups, units.together * last),
                                  job.k, x, count, job.bias, job.y + start * job.stride, job.n, job.stride);
             });
@@ -255,7 +256,7 @@ void kernels_run(void* handle, const Entry* entries, int64_t count, int64_t rows
         const void* job = entry->job;
         if (entry->kind == PRODUCT) {
             const Entry* next = std::find_if(entry + 1, entries + count, [](const Entry& e) { return e.kind == PRODUCT; });
-            kernels.expect(next < entries + count ? static_cast<const Product*>(next->job) : nullptr);
+            kernels.expect(next < entries + count ? static_cast<const Product*>(next->job) : nullptr, rows);
         }
         switch (entry->kind) {
             case PRODUCT: kernels.run(*static_cast<const Product*>(job), rows); break;
