@@ -40,11 +40,14 @@ class Stopwatch:
     def __init__(self) -> None:
         self.now: dict[str, float] = {}
         self.steps: dict[str, list[float]] = {}
+        # The kernels' parts are run again on what the last step was told: it must still be there.
+        self.kept: dict[str, Any] = {}
 
     def wrap(self, owner: Any, method: str, name: str) -> None:
         inner = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            self.kept[name] = args
             start = time.perf_counter()
             try:
                 return inner(*args, **kwargs)
@@ -105,7 +108,8 @@ def profile(
     tokenizer = load_tokenizer(path, cache_dir=settings.cache_path)
     texts = [tokenizer.detokenizer() for _ in range(streams)]
     generator = torch.Generator().manual_seed(0)
-    params = SamplingParams(max_new_tokens=steps + 8, temperature=0, ignore_eos=True)
+    # Those that begin first go on while others begin, and all are to be there to the end.
+    params = SamplingParams(max_new_tokens=steps + streams + 8, temperature=0, ignore_eos=True)
     for number in range(streams):
         ids = torch.randint(3, backend.vocab_size, (context - steps // 2,), generator=generator).tolist()
         core.add(core.make_request(str(number), ids, params))
@@ -120,6 +124,10 @@ def profile(
             texts[int(event.request_id)].push(event.token_ids)
         watch.now["text"] = time.perf_counter() - start
         watch.close_step()
+    if (rows := len(watch.kept["forward"][0].token_ids)) != streams:
+        raise SystemExit(
+            f"The last step had {rows} of {streams} streams: they do not fit in the pool together."
+        )
     parts = kernel_times(program, kernels, streams, 9)
     median = watch.median
     inside = median("backend") - median("forward") - median("head") - median("sampling")
