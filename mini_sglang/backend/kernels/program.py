@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,12 +65,12 @@ class StepProgram:
             self._embed.out = self._hidden.data_ptr()
             self.jobs.append(self._embed)
         delta: Tensor | None = None
-        wanted_from = 0
+        last_attention = 0
         for index, layer in enumerate(decoder.layers):
             self._norm(delta, layer.input_norm)
             self._multiply(layer.qkv, layer.qkv_bias, self._normed, self._qkv)
             self._attend(index, layer.qk_norm)
-            wanted_from = len(self.jobs)
+            last_attention = len(self.jobs) - 1
             self._multiply(layer.o, layer.o_bias, self._attended, self._delta)
             self._norm(self._delta, layer.post_norm)
             self._multiply(layer.gate_up, layer.gate_up_bias, self._normed, self._gate_up)
@@ -76,9 +78,9 @@ class StepProgram:
             self._multiply(layer.down, layer.down_bias, self._inner, self._delta)
             delta = self._delta
         self._norm(delta, decoder.final_norm)
-        # The last ones are for the rows alone whose hidden states are wanted.
-        self._wanted_from = wanted_from
-        self._entries, self._last_entries = _entries(self.jobs, wanted_from)
+        # From the last attention on they are for the rows alone whose hidden states are wanted.
+        self._last_attention = last_attention
+        self._entries = _entries(self.jobs, last_attention)
 
     @classmethod
     def build(cls, kernels: NativeKernels, decoder: Decoder, kv: KVPool, max_rows: int) -> StepProgram | None:
@@ -103,7 +105,7 @@ class StepProgram:
             done = end
         self._adapted_jobs = jobs + self.jobs[done:]
         self._adapted_entries = _entries(
-            self._adapted_jobs, self._adapted_jobs.index(self.jobs[self._wanted_from])
+            self._adapted_jobs, self._adapted_jobs.index(self.jobs[self._last_attention])
         )
 
     def takes(self, batch: Batch) -> bool:
@@ -128,22 +130,41 @@ class StepProgram:
             self._hidden[:rows] = decoder.embedding.rows(batch.token_ids)
         else:
             self._embed.ids = batch.token_ids.data_ptr()
-        entries, last_entries, runs = self._entries, self._last_entries, None
+        parts, runs = self._entries, None
         if batch.adapters is not None:
             assert self._adapters is not None
-            entries, last_entries = self._adapted_entries
+            parts = self._adapted_entries
             runs = runs_of(batch)
             self._adapters.begin(runs)
-        self.kernels.run_all(entries, rows)
-        if batch.output_rows is not None:
+        self.kernels.run_all(parts.all_rows, rows)
+        if batch.output_rows is None:
+            self.kernels.run_all(parts.attention, rows)
+        else:
             if runs is not None and self._adapters is not None:
                 self._adapters.begin(narrowed(runs, batch.output_rows))
             rows = len(batch.output_rows)
-            for buffer in (self._hidden, self._attended):
-                buffer[:rows] = buffer.index_select(0, batch.output_rows)
-        self.kernels.run_all(last_entries, rows)
+            self._attend_for(batch, batch.output_rows, parts.attention)
+        if rows:
+            self.kernels.run_all(parts.wanted_rows, rows)
         hidden: Tensor = self._normed[:rows]
         return hidden
+
+    def _attend_for(self, batch: Batch, wanted: Tensor, attention: ctypes.Array[Entry]) -> None:
+        """The last attention; its results and the hidden states of the rows ``wanted``, in order."""
+        count, buffers = len(wanted), [self._hidden, self._qkv]
+        # A row for each sequence at most, each as if it were a decode; many of one are better off together.
+        alone = count <= len(batch.seq_lens)
+        if alone:
+            places = np.searchsorted(batch.query_starts, wanted.numpy(), side="right") - 1
+            lengths = (batch.positions.index_select(0, wanted) + 1).tolist()
+            self._sequences.set(batch.page_table[places], range(count + 1), lengths)
+        else:
+            self.kernels.run_all(attention, len(batch.token_ids))
+            buffers[1] = self._attended
+        for buffer in buffers:
+            buffer[:count] = buffer.index_select(0, wanted)
+        if alone and count:
+            self.kernels.run_all(attention, count)
 
     def _norm(self, delta: Tensor | None, weight: Tensor) -> None:
         eps = self._decoder.config.norm_eps
@@ -171,7 +192,14 @@ class StepProgram:
         self.jobs.append(Attention.of(self._sequences, kv, index, query, self._attended, window))
 
 
-def _entries(jobs: Sequence[Job], split: int) -> tuple[ctypes.Array[Entry], ctypes.Array[Entry]]:
-    """The jobs as two lists, the second from ``split`` on."""
-    first, last = jobs[:split], jobs[split:]
-    return (Entry * len(first))(*map(Entry.of, first)), (Entry * len(last))(*map(Entry.of, last))
+class _Entries(NamedTuple):
+    """The jobs before the last attention, that, and those after it."""
+
+    all_rows: ctypes.Array[Entry]
+    attention: ctypes.Array[Entry]
+    wanted_rows: ctypes.Array[Entry]
+
+
+def _entries(jobs: Sequence[Job], attention: int) -> _Entries:
+    parts = jobs[:attention], jobs[attention : attention + 1], jobs[attention + 1 :]
+    return _Entries(*((Entry * len(part))(*map(Entry.of, part)) for part in parts))

@@ -41,7 +41,7 @@ def batch_of(backend: ModelBackend, steps: list[SequenceStep]) -> Batch:
 
 @torch.inference_mode()
 def assert_equal_steps(backend: ModelBackend, prompts: list[list[int]] = PROMPTS) -> None:
-    """Decodes of several sizes, and a short prefill of which every row is wanted."""
+    """Decodes of several sizes, a prefill of which every row is wanted, chunks with some of them or none."""
     program, decoder, kv = backend.program, backend.decoder, backend.kv
     assert program is not None
     tables = page_ranges(backend, [len(prompt) + 24 for prompt in prompts])
@@ -62,6 +62,14 @@ def assert_equal_steps(backend: ModelBackend, prompts: list[list[int]] = PROMPTS
         short = step([5, 6, 7], lengths[0], tables[0], sample=False)
         wanted = SequenceStep(short.token_ids, short.start, short.pages, prompt_targets=[0] * 3)
         hidden.append(forward(batch_of(backend, [wanted])).clone())
+        lengths[0] += 3
+        chunks = [([5, 6, 7, 8], 0, False), ([4], 1, True), ([9, 8], 2, True), ([7, 6, 5], 3, True)]
+        for some in (chunks, chunks[2:], chunks[:1]):
+            steps = [step(ids, lengths[i], tables[i], sample=sample) for ids, i, sample in some]
+            hidden.append(forward(batch_of(backend, steps)).clone())
+            assert len(hidden[-1]) == sum(sample for _, _, sample in some)
+            for ids, i, _ in some:
+                lengths[i] += len(ids)
         return hidden, kv.data.clone()
 
     ours, our_kv = run(program.forward)
