@@ -82,8 +82,11 @@ def test_logits_on_blocks_are_those_of_the_exact_twin(path: Path, monkeypatch: p
     ids = list(range(4, 40))
     native = logits(backend, ids)
     monkeypatch.setattr(PackedWeight, "linear", twin)
-    # A thousandth of what rounding x to 8 bits makes of these logits.
-    assert (logits(backend, ids) - native).abs().max() < 1e-4 * native.std()
+    errors = (logits(backend, ids) - native).abs().amax(-1) / native.std()
+    # At some position a number may lie on the border of two of 8 bits, and fall to the other side: then the
+    # error is what rounding makes, thousands of times as much, there and where it is attended to.
+    assert errors.quantile(0.75) < 1e-5
+    assert errors.max() < 0.1
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp32", "fp16", "bf16", "int8"] if FAST else ["auto"])
