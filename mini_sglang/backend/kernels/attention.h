@@ -123,6 +123,8 @@ void attend_task(const Attention& job, const AttentionTask& task, const Attentio
             }
     const bool several = !task.partials && reach.begin / SPAN < (stop - 1) / SPAN;
     Block turned;
+    bool all_whole = false;
+    int64_t first_row = task.first_row, last_row = task.last_row;
     const uint8_t* rows[2][KEYS];
     int current = 0;
     if (reach.begin < stop) locate<KV>(job, reach.pages, reach.begin, reach.low, reach.end, rows[current]);
@@ -139,22 +141,27 @@ void attend_task(const Attention& job, const AttentionTask& task, const Attentio
             }
         }
         turned.rows = rows[current];
-        turned.first = KEYS;
-        turned.last = 0;
-        // Of later rows a block begins and ends later: those that see some of it follow each other.
-        int64_t first_row = task.last_row, last_row = task.first_row;
-        for (int64_t row = task.first_row; row < task.last_row; row++) {
-            int64_t from = lowest_seen(job, start + row) - block, to = start + row + 1 - block;
-            from = from < 0 ? 0 : from;
-            to = to > KEYS ? KEYS : to;
-            if (from >= to) continue;
-            first_row = row < first_row ? row : first_row;
-            last_row = row + 1;
-            turned.first = from < turned.first ? (int)from : turned.first;
-            turned.last = to > turned.last ? (int)to : turned.last;
-            for (int64_t i = (row - task.first_row) * group; i < count; i += (task.last_row - task.first_row) * group)
-                for (int64_t h = 0; h < group; h++) items[i + h].first = (int)from, items[i + h].last = (int)to;
+        // Blocks that all rows see whole follow each other: then nothing changes.
+        const bool whole = block + KEYS <= start + task.first_row + 1 && lowest_seen(job, start + task.last_row - 1) <= block;
+        if (!whole || !all_whole) {
+            turned.first = KEYS;
+            turned.last = 0;
+            // Of later rows a block begins and ends later: those that see some of it follow each other.
+            first_row = task.last_row, last_row = task.first_row;
+            for (int64_t row = task.first_row; row < task.last_row; row++) {
+                int64_t from = lowest_seen(job, start + row) - block, to = start + row + 1 - block;
+                from = from < 0 ? 0 : from;
+                to = to > KEYS ? KEYS : to;
+                if (from >= to) continue;
+                first_row = row < first_row ? row : first_row;
+                last_row = row + 1;
+                turned.first = from < turned.first ? (int)from : turned.first;
+                turned.last = to > turned.last ? (int)to : turned.last;
+                for (int64_t i = (row - task.first_row) * group; i < count; i += (task.last_row - task.first_row) * group)
+                    for (int64_t h = 0; h < group; h++) items[i + h].first = (int)from, items[i + h].last = (int)to;
+            }
         }
+        all_whole = whole;
         for (int64_t head = task.first_head; first_row < last_row && head < task.last_head; head++) {
             const int64_t rows_before = (head - task.first_head) * (task.last_row - task.first_row);
             take_keys<KV>(turned, job.pool, head);
