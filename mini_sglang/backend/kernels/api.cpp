@@ -16,7 +16,7 @@
 namespace {
 
 // Rows of x that are prepared at a time.
-constexpr int64_t SLAB = 256;
+constexpr int64_t SLAB = 512;
 // Numbers that one thread has gone through before another would have begun.
 constexpr int64_t ALONE = 32 << 10;
 // Of a product to come what a thread fetches at most while it has nothing to do, of its second-level cache a part.
@@ -124,7 +124,7 @@ struct Kernels {
             if (needed) {
                 x = aligned;
                 auto prepare = [&](int64_t first, int64_t last) {
-                    variant->prepare(format, plain, first, last, job.k, aligned);
+                    variant->prepare(format, plain, first, last, count, job.k, aligned);
                 };
                 if (count * job.k < ALONE) prepare(0, count);
                 else share(count, 4 * job.k, prepare);
@@ -252,11 +252,13 @@ const char* kernels_variant(void* handle) { return static_cast<Kernels*>(handle)
 void kernels_run(void* handle, const Entry* entries, int64_t count, int64_t rows) {
     Kernels& kernels = *static_cast<Kernels*>(handle);
     std::lock_guard<std::mutex> lock(kernels.busy);
-    for (const Entry* entry = entries; entry < entries + count; entry++) {
+    const Entry* const end = entries + count;
+    auto is_product = [](const Entry& entry) { return entry.kind == PRODUCT; };
+    for (const Entry* entry = entries; entry < end; entry++) {
         const void* job = entry->job;
-        if (entry->kind == PRODUCT) {
-            const Entry* next = std::find_if(entry + 1, entries + count, [](const Entry& e) { return e.kind == PRODUCT; });
-            kernels.expect(next < entries + count ? static_cast<const Product*>(next->job) : nullptr, rows);
+        if (is_product(*entry)) {
+            const Entry* next = std::find_if(entry + 1, end, is_product);
+            kernels.expect(next < end ? static_cast<const Product*>(next->job) : nullptr, rows);
         }
         switch (entry->kind) {
             case PRODUCT: kernels.run(*static_cast<const Product*>(job), rows); break;

@@ -142,7 +142,8 @@ void attend_task(const Attention& job, const AttentionTask& task, const Attentio
         }
         turned.rows = rows[current];
         // Blocks that all rows see whole follow each other: then nothing changes.
-        const bool whole = block + KEYS <= start + task.first_row + 1 && lowest_seen(job, start + task.last_row - 1) <= block;
+        const bool whole = block + KEYS <= start + task.first_row + 1 &&
+                           lowest_seen(job, start + task.last_row - 1) <= block;
         if (!whole || !all_whole) {
             turned.first = KEYS;
             turned.last = 0;
@@ -157,7 +158,8 @@ void attend_task(const Attention& job, const AttentionTask& task, const Attentio
                 last_row = row + 1;
                 turned.first = from < turned.first ? (int)from : turned.first;
                 turned.last = to > turned.last ? (int)to : turned.last;
-                for (int64_t i = (row - task.first_row) * group; i < count; i += (task.last_row - task.first_row) * group)
+                const int64_t each = (task.last_row - task.first_row) * group;
+                for (int64_t i = (row - task.first_row) * group; i < count; i += each)
                     for (int64_t h = 0; h < group; h++) items[i + h].first = (int)from, items[i + h].last = (int)to;
             }
         }

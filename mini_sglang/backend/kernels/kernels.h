@@ -226,8 +226,8 @@ struct Variant {
     int (*groups_together)(int format);
     // Bytes of rows of x as product() wants them for a matrix of format; 0 where it takes them as they are.
     int64_t (*prepared_bytes)(int format, int64_t rows, int64_t k);
-    // Rows first to last of x.
-    void (*prepare)(int format, const float* x, int64_t first, int64_t last, int64_t k, void* out);
+    // Rows first to last of x, of so many that product() takes together.
+    void (*prepare)(int format, const float* x, int64_t first, int64_t last, int64_t rows, int64_t k, void* out);
     // Groups first to last of a packed matrix [n, k]. With a dense one a bias that is y itself adds to what
     // is there.
     void (*product)(int format, const uint8_t* packed, int64_t first, int64_t last, int64_t k, const void* x,

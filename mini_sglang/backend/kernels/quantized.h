@@ -6,9 +6,13 @@
 
 namespace {
 
-// Prepared rows of x lie in panels: block b of row r at (r / PANEL * blocks + b) * PANEL + r % PANEL. A panel is as
+// Prepared rows of x lie in panels: block b of row r at (r / panel * blocks + b) * panel + r % panel. A panel is as
 // many rows as are multiplied together: with more between them they would share few sets of the first-level cache.
-enum { PANEL = LANES == 16 ? 4 : 16 };
+// Six rows by two groups are the fastest, but where weights come from memory: few rows are taken by four.
+inline int64_t panel_of(int format, int64_t rows) {
+    if (LANES != 16 || format == Q6_K) return 16;
+    return rows < 128 ? 4 : 6;
+}
 
 // ---- LANES rows of a tile of each format: load() once, then the product with a block of each row of x
 
@@ -20,6 +24,10 @@ struct Nibbles {
             w[v] = low_nibbles(both);
             w[4 + v] = high_nibbles(both);
         }
+    }
+    // One of the eight, by itself.
+    static Codes vector(const uint8_t* p, int v) {
+        return v < 4 ? low_nibbles(codes(p + 64 * v)) : high_nibbles(codes(p + 64 * (v - 4)));
     }
     int code(int column, int lane) const { return ((const uint8_t*)&w[column / 4])[4 * lane + column % 4]; }
     Ints dot_from(int32_t first, const Activations& x) const { return dot<8, 15>(w, x.q, first); }
@@ -34,6 +42,7 @@ struct TileQ4_0 : Nibbles {
     }
     static constexpr bool HAS_MINIMA = false;
     static int32_t from(const Activations& x) { return x.from_8; }
+    static Floats scales(const uint8_t* header, const uint8_t*) { return halves(header); }
     static Floats minima(const uint8_t*, const uint8_t*) { return Floats{}; }
     float number(int column, int lane) const { return d[lane] * (float)(code(column, lane) - 8); }
     Floats scaled(Ints dot, const Activations&) const { return d * to_floats(dot); }
@@ -51,6 +60,7 @@ struct TileQ4_1 : Nibbles {
     }
     static constexpr bool HAS_MINIMA = true;
     static int32_t from(const Activations&) { return 0; }
+    static Floats scales(const uint8_t* header, const uint8_t*) { return halves(header); }
     static Floats minima(const uint8_t* header, const uint8_t*) { return halves(header + 32); }
     Floats scaled(Ints dot, const Activations& x) const { return fused(d, to_floats(dot), m * x.sum); }
     Floats times(const Activations& x) const { return scaled(dot_from(0, x), x); }
@@ -60,7 +70,9 @@ struct TileQ8_0 {
     static constexpr int FORMAT = Q8_0;
     static constexpr bool HAS_MINIMA = false;
     static int32_t from(const Activations& x) { return x.from_128; }
+    static Floats scales(const uint8_t* header, const uint8_t*) { return halves(header); }
     static Floats minima(const uint8_t*, const uint8_t*) { return Floats{}; }
+    static Codes vector(const uint8_t* tile, int v) { return signed_codes(tile + 64 * v); }
     Floats d;
     Codes w[8];
     void load(const uint8_t* header, const uint8_t* tile, int half) {
@@ -84,6 +96,8 @@ struct TileQ4_K : Nibbles {
     }
     static constexpr bool HAS_MINIMA = true;
     static int32_t from(const Activations&) { return 0; }
+    static Codes vector(const uint8_t* tile, int v) { return Nibbles::vector(tile + 32, v); }
+    static Floats scales(const uint8_t* header, const uint8_t* tile) { return halves(header) * bytes(tile); }
     static Floats minima(const uint8_t* header, const uint8_t* tile) {
         return -(halves(header + 32) * bytes(tile + 16));
     }
@@ -165,15 +179,14 @@ constexpr bool BY_FOURS = __is_base_of(Nibbles, Tile) && Tile::FORMAT != Q6_K;
 
 #endif
 
-// One group by ROWS rows of x, of one panel or of whole ones.
+// One group by ROWS rows of one panel of x.
 template <class Tile, int ROWS>
-void group_times(const uint8_t* w, int64_t blocks, const Activations* x, const float* bias, float* y,
+void group_times(const uint8_t* w, int64_t blocks, const Activations* x, int64_t panel, const float* bias, float* y,
                  int64_t stride, int64_t valid) {
     const Layout layout = layout_of(Tile::FORMAT);
-    const int64_t panel = PANEL * blocks;
     Floats sums[ROWS][HALVES] = {};
     const uint8_t* header = w;
-    for (int64_t b = 0; b < blocks; b++, x += PANEL) {
+    for (int64_t b = 0; b < blocks; b++, x += panel) {
         if (b % (layout.source_columns / BLOCK) == 0) {
             header = w;
             w += layout.header_bytes;
@@ -187,15 +200,13 @@ void group_times(const uint8_t* w, int64_t blocks, const Activations* x, const f
         w += layout.tile_bytes;
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
         if constexpr (ROWS % 4 == 0 && BY_FOURS<Tile>) {
-            for (int r = 0; r < ROWS; r += 4) four_times(tiles, x + r / PANEL * panel + r % PANEL, sums + r);
+            for (int r = 0; r < ROWS; r += 4) four_times(tiles, x + r, sums + r);
             continue;
         }
 #endif
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            const Activations& at = x[r / PANEL * panel + r % PANEL];
+        UNROLL for (int r = 0; r < ROWS; r++)
             UNROLL for (int h = 0; h < HALVES; h++)
-                sums[r][h] = fused(tiles[h].times(at), all(at.scale), sums[r][h]);
-        }
+                sums[r][h] = fused(tiles[h].times(x[r]), all(x[r].scale), sums[r][h]);
     }
     UNROLL for (int r = 0; r < ROWS; r++) write_group(sums[r], bias, y + r * stride, valid);
 }
@@ -208,8 +219,8 @@ constexpr bool IN_PAIRS = Tile::FORMAT != Q6_K;
 // GROUPS groups, bytes apart, by ROWS rows of one panel of x: what is broadcast of x serves all groups. What the
 // minima add is summed by itself, which leaves registers for the codes of two groups.
 template <class Tile, int ROWS, int GROUPS, bool FETCHES = true>
-void groups_by_rows(const uint8_t* w, int64_t bytes, int64_t blocks, const Activations* x, const float* bias,
-                    float* y, int64_t stride, int64_t valid, Ahead ahead) {
+void groups_by_rows(const uint8_t* w, int64_t bytes, int64_t blocks, const Activations* x, int64_t panel,
+                    const float* bias, float* y, int64_t stride, int64_t valid, Ahead ahead) {
     const Layout layout = layout_of(Tile::FORMAT);
     Floats sums[ROWS][GROUPS] = {}, minima[ROWS][GROUPS] = {};
     auto each_block = [&](auto work) {
@@ -217,26 +228,41 @@ void groups_by_rows(const uint8_t* w, int64_t bytes, int64_t blocks, const Activ
         const uint8_t *header = w, *tile = w;
         for (int64_t b = 0; b < blocks; b++, tile += layout.tile_bytes) {
             if (b % blocks_of_header == 0) header = tile, tile += layout.header_bytes;
-            work(header, tile, x + b * PANEL);
+            work(header, tile, x + b * panel);
         }
     };
     each_block([&](const uint8_t* header, const uint8_t* tile, const Activations* at) {
         if (FETCHES) ahead.fetch<GROUPS>(tile, bytes, layout.tile_bytes + layout.header_bytes);
-        Tile tiles[GROUPS];
-        UNROLL for (int g = 0; g < GROUPS; g++) {
-            tiles[g].load(header + g * bytes, tile + g * bytes, 0);
-        }
+        Floats d[GROUPS];
         Codes dots[ROWS][GROUPS];
         UNROLL for (int r = 0; r < ROWS; r++)
             UNROLL for (int g = 0; g < GROUPS; g++) dots[r][g] = _mm512_set1_epi32(Tile::from(at[r]));
-        UNROLL for (int v = 0; v < 8; v++)
+        auto add = [&](int v, auto code) {
             UNROLL for (int r = 0; r < ROWS; r++) {
                 const Codes q = four(at[r].q + 4 * v);
-                UNROLL for (int g = 0; g < GROUPS; g++) dots[r][g] = _mm512_dpbusd_epi32(dots[r][g], tiles[g].w[v], q);
+                UNROLL for (int g = 0; g < GROUPS; g++) dots[r][g] = _mm512_dpbusd_epi32(dots[r][g], code(g), q);
             }
+        };
+        if constexpr (ROWS <= 4) {
+            Tile tiles[GROUPS];
+            UNROLL for (int g = 0; g < GROUPS; g++) {
+                tiles[g].load(header + g * bytes, tile + g * bytes, 0);
+                d[g] = tiles[g].d;
+            }
+            UNROLL for (int v = 0; v < 8; v++) add(v, [&](int g) { return tiles[g].w[v]; });
+        } else {
+            // So many sums leave room for few codes: those of one byte follow each other.
+            UNROLL for (int g = 0; g < GROUPS; g++) d[g] = Tile::scales(header + g * bytes, tile + g * bytes);
+            UNROLL for (int i = 0; i < 8; i++) {
+                const int v = i / 2 + i % 2 * 4;
+                Codes w[GROUPS];
+                UNROLL for (int g = 0; g < GROUPS; g++) w[g] = Tile::vector(tile + g * bytes, v);
+                add(v, [&](int g) { return w[g]; });
+            }
+        }
         UNROLL for (int r = 0; r < ROWS; r++)
             UNROLL for (int g = 0; g < GROUPS; g++)
-                sums[r][g] = fused(tiles[g].d * to_floats((Ints)dots[r][g]), all(at[r].scale), sums[r][g]);
+                sums[r][g] = fused(d[g] * to_floats((Ints)dots[r][g]), all(at[r].scale), sums[r][g]);
         UNROLL for (int r = 0; Tile::HAS_MINIMA && ROWS < 4 && r < ROWS; r++)
             UNROLL for (int g = 0; g < GROUPS; g++)
                 minima[r][g] = fused(Tile::minima(header + g * bytes, tile + g * bytes), all(at[r].scaled_sum), minima[r][g]);
@@ -268,9 +294,9 @@ constexpr int64_t CACHED_BYTES = 384 << 10;
 template <class Tile>
 void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k, const Activations* x,
                   int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride) {
-    const int64_t bytes = group_bytes(Tile::FORMAT, k), blocks = k / BLOCK;
-    int64_t slab = CACHED_BYTES / (blocks * (int64_t)sizeof(Activations)) / PANEL * PANEL;
-    slab = slab < PANEL ? PANEL : slab;
+    const int64_t bytes = group_bytes(Tile::FORMAT, k), blocks = k / BLOCK, panel = panel_of(Tile::FORMAT, rows);
+    int64_t slab = CACHED_BYTES / (blocks * (int64_t)sizeof(Activations)) / panel * panel;
+    slab = slab < panel ? panel : slab;
     for (int64_t start = 0; start < rows; start += slab) {
         const int64_t stop = start + slab < rows ? start + slab : rows;
         for (int64_t g = first; g < last; g++) {
@@ -279,20 +305,28 @@ void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k,
 #if defined(__AVX512VNNI__)
             if constexpr (IN_PAIRS<Tile>) {
                 const bool pair = g + 1 < last && stop - start >= 4;
-                const int64_t passes = (stop - start) / 4, every = passes < 1 ? 1 : passes < 4 ? passes : 4;
+                const int64_t passes = (stop - start) / panel, every = passes < 1 ? 1 : passes < 4 ? passes : 4;
                 auto part = [&](auto times, int count, int64_t distance, int64_t until) {
                     for (; row + count <= until; row += count)
-                        times(packed + g * bytes, bytes, blocks, x + row / PANEL * PANEL * blocks + row % PANEL,
+                        times(packed + g * bytes, bytes, blocks, x + row / panel * panel * blocks + row % panel, panel,
                               bias ? bias + column : nullptr, y + row * y_stride + column, y_stride, n - column,
-                              Ahead{distance, every, (row - start) / 4 % every});
+                              Ahead{distance, every, (row - start) / panel % every});
                 };
-                // One row goes through the weights as they come, more of them through two groups some times.
+                // One row goes through the weights as they come, more of them through two groups some times, of which
+                // the first four share the fetching.
+                const int64_t fetching = start + 4 * panel < stop ? start + 4 * panel : stop;
                 if (pair) {
-                    part(groups_by_rows<Tile, 4, 2>, 4, 2 * bytes, stop < start + 16 ? stop : start + 16);
+                    if (panel == 6) {
+                        part(groups_by_rows<Tile, 6, 2>, 6, 2 * bytes, fetching);
+                        part(groups_by_rows<Tile, 6, 2, false>, 6, 0, stop);
+                    } else {
+                        part(groups_by_rows<Tile, 4, 2>, 4, 2 * bytes, fetching);
+                    }
                     part(groups_by_rows<Tile, 4, 2, false>, 4, 0, stop);
                     part(groups_by_rows<Tile, 2, 2, false>, 2, 0, stop);
                     part(groups_by_rows<Tile, 1, 2, false>, 1, 0, stop);
                 } else {
+                    if (panel == 6) part(groups_by_rows<Tile, 6, 1>, 6, 2048, stop);
                     part(groups_by_rows<Tile, 4, 1>, 4, 2048, stop);
                     part(groups_by_rows<Tile, 2, 1>, 2, 2048, stop);
                     part(groups_by_rows<Tile, 1, 1>, 1, 2048, stop);
@@ -303,7 +337,7 @@ void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k,
 #endif
             auto part = [&](auto times, int count) {
                 for (; row + count <= stop; row += count)
-                    times(packed + g * bytes, blocks, x + row / PANEL * PANEL * blocks + row % PANEL,
+                    times(packed + g * bytes, blocks, x + row / panel * panel * blocks + row % panel, panel,
                           bias ? bias + column : nullptr, y + row * y_stride + column, y_stride, n - column);
             };
             part(group_times<Tile, 16>, 16);
@@ -325,10 +359,14 @@ struct Folded {
 template <class Fold>
 inline Folded fold_lanes(const __m256i* v, Fold fold) {
     __m256i two[4], four[2];
-    UNROLL for (int i = 0; i < 4; i++)
-        two[i] = fold(_mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
-    UNROLL for (int i = 0; i < 2; i++)
-        four[i] = fold(_mm256_unpacklo_epi64(two[2 * i], two[2 * i + 1]), _mm256_unpackhi_epi64(two[2 * i], two[2 * i + 1]));
+    UNROLL for (int i = 0; i < 4; i++) {
+        const __m256i a = v[2 * i], b = v[2 * i + 1];
+        two[i] = fold(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    }
+    UNROLL for (int i = 0; i < 2; i++) {
+        const __m256i a = two[2 * i], b = two[2 * i + 1];
+        four[i] = fold(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+    }
     return {_mm256_permute2x128_si256(four[0], four[1], 0x20), _mm256_permute2x128_si256(four[0], four[1], 0x31)};
 }
 
@@ -363,7 +401,9 @@ inline void quantize_eight(const float* x, Activations* const* out) {
     }
     const Folded sums = fold_lanes(eight, [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); });
     const __m256i sum = _mm256_add_epi32(sums.first, sums.last), none = _mm256_setzero_si256();
-    auto times_minus = [&](__m256i v, int power) { return (Eights)_mm256_sub_epi32(none, _mm256_slli_epi32(v, power)); };
+    auto times_minus = [&](__m256i v, int power) {
+        return (Eights)_mm256_sub_epi32(none, _mm256_slli_epi32(v, power));
+    };
     const __m256 number = _mm256_cvtepi32_ps(sum);
     Eights fields[8] = {(Eights)scale, (Eights)number, (Eights)_mm256_mul_ps(scale, number), times_minus(sum, 3),
                         times_minus(sum, 7), times_minus(sums.first, 5), times_minus(sums.last, 5), Eights{}};
@@ -371,7 +411,7 @@ inline void quantize_eight(const float* x, Activations* const* out) {
     UNROLL for (int i = 0; i < 8; i++) memcpy(&out[i]->scale, &fields[i], sizeof fields[i]);
 }
 
-void quantize(const float* x, int64_t first, int64_t last, int64_t k, Activations* out) {
+void quantize(const float* x, int64_t first, int64_t last, int64_t k, int64_t panel, Activations* out) {
     const int64_t blocks = k / BLOCK, count = (last - first) * blocks;
     float few[8 * BLOCK];
     if (count < 8) {
@@ -391,7 +431,7 @@ void quantize(const float* x, int64_t first, int64_t last, int64_t k, Activation
         Activations* places[8];
         int64_t row = first + begin / blocks, block = begin % blocks;
         for (int i = 0; i < 8; i++) {
-            places[i] = begin + i < count ? out + (row / PANEL * blocks + block) * PANEL + row % PANEL : &beyond;
+            places[i] = begin + i < count ? out + (row / panel * blocks + block) * panel + row % panel : &beyond;
             if (++block == blocks) block = 0, row++;
         }
         quantize_eight(x + begin * BLOCK, places);
@@ -436,11 +476,11 @@ inline void quantize_block(const float* x, Activations* out) {
     out->from_32[1] = -32 * last;
 }
 
-void quantize(const float* x, int64_t first, int64_t last, int64_t k, Activations* out) {
+void quantize(const float* x, int64_t first, int64_t last, int64_t k, int64_t panel, Activations* out) {
     const int64_t blocks = k / BLOCK;
     for (int64_t row = first; row < last; row++) {
-        Activations* to = out + row / PANEL * PANEL * blocks + row % PANEL;
-        for (int64_t b = 0; b < blocks; b++) quantize_block(x + row * k + b * BLOCK, to + b * PANEL);
+        Activations* to = out + row / panel * panel * blocks + row % panel;
+        for (int64_t b = 0; b < blocks; b++) quantize_block(x + row * k + b * BLOCK, to + b * panel);
     }
 }
 

@@ -20,11 +20,12 @@ int groups_together(int format) { return is_dense(format) ? WIDE : LANES == 16 ?
 int64_t prepared_bytes(int format, int64_t rows, int64_t k) {
     if (format == BF16 && HAS_BF16) return rows * (k + k % 2) * 2;
     if (is_dense(format)) return 0;
-    return (rows + PANEL - 1) / PANEL * PANEL * (k / BLOCK) * (int64_t)sizeof(Activations);
+    const int64_t panel = panel_of(format, rows);
+    return (rows + panel - 1) / panel * panel * (k / BLOCK) * (int64_t)sizeof(Activations);
 }
 
-void prepare(int format, const float* x, int64_t first, int64_t last, int64_t k, void* out) {
-    if (!is_dense(format)) return quantize(x, first, last, k, (Activations*)out);
+void prepare(int format, const float* x, int64_t first, int64_t last, int64_t rows, int64_t k, void* out) {
+    if (!is_dense(format)) return quantize(x, first, last, k, panel_of(format, rows), (Activations*)out);
 #if defined(__AVX512BF16__)
     to_bfloats(x, first, last, k, (uint16_t*)out);
 #endif

@@ -62,19 +62,19 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_threads(
     library: Path, variant: str, kind: GGMLType
 ) -> None:
     n, k = 331, 512 if kind.quantized else 333
-    blocks, x = random_matrix(kind, n, k, 1), torch.from_numpy(random_x(300, k, np.random.default_rng(1)))
+    blocks, x = random_matrix(kind, n, k, 1), torch.from_numpy(random_x(530, k, np.random.default_rng(1)))
     bias = torch.linspace(-1, 1, n)
     results = []
     for threads in (1, 2, 3):
         kernels = NativeKernels(library, threads, variant)
         weight = pack(kernels, kind, blocks)
-        # Panels are 16 rows, a slab is 256: these are below, at and above them.
-        results += [weight.linear(x[:rows], bias) for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 40, 256)]
-        results += [weight.linear(x[:rows], bias) for rows in (257, 300)]
+        # Panels are 4 or 16 rows, from 128 on 6, a slab is 512: these are below, at and above them.
+        results += [weight.linear(x[:rows], bias) for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 40, 127)]
+        results += [weight.linear(x[:rows], bias) for rows in (128, 131, 512, 513, 530)]
     whole = results[-1]
     for result in results:
         assert torch.equal(result, whole[: len(result)])
-    for rows in (slice(13, 14), slice(50, 61), slice(255, 258), slice(290, 300)):
+    for rows in (slice(13, 14), slice(50, 61), slice(255, 258), slice(500, 530)):
         assert torch.equal(weight.linear(x[rows], bias), whole[rows])
     # Nor on which other rows of the matrix share the call.
     for some in (slice(5, 9), slice(16, 48), slice(300, 331)):
