@@ -18,7 +18,7 @@ namespace {
 // Rows of x that are prepared at a time.
 constexpr int64_t SLAB = 512;
 // Numbers that one thread has gone through before another would have begun.
-constexpr int64_t ALONE = 32 << 10;
+constexpr int64_t ALONE = 12 << 10;
 // Of a product to come what a thread fetches at most while it has nothing to do, of its second-level cache a part.
 constexpr int64_t FETCHED = 128 << 10;
 
