@@ -18,9 +18,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mini_sglang import SamplingParams
+from mini_sglang.backend.openmp import sleeping_openmp
+
+# As the engine does it: else torch's threads, which spin after each operator, take the kernels' cores.
+with sleeping_openmp():
+    import torch
+
 from mini_sglang.backend.device import choose_threads
 from mini_sglang.backend.kernels.jobs import Entry, Job
 from mini_sglang.backend.kernels.library import NativeKernels
