@@ -95,20 +95,20 @@ struct Kernels {
         return {groups, together, (groups + together - 1) / together, bytes, bytes * std::max<int64_t>(rows / 16, 1)};
     }
 
-    // Whoever waits from now on fetches what it will begin the next product with; null is none.
-    void expect(const Product* next, int64_t rows) {
-        for (int i = 0; i < pool.threads(); i++) {
-            if (!next) {
-                pool.fetch_meanwhile(i, nullptr, nullptr);
-                continue;
-            }
-            const Units units = units_of(*next, std::min(rows, SLAB));
-            const Split parts = split(units.count, units.work);
-            auto place = [&](int thread) { return pool.first_chunk(thread, parts.chunks) * parts.size * units.bytes; };
-            const uint8_t* from = static_cast<const uint8_t*>(next->weight) + place(i);
-            const int64_t bytes = std::min(place(i + 1), units.count * units.bytes) - place(i);
-            pool.fetch_meanwhile(i, from, from + std::min(bytes, FETCHED));
-        }
+    // Whoever waits from now on fetches what it will begin this product with.
+    void expect(const Product& next, int64_t rows) {
+        const Units units = units_of(next, std::min(rows, SLAB));
+        const Split parts = split(units.count, units.work);
+        const uint8_t* const weight = static_cast<const uint8_t*>(next.weight);
+        auto begin = [&](int thread) {
+            return std::min(pool.first_chunk(thread, parts.chunks) * parts.size, units.count) * units.bytes;
+        };
+        for (int i = 0; i < pool.threads(); i++)
+            pool.fetch_meanwhile(i, weight + begin(i), weight + std::min(begin(i + 1), begin(i) + FETCHED));
+    }
+
+    void expect_none() {
+        for (int i = 0; i < pool.threads(); i++) pool.fetch_meanwhile(i, nullptr, nullptr);
     }
 
     void run(const Product& job, int64_t rows) {
@@ -258,7 +258,8 @@ void kernels_run(void* handle, const Entry* entries, int64_t count, int64_t rows
         const void* job = entry->job;
         if (is_product(*entry)) {
             const Entry* next = std::find_if(entry + 1, end, is_product);
-            kernels.expect(next < end ? static_cast<const Product*>(next->job) : nullptr, rows);
+            if (next < end) kernels.expect(*static_cast<const Product*>(next->job), rows);
+            else kernels.expect_none();
         }
         switch (entry->kind) {
             case PRODUCT: kernels.run(*static_cast<const Product*>(job), rows); break;

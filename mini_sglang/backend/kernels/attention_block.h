@@ -325,7 +325,7 @@ inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& ne
     for (int i = 0; i < COUNT; i++) {
         Partial& partial = *items[i].partial;
         Floats* const some = scores[i];
-        // With scales of keys they are made scores first, without when the largest is taken from them.
+        // Keys of int8 have scales of their own: their products become scores here, others' with the weights.
         const float factor = SCALED<KV> ? 1.0f : scale;
         if (SCALED<KV>)
             each([&](int p) { some[p] = some[p] * (scale * items[i].unit) * load<Floats>(block.key_scales[p]); });

@@ -136,16 +136,17 @@ class StepProgram:
             parts = self._adapted_entries
             runs = runs_of(batch)
             self._adapters.begin(runs)
-        self.kernels.run_all(parts.all_rows, rows)
-        if batch.output_rows is None:
-            self.kernels.run_all(parts.attention, rows)
+        wanted = batch.output_rows
+        if wanted is None:
+            self.kernels.run_all(parts.whole, rows)
         else:
+            self.kernels.run_all(parts.all_rows, rows)
+            rows = len(wanted)
             if runs is not None and self._adapters is not None:
-                self._adapters.begin(narrowed(runs, batch.output_rows))
-            rows = len(batch.output_rows)
-            self._attend_for(batch, batch.output_rows, parts.attention)
-        if rows:
-            self.kernels.run_all(parts.wanted_rows, rows)
+                self._adapters.begin(narrowed(runs, wanted))
+            if rows:
+                self._attend_for(batch, wanted, parts.attention)
+                self.kernels.run_all(parts.wanted_rows, rows)
         hidden: Tensor = self._normed[:rows]
         return hidden
 
@@ -163,7 +164,7 @@ class StepProgram:
             buffers[1] = self._attended
         for buffer in buffers:
             buffer[:count] = buffer.index_select(0, wanted)
-        if alone and count:
+        if alone:
             self.kernels.run_all(attention, count)
 
     def _norm(self, delta: Tensor | None, weight: Tensor) -> None:
@@ -193,13 +194,14 @@ class StepProgram:
 
 
 class _Entries(NamedTuple):
-    """The jobs before the last attention, that, and those after it."""
+    """The jobs of a step, and in parts: before the last attention, that, after it."""
 
+    whole: ctypes.Array[Entry]
     all_rows: ctypes.Array[Entry]
     attention: ctypes.Array[Entry]
     wanted_rows: ctypes.Array[Entry]
 
 
 def _entries(jobs: Sequence[Job], attention: int) -> _Entries:
-    parts = jobs[:attention], jobs[attention : attention + 1], jobs[attention + 1 :]
+    parts = jobs, jobs[:attention], jobs[attention : attention + 1], jobs[attention + 1 :]
     return _Entries(*((Entry * len(part))(*map(Entry.of, part)) for part in parts))
