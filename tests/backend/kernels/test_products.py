@@ -83,6 +83,18 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_threads(
 
 
 @KINDS
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_small_numbers_are_rounded_as_large_ones_are(library: Path, variant: str, kind: GGMLType) -> None:
+    """Powers of two move no digit. With blocks, what is below 2^-100 is taken for zeros."""
+    k = 512 if kind.quantized else 19
+    weight = pack(NativeKernels(library, 1, variant), kind, random_matrix(kind, 21, k, 3))
+    x = torch.randn(5, k, generator=torch.Generator().manual_seed(0))
+    product = weight.linear(x)
+    assert torch.equal(weight.linear(x * 2.0**-80), product * 2.0**-80)
+    assert bool(weight.linear(x * 2.0**-110).any()) is not kind.quantized
+
+
+@KINDS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_in_x_shows_in_its_row_alone(
     kernels: NativeKernels, kind: GGMLType, bad: float
