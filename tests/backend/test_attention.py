@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from array import array
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from mini_sglang.backend.attention import paged
 from mini_sglang.backend.attention.base import PLAIN, Attention, AttentionForm
@@ -146,6 +148,21 @@ def test_equals_the_twin(sequences: list[tuple[int, int]], page_size: int, windo
 def test_a_chunk_longer_than_a_block_of_queries(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
     monkeypatch.setattr(paged, "_QUERY_BLOCK", 8)
     Scene([(8, 3), (33, 7), (30, 0), (1, 9)], 4, True).check(window, PagedAttention())
+
+
+@pytest.mark.parametrize("window", [None, 7, 20])
+def test_masks_begin_where_cuda_reads_vectors(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    places: list[int] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, **more: Any) -> Tensor:
+        if attn_mask is not None:
+            places.append(attn_mask.data_ptr())
+        return scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(paged, "_QUERY_BLOCK", 8)
+    monkeypatch.setattr(paged, "scaled_dot_product_attention", attend)
+    Scene([(33, 7), (30, 13), (17, 40), (1, 9), (1, 30)], 4, True).check(window, PagedAttention())
+    assert places and not any(place % 16 for place in places)
 
 
 FORMS = {
