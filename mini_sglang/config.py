@@ -104,7 +104,7 @@ class Settings:
         "KERNELS",
         "auto",
         "on a CPU, auto compiles C++ matrix products at first use, where there is a compiler; on CUDA it "
-        "takes Triton's kernels, all but attention only where COMPILE_MODEL is off, which triton makes it; "
+        "takes Triton's kernels, but for what COMPILE_MODEL=1 compiles, which triton does not; "
         "reference runs everything on PyTorch's operators",
         choices=("auto", "reference", "triton"),
     )
@@ -140,7 +140,8 @@ class Settings:
         "COMPILE_MODEL",
         "auto",
         "torch.compile around a model that runs on PyTorch's operators: KERNELS=reference, or transformers' "
-        "own code; 1 is refused where the compiled CPU kernels run it; takes a minute at the start",
+        "own code; 1 also where Triton's kernels are faster, and is refused where the compiled CPU kernels "
+        "run it; takes a minute at the start",
         choices=("auto", "0", "1"),
         spellings=dict.fromkeys(TRUE, "1") | dict.fromkeys(FALSE, "0"),
         shown="on for CUDA",
@@ -149,7 +150,8 @@ class Settings:
         "Model and device",
         "COMPILE_MODE",
         "default",
-        "how torch.compile goes about it",
+        "how torch.compile goes about it; what it says of CUDA graphs is left to those below, but for a "
+        "model with one cache per request",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     )
     trust_remote_code: bool = setting(

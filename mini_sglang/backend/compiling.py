@@ -6,6 +6,7 @@ import logging
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar, cast
 
 import torch
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., object])
 
+# Of modes that would have torch.compile record CUDA graphs, what else they do.
+_UNRECORDED = MappingProxyType({"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"})
+
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
@@ -29,12 +33,30 @@ class Compiler:
 
     @property
     def records(self) -> bool:
-        """Whether what it compiles is recorded as CUDA graphs by itself."""
-        return self.mode in ("reduce-overhead", "max-autotune")
+        """Whether CUDA graphs are part of the mode."""
+        return self.mode in _UNRECORDED
 
-    def compile(self, function: F) -> F:
-        """``function`` compiled at its first call, and again for other numbers of dimensions or types."""
-        return cast(F, torch.compile(function, dynamic=True, mode=self.mode))
+    def compile(self, function: F, *, record: bool = False) -> F:
+        """``function`` compiled at its first call, and again for other numbers of dimensions or types.
+
+        Args:
+            record: whether torch.compile records it where the mode says so; else whoever calls it does.
+        """
+        mode = self.mode if record else _UNRECORDED.get(self.mode, self.mode)
+        return cast(F, torch.compile(function, dynamic=True, mode=mode))
+
+    def refuse_lost_graphs(self, device: torch.device) -> None:
+        """For a model whose graphs torch.compile is to record, in one thread, and to replay in another.
+
+        Raises:
+            InvalidValueError: this torch cannot.
+        """
+        if device.type == "cuda" and self.records and not _records_in_any_thread():
+            allowed = (
+                "default or max-autotune-no-cudagraphs for this model with torch "
+                f"{torch.__version__}, whose torch.compile records CUDA graphs in one thread only"
+            )
+            raise InvalidValueError("COMPILE_MODE", self.mode, allowed)
 
     def give_up(self, why: str) -> str:
         """Refuse what was asked for by name; do without what is there by default, and say so.
@@ -78,6 +100,7 @@ def choose_compiler(settings: Settings, device: torch.device) -> Compiler | None
     """
     wanted = settings.compile_model == "1" or (settings.compile_model == "auto" and device.type == "cuda")
     mode = settings.compile_mode
+    compiler = Compiler(mode, settings.compile_model == "1")
     if not wanted:
         if mode != "default":
             raise InvalidValueError("COMPILE_MODE", mode, "default while COMPILE_MODEL is off")
@@ -90,7 +113,19 @@ def choose_compiler(settings: Settings, device: torch.device) -> Compiler | None
             raise InvalidValueError(
                 "COMPILE_MODEL", settings.compile_model, "0 or auto: no C++ compiler is found"
             )
-    return Compiler(mode, settings.compile_model == "1")
+    elif compiler.records and not (settings.enable_decode_cuda_graph or settings.enable_cuda_graph):
+        allowed = (
+            "default or max-autotune-no-cudagraphs while ENABLE_DECODE_CUDA_GRAPH and ENABLE_CUDA_GRAPH are 0"
+        )
+        raise InvalidValueError("COMPILE_MODE", mode, allowed)
+    return compiler
+
+
+def _records_in_any_thread() -> bool:
+    """Whether torch.compile's graphs work outside of the thread that imported them: not before torch 2.13."""
+    from torch._inductor import cudagraph_trees
+
+    return hasattr(cudagraph_trees, "_initialize_tls")
 
 
 def _has_cpp_compiler() -> bool:

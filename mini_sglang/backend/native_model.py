@@ -63,8 +63,8 @@ def load_native_backend(
     member: Member | None,
 ) -> ModelBackend:
     """Load a model of our own decoder; see ``load_backend``. Closes the checkpoint before KV is allocated."""
-    machine = _without_idle_compiler(settings, machine)
     config = ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    machine = _without_idle_compiler(settings, machine, config.head_dim)
     context_length = _context_length(settings, config)
     num_parameters = check_tensors(checkpoint, config)
     formats = block_formats(checkpoint, expected_tensors(config), settings.quantization)
@@ -93,7 +93,7 @@ def load_native_backend(
         trial = partial(pages, -(-_TRIAL_TOKENS // settings.page_size_tokens))
         if machine.compiler is not None:
             decoder, compiled = _compile(decoder, trial(), attention, context_length, machine.compiler)
-        obstacle = why_not_recorded(decoder, size, machine.compiler)
+        obstacle = why_not_recorded(decoder, size)
         graphs = Graphs(settings, machine.recorder, attention, context_length, obstacle)
         taken = graphs.measure(decoder, trial(graphs.spare_pages)) if graphs.on else 0
         num_pages = _num_pages(settings, rank, dtypes, machine.device, context_length, taken)
@@ -123,8 +123,8 @@ def load_native_backend(
     return backend
 
 
-def _without_idle_compiler(settings: Settings, machine: Machine) -> Machine:
-    """The machine, without a compiler that is on by default and would find nothing to compile.
+def _without_idle_compiler(settings: Settings, machine: Machine, head_dim: int) -> Machine:
+    """The machine, without a compiler that is on by default and is not needed, since there are kernels.
 
     Raises:
         InvalidValueError: a setting that does nothing for a model of our own decoder.
@@ -139,9 +139,15 @@ def _without_idle_compiler(settings: Settings, machine: Machine) -> Machine:
         raise compiler.refusal(
             "the compiled CPU kernels run this model; KERNELS=reference has PyTorch's operators run it"
         )
+    moded = "compile_mode" in settings.chosen
     if settings.kernels == "triton":
         if compiler.demanded:
             raise compiler.refusal("KERNELS=triton runs what it would compile")
+        if moded:
+            allowed = "unset while KERNELS=triton runs what it would compile"
+            raise InvalidValueError("COMPILE_MODE", compiler.mode, allowed)
+        return replace(machine, compiler=None)
+    if machine.triton and TritonOperations.fit(head_dim) and not (compiler.demanded or moded):
         return replace(machine, compiler=None)
     return machine
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from mini_sglang.backend import compiling
-from mini_sglang.backend.compiling import choose_compiler
+from mini_sglang.backend.compiling import Compiler, choose_compiler
 from mini_sglang.backend.loader import load_backend
+from mini_sglang.backend.machine import Machine
 from mini_sglang.backend.models.compiled import CompiledDecoder
+from mini_sglang.backend.native_model import _without_idle_compiler
 from mini_sglang.config import Settings
 from mini_sglang.errors import InvalidValueError
 from tests.backend.harness import greedy, load, page_ranges, step, step_logits
@@ -155,7 +157,55 @@ def test_the_mode_reaches_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = choose_compiler(resolved(compile_model=1, compile_mode="max-autotune"), torch.device("cpu"))
     assert compiler is not None
     compiler.compile(len)
+    assert seen == {"dynamic": True, "mode": "max-autotune-no-cudagraphs"}
+    compiler.compile(len, record=True)
     assert seen == {"dynamic": True, "mode": "max-autotune"}
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_graphs_of_torch_that_stay_with_a_thread_are_refused(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import cudagraph_trees
+
+    compiler = Compiler(mode, False)
+    compiler.refuse_lost_graphs(torch.device("cuda"))
+    # As torch 2.11 is.
+    monkeypatch.delattr(cudagraph_trees, "_initialize_tls")
+    compiler.refuse_lost_graphs(torch.device("cpu"))
+    Compiler("default", True).refuse_lost_graphs(torch.device("cuda"))
+    with pytest.raises(InvalidValueError, match="one thread only") as caught:
+        compiler.refuse_lost_graphs(torch.device("cuda"))
+    assert caught.value.field == "COMPILE_MODE"
+
+
+@pytest.mark.parametrize(
+    ("settings", "triton", "head_dim", "kept"),
+    [
+        ({}, True, 64, False),
+        ({}, False, 64, True),
+        ({}, True, 63, True),
+        ({"compile_model": 1}, True, 64, True),
+        ({"compile_mode": "max-autotune"}, True, 64, True),
+        ({"compile_mode": "default"}, True, 64, True),
+        ({"kernels": "triton"}, True, 64, False),
+    ],
+)
+def test_where_triton_has_the_kernels_our_decoder_is_compiled_only_when_asked(
+    settings: dict[str, object], triton: bool, head_dim: int, kept: bool
+) -> None:
+    device, given = torch.device("cuda"), resolved(**settings)
+    machine = Machine(device, None, "triton", 1, choose_compiler(given, device), triton)
+    assert (_without_idle_compiler(given, machine, head_dim).compiler is not None) == kept
+
+
+@pytest.mark.parametrize("setting", [{"compile_model": 1}, {"compile_mode": "max-autotune"}])
+def test_what_it_would_compile_is_not_asked_of_triton_as_well(setting: dict[str, object]) -> None:
+    device, given = torch.device("cuda"), resolved(kernels="triton", **setting)
+    machine = Machine(device, None, "triton", 1, choose_compiler(given, device), True)
+    with pytest.raises(InvalidValueError, match="KERNELS=triton runs what it would compile") as caught:
+        _without_idle_compiler(given, machine, 64)
+    assert caught.value.field.lower() in setting
 
 
 @pytest.mark.parametrize(
@@ -164,6 +214,10 @@ def test_the_mode_reaches_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"compile_mode": "max-autotune"}, "cpu"),
         ({"compile_model": 0, "compile_mode": "reduce-overhead"}, "cuda"),
         ({"compile_model": 1, "compile_mode": "reduce-overhead"}, "cpu"),
+        (
+            {"compile_mode": "reduce-overhead", "enable_decode_cuda_graph": 0, "enable_cuda_graph": 0},
+            "cuda",
+        ),
     ],
 )
 def test_a_mode_that_would_do_nothing_is_refused(settings: dict[str, object], device: str) -> None:

@@ -12,7 +12,6 @@ from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.attention.triton import TritonAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.closeness import HIDDEN_TOLERANCE, relative_error
-from mini_sglang.backend.compiling import Compiler
 from mini_sglang.backend.graphs.program import GraphProgram
 from mini_sglang.backend.graphs.recorder import Recorder
 from mini_sglang.backend.graphs.shapes import Shape, shapes
@@ -31,14 +30,10 @@ logger = logging.getLogger(__name__)
 _TRIALS = 8
 
 
-def why_not_recorded(
-    decoder: Decoder | TransformersDecoder, ranks: int, compiler: Compiler | None
-) -> str | None:
+def why_not_recorded(decoder: Decoder | TransformersDecoder, ranks: int) -> str | None:
     """What keeps the steps of a model from being recorded, a clause; None if nothing does."""
     if ranks > 1:
         return f"TENSOR_PARALLEL_SIZE is {ranks}, and the ranks meet in every layer"
-    if compiler is not None and compiler.records:
-        return f"COMPILE_MODE={compiler.mode} has torch.compile record graphs of its own"
     layers = decoder.layers if isinstance(decoder, Decoder) else []
     if any(_in_blocks(weight) for layer in layers for weight in layer.matrices):
         return "PyTorch's operators take thousands of kernels to multiply quantised blocks"

@@ -124,7 +124,7 @@ def _paged(
         compiled = _compile(decoder, attention, dtype, machine.compiler)
     page_size = settings.page_size_tokens
     pages = partial(kv_pool, decoder.shapes, page_size=page_size, dtype=dtype, device=machine.device)
-    obstacle = why_not_recorded(decoder, place.group.size, machine.compiler)
+    obstacle = why_not_recorded(decoder, place.group.size)
     graphs = Graphs(settings, machine.recorder, attention, length, obstacle)
     # Before the pool takes its part of the memory.
     taken = graphs.measure(decoder, pages(num_pages=1, spare_pages=graphs.spare_pages)) if graphs.on else 0

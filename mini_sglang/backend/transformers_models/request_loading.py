@@ -202,7 +202,9 @@ def _runner(
         reason = _growth(model)
         logger.warning("torch.compile is off: %s", reason)
         return runner, f"off: {reason}"
-    return Runner(model, kind, config.vocab_size, compiler.compile(model.forward)), compiler.mode
+    compiler.refuse_lost_graphs(model.device)
+    compiled = compiler.compile(model.forward, record=True)
+    return Runner(model, kind, config.vocab_size, compiled), compiler.mode
 
 
 def _growth(model: Any) -> str:

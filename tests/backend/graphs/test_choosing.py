@@ -132,29 +132,28 @@ def test_quantised_blocks_on_torch_turn_them_off(folder: Path, recorder: Faithfu
 
 
 def test_ranks_turn_them_off() -> None:
-    assert "TENSOR_PARALLEL_SIZE is 2" in str(setup.why_not_recorded(object(), 2, None))  # type: ignore[arg-type]
+    assert "TENSOR_PARALLEL_SIZE is 2" in str(setup.why_not_recorded(object(), 2))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("mode", "recorded"),
+    ("mode", "given"),
     [
-        ("default", True),
-        ("max-autotune-no-cudagraphs", True),
-        ("reduce-overhead", False),
-        ("max-autotune", False),
+        ("default", "default"),
+        ("max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs"),
+        ("reduce-overhead", "default"),
+        ("max-autotune", "max-autotune-no-cudagraphs"),
     ],
 )
-def test_compiled_pieces_are_recorded_unless_torch_records_them(
-    mode: str, recorded: bool, folder: Path, recorder: FaithfulRecorder, monkeypatch: pytest.MonkeyPatch
+def test_compiled_pieces_are_recorded_here_and_not_by_torch(
+    mode: str, given: str, folder: Path, recorder: FaithfulRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    modes: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda function, *, mode, **_: modes.append(mode) or function)
     compiler = Compiler(mode, True)
     monkeypatch.setattr("mini_sglang.backend.loader.choose_compiler", lambda *_: compiler)
     backend = load_recorded(folder, **QUICK, max_batch_size=2)
-    assert isinstance(backend.decoder, CompiledDecoder)
-    assert isinstance(backend.program, GraphProgram) == recorded
-    if not recorded:
-        assert f"COMPILE_MODE={mode}" in str(backend.describe()["cuda_graphs"])
+    assert isinstance(backend.decoder, CompiledDecoder) and set(modes) == {given}
+    assert isinstance(backend.program, GraphProgram) and backend.describe()["compile"] == mode
 
 
 def test_a_model_that_asks_the_device_turns_them_off_and_is_served(
