@@ -218,6 +218,12 @@ def large(part: Part) -> None:
     engine(part, "Qwen3-14B")
 
 
+def answers(part: Part) -> None:
+    from benchmarks.gpu.answers import answers
+
+    answers(part)
+
+
 def generate(part: Part) -> None:
     from benchmarks.gpu.peers import generate
 
@@ -233,6 +239,7 @@ def batching(part: Part) -> None:
 PARTS: dict[str, Callable[[Part], None]] = {
     "device": device,
     "kernels": kernels,
+    "answers": answers,
     "limits": limits,
     "small": small,
     "large": large,

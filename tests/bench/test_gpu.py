@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import parts
+from benchmarks.gpu import answers, parts
 from benchmarks.gpu.kernel_checks import CHECKS, TOLERANCE, worst
 from benchmarks.gpu.workload import CONFIGS, FULL, requests, write_config
 from mini_sglang.backend.kernels import triton as kernels
@@ -26,6 +27,8 @@ from mini_sglang.backend.kernels.triton.operations import TritonOperations
 from mini_sglang.backend.models.config import ModelConfig
 from mini_sglang.backend.models.dummy import DummyCheckpoint
 from mini_sglang.backend.models.loader import check_tensors
+from mini_sglang.backend.sampling import Sampler
+from mini_sglang.backend.step import SampleSpec, SequenceResult
 from mini_sglang.types import SamplingParams
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +96,30 @@ def test_a_kernel_that_computes_something_else_is_found(
         )
         assert not check.run(CPU, dtype, True) <= TOLERANCE[dtype]
     assert not worst([0.0, float("nan")]) <= 1
+
+
+def test_answers_that_differ_from_transformers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [
+        answers.Case("plain"),
+        answers.Case("drawn", drawn=True),
+        answers.Case("roomy", retracts=True),
+    ]
+    found = {row["name"]: row for row in answers.compared("cpu", True, cases)}
+    assert [found[case.name]["ok"] for case in cases] == [True, True, False]
+    assert found["plain"]["value"] == 0 and "nothing was retracted" in found["roomy"]["note"]
+    whole = Sampler.sample
+
+    def wrong(self: Sampler, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[SequenceResult]:
+        """Another token for the second of an answer, with the engine alone."""
+        results = whole(self, logits, specs)
+        for spec, result in zip(specs, results, strict=True):
+            if spec.index == 1 and result.token_id is not None and len(specs) > 1:
+                result.token_id = (result.token_id + 1) % answers.VOCAB
+        return results
+
+    monkeypatch.setattr(Sampler, "sample", wrong)
+    (row,) = answers.compared("cpu", True, cases[:1])
+    assert row["value"] > 0 and row["ok"] is False
 
 
 def test_one_stream_is_the_time_of_tokens_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
