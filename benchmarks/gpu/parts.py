@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -31,6 +32,8 @@ class Part:
         self.tiny: bool = options["tiny"]
         self.settings: dict[str, Any] = options["settings"]
         self.bandwidth: float | None = options.get("bandwidth")
+        self.done: int = options.get("done", 0)
+        self._options = options
         self.size: Size = TINY if self.tiny else FULL
 
     def row(self, name: str, value: float | None, unit: str = "", note: str = "", **more: Any) -> None:
@@ -38,6 +41,11 @@ class Part:
         print(
             "@" + json.dumps({"name": name, "value": value, "unit": unit, "note": note, **more}), flush=True
         )
+
+    def begin_anew(self, name: str, done: int) -> None:
+        """Go on in the place of this process, whose device does nothing more after a fault in a kernel."""
+        given = json.dumps({**self._options, "done": done})
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.parts", name, given])
 
     def wait(self) -> None:
         """For what the device was given to do."""
@@ -92,16 +100,19 @@ def kernels(part: Part) -> None:
         return
     from benchmarks.gpu.kernel_checks import CHECKS, TOLERANCE
 
-    for check in CHECKS:
-        for dtype, tolerance in TOLERANCE.items():
-            name = f"{check.name}, {str(dtype).removeprefix('torch.')}"
-            allowed = tolerance if check.kernels else 0.0
-            try:
-                error = check.run(where, dtype, part.tiny)
-            except Exception as failure:
-                part.row(name, None, note=f"{type(failure).__name__}: {failure}"[:300], ok=False)
-            else:
-                part.row(name, error, "error", f"at most {allowed:g}", ok=error <= allowed)
+    checks = [(check, dtype) for check in CHECKS for dtype in TOLERANCE]
+    for place, (check, dtype) in enumerate(checks[part.done :], part.done + 1):
+        name = f"{check.name}, {str(dtype).removeprefix('torch.')}"
+        allowed = TOLERANCE[dtype] if check.kernels else 0.0
+        try:
+            error = check.run(where, dtype, part.tiny)
+        except Exception as failure:
+            said = " ".join(str(failure).split())
+            part.row(name, None, note=f"{type(failure).__name__}: {said}"[:200], ok=False)
+            if isinstance(failure, torch.AcceleratorError):
+                part.begin_anew("kernels", done=place)
+        else:
+            part.row(name, error, "error", f"at most {allowed:g}", ok=error <= allowed)
 
 
 def limits(part: Part) -> None:

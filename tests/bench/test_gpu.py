@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import answers, parts
+from benchmarks.gpu import answers, kernel_checks, parts
 from benchmarks.gpu.kernel_checks import CHECKS, TOLERANCE, worst
 from benchmarks.gpu.workload import CONFIGS, FULL, requests, write_config
 from mini_sglang.backend.kernels import triton as kernels
@@ -96,6 +96,38 @@ def test_a_kernel_that_computes_something_else_is_found(
         )
         assert not check.run(CPU, dtype, True) <= TOLERANCE[dtype]
     assert not worst([0.0, float("nan")]) <= 1
+
+
+def test_a_fault_in_a_kernel_leaves_the_other_checks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+
+    def fault(*_: object) -> float:
+        raise torch.AcceleratorError("CUDA error: misaligned address")
+
+    class Anew(Exception):
+        """Where another process begins."""
+
+    def begin(program: str, words: list[str]) -> None:
+        raise Anew(words)
+
+    two = [kernel_checks.Check("bad", ("a",), fault), kernel_checks.Check("good", ("b",), lambda *_: 0.0)]
+    monkeypatch.setattr(kernel_checks, "CHECKS", two)
+    monkeypatch.setattr(parts.os, "execv", begin)
+    options = {"device": "cpu", "tiny": True, "settings": {}}
+    while True:
+        try:
+            parts.kernels(parts.Part(options))
+        except Anew as anew:
+            options = json.loads(anew.args[0][-1])
+        else:
+            break
+    said = [json.loads(line.removeprefix("@")) for line in capsys.readouterr().out.splitlines()]
+    assert [row["name"] for row in said] == [
+        "bad, float32", "bad, bfloat16", "good, float32", "good, bfloat16",
+    ]  # fmt: skip
+    assert [row["ok"] for row in said] == [False, False, True, True]
 
 
 def test_answers_that_differ_from_transformers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
