@@ -65,6 +65,13 @@ def test_chunks_that_begin_and_end_around_blocks(window: int | None, page_size: 
         Scene(sequences, (6, 3, 64), page_size, dtype).check(TritonAttention(), window)
 
 
+@pytest.mark.parametrize("window", [40, 100])
+def test_windows_that_begin_around_blocks(window: int) -> None:
+    """Of 32 positions, in float32: one key too many would be seen."""
+    ends = [window + 1 + 32 * blocks + off for blocks in (0, 1) for off in (-1, 0, 1)]
+    Scene([(33, end - 33) for end in ends], (4, 2, 64)).check(TritonAttention(), window)
+
+
 def test_a_chunk_replayed_with_fewer_rows() -> None:
     """As a CUDA graph does: the grid of a longer one, and rows of padding."""
     large = Scene([(200, 0)], (4, 2, 64), dtype=torch.float16)
