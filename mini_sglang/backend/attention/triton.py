@@ -12,7 +12,12 @@ from mini_sglang.backend.attention.base import PLAIN, AttentionForm
 from mini_sglang.backend.attention.tables import StepTables
 from mini_sglang.backend.batch import Batch
 from mini_sglang.backend.kernels.triton.available import interpreted, shared_bytes
-from mini_sglang.backend.kernels.triton.launch import AttentionLaunch, attention_launch, power_of_two
+from mini_sglang.backend.kernels.triton.launch import (
+    AttentionLaunch,
+    attention_launch,
+    chunk_launch,
+    power_of_two,
+)
 from mini_sglang.backend.kv.pool import KVPool
 
 _MAX_HEAD_DIM, _MAX_GROUP = 512, 128
@@ -102,6 +107,7 @@ class TritonStep:
             own = [i for i in range(first, stop) if fewest <= counts[i] <= most]
             if own:
                 rows, positions = (max(numbers[i] for i in own) for numbers in (counts, batch.seq_lens))
+                first, stop = own[0], own[-1] + 1
                 self._parts.append(_Part(first, stop - first, fewest, most, rows, positions))
 
     def __call__(
@@ -118,8 +124,74 @@ class TritonStep:
             query = query.contiguous()
         out = query.new_empty((rows, heads * value.shape[2]))
         for part in self._parts:
-            self._attend(layer, window, query, out, form, part)
+            if part.most > _SHORT:
+                self._attend_chunk(layer, window, query, out, form, part)
+            else:
+                self._attend(layer, window, query, out, form, part)
         return out
+
+    def _attend_chunk(
+        self,
+        layer: int,
+        window: int | None,
+        query: Tensor,
+        out: Tensor,
+        form: AttentionForm,
+        part: _Part,
+    ) -> None:
+        from mini_sglang.backend.kernels.triton.chunk_kernels import attend_chunk
+
+        keys, values = self._kv.keys_values(layer, self._kv.rows(layer))
+        heads, key_dim = query.shape[1:]
+        kv_heads, value_dim = values.shape[1:]
+        # A slot's values lie beside its keys.
+        assert keys.stride(0) == values.stride(0)
+        group = heads // kv_heads
+        shared = shared_bytes(query.device)
+        chosen = chunk_launch(group, max(key_dim, value_dim), query.element_size(), shared)
+        tiles = -(-part.rows // chosen.queries)
+        tables = self._attention.tables
+        scale = key_dim**-0.5 if form.scale is None else form.scale
+        attend_chunk[(kv_heads * part.sequences * tiles,)](
+            query,
+            keys,
+            values,
+            out,
+            out if form.sinks is None else form.sinks,
+            tables.page_table,
+            tables.query_starts,
+            tables.seq_lens,
+            part.first,
+            part.sequences,
+            kv_heads,
+            part.fewest,
+            tables.page_table.stride(0),
+            query.stride(0),
+            query.stride(1),
+            keys.stride(0),
+            keys.stride(1),
+            values.stride(1),
+            out.stride(0),
+            window or 0,
+            scale if form.softcap is not None else scale * math.log2(math.e),
+            form.softcap or 1.0,
+            GROUP=group,
+            KEY_DIM=key_dim,
+            VALUE_DIM=value_dim,
+            KEY_BLOCK=max(16, power_of_two(key_dim)),
+            VALUE_BLOCK=max(16, power_of_two(value_dim)),
+            PAGE=self._kv.page_size,
+            QUERIES=chosen.queries,
+            BLOCK_M=chosen.block_m,
+            BLOCK_N=chosen.block_n,
+            WINDOWED=window is not None,
+            SOFTCAP=form.softcap is not None,
+            SINKS=form.sinks is not None,
+            WIDE=query.dtype == torch.bfloat16 and interpreted(),
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+            maxnreg=chosen.registers,
+        )
 
     def _attend(
         self,
@@ -141,12 +213,10 @@ class TritonStep:
         # company.
         chosen = attention.launch(part.most, group, max(key_dim, value_dim), query.element_size(), device)
         tiles = -(-part.rows // chosen.queries)
-        splits = 1
-        if part.most <= _SHORT:
-            seen = part.positions
-            if window is not None:
-                seen = min(seen, window + chosen.queries + chosen.block_n)
-            splits = min(chosen.spans, -(-seen // chosen.span))
+        seen = part.positions
+        if window is not None:
+            seen = min(seen, window + chosen.queries + chosen.block_n)
+        splits = min(chosen.spans, -(-seen // chosen.span))
         sums = peaks = weights = out
         if splits > 1:
             sums, peaks, weights = attention.partials(rows * heads, splits, value_dim, device)

@@ -7,6 +7,28 @@ from dataclasses import dataclass
 # What most GPUs since 2018 let a block have; an H100 has 227 KiB.
 _SHARED_BYTES, _LARGE_SHARED = 96 * 1024, 160 * 1024
 
+# Of chunks in numbers of two bytes, by the size of a head: block_m, block_n, warps, stages, and the most
+# registers of a thread, None for any: with 128, two programs of 8 warps share a multiprocessor. With less
+# shared memory than that takes there are fewer stages, then smaller tiles.
+_CHUNKS: dict[int, tuple[int, int, int, int, int | None]] = {
+    64: (128, 64, 8, 3, None),
+    128: (128, 64, 8, 3, None),
+    256: (128, 32, 8, 2, None),
+    512: (64, 16, 8, 2, None),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLaunch:
+    """Tiles of ``attend_chunk``; ``queries`` of a tile, times the group's heads, are at most ``block_m``."""
+
+    queries: int
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    registers: int | None
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionLaunch:
@@ -64,6 +86,34 @@ def attention_launch(
     stages = 3 if block_m == 16 and shared_bytes >= _LARGE_SHARED else 2
     warps = 8 if block_m >= 128 or block_m * numbers > 8192 else 4
     return AttentionLaunch(max(1, block_m // group), block_m, block_n, span, spans, warps, stages)
+
+
+def chunk_launch(group: int, head_dim: int, itemsize: int, shared_bytes: int = _SHARED_BYTES) -> ChunkLaunch:
+    """The launch for chunks, whatever their length: a row is in the same tile then in any company.
+
+    Args:
+        group: query heads that share a KV head.
+        head_dim: the larger of those of keys and values.
+        itemsize: bytes of a number.
+    """
+    numbers = power_of_two(max(head_dim, 16))
+    if itemsize > 2:
+        # Without tensor cores a product's tiles lie in registers.
+        block_m, block_n = max(16, min(32, 4096 // numbers)), max(16, min(32, 2048 // numbers))
+        warps, stages, registers = 4, 2, None
+    else:
+        block_m, block_n, warps, stages, registers = _CHUNKS[max(numbers, 64)]
+    block_m = max(block_m, power_of_two(group))
+    while (block_m + 2 * stages * block_n) * numbers * itemsize > shared_bytes:
+        if stages > 2:
+            stages -= 1
+        elif block_n > 16:
+            block_n //= 2
+        elif block_m > max(16, power_of_two(group)):
+            block_m //= 2
+        else:
+            break
+    return ChunkLaunch(max(1, block_m // group), block_m, block_n, warps, stages, registers)
 
 
 def row_warps(block: int) -> int:

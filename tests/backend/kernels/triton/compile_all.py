@@ -23,7 +23,12 @@ from triton.compiler import ASTSource
 
 from mini_sglang.backend.attention import triton as attention
 from mini_sglang.backend.attention.base import PLAIN, AttentionForm
-from mini_sglang.backend.kernels.triton import attention_kernels, block_kernels, elementwise_kernels
+from mini_sglang.backend.kernels.triton import (
+    attention_kernels,
+    block_kernels,
+    chunk_kernels,
+    elementwise_kernels,
+)
 from mini_sglang.backend.kernels.triton.block_layout import FORMATS
 from mini_sglang.backend.kernels.triton.block_weight import TritonWeight
 from mini_sglang.backend.kernels.triton.operations import TritonOperations, round_rows
@@ -41,6 +46,7 @@ FLAGS = ("SPLIT", "WINDOWED", "SOFTCAP", "SINKS", "NORM", "ROTATE", "MINIMUM", "
 
 KERNELS = {
     attention_kernels: ("attend", "merge"),
+    chunk_kernels: ("attend_chunk",),
     elementwise_kernels: ("add_and_norm", "rotate_and_store", "silu_and_mul", "round_row"),
     block_kernels: ("multiply", "add_parts", "unpack"),
 }
@@ -58,7 +64,9 @@ class Compiling:
         assert all(size > 0 for size in grid)
         return self.compile
 
-    def compile(self, *args: Any, num_warps: int, num_stages: int = 3, **constants: Any) -> None:
+    def compile(
+        self, *args: Any, num_warps: int, num_stages: int = 3, maxnreg: int | None = None, **constants: Any
+    ) -> None:
         names = self.kernel.arg_names
         signature, attributes = {}, {}
         for place, (name, value) in enumerate(zip(names, args, strict=False)):
@@ -76,7 +84,7 @@ class Compiling:
         made = triton.compile(
             source,
             target=GPUTarget("cuda", self.capability, 32),
-            options={"num_warps": num_warps, "num_stages": num_stages},
+            options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
         )
         shapes = [str(constants[name]) for name in SIZES if name in constants]
         kinds = [name for name in FLAGS if constants.get(name)]

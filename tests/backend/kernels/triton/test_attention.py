@@ -11,7 +11,7 @@ import torch
 from mini_sglang.backend.attention.base import AttentionForm
 from mini_sglang.backend.attention.triton import TritonAttention
 from mini_sglang.backend.batch import Batch
-from mini_sglang.backend.kernels.triton.launch import attention_launch
+from mini_sglang.backend.kernels.triton.launch import attention_launch, chunk_launch
 from tests.backend.kernels.triton.scene import LAYER, Scene
 from tests.backend.test_attention import SCENES
 from tests.backend.test_attention import Scene as LayeredScene
@@ -51,6 +51,41 @@ def test_a_chunk_of_several_tiles(dtype: torch.dtype, window: int | None) -> Non
         Scene(sequences, (4, 2, 64), 16, dtype).check(TritonAttention(), window)
 
 
+@pytest.mark.parametrize("page_size", [1, 16, 64, 256])
+@pytest.mark.parametrize("window", [None, 1, 20, 64, 65, 150])
+def test_chunks_that_begin_and_end_around_blocks(window: int | None, page_size: int) -> None:
+    """Of 64 positions, in tiles of 128 rows; among sequences that are another launch's."""
+    rng = random.Random(f"{page_size} {window}")
+    ends = (64, 65, 127, 128, 129, 191, 193)
+    for dtype in (torch.float16, torch.bfloat16):
+        lengths = rng.sample(ends, 3)
+        sequences = [(new, length - new) for length in lengths for new in [rng.randint(33, min(length, 100))]]
+        sequences += [(33, 0), (1, 70), (5, 64)]
+        rng.shuffle(sequences)
+        Scene(sequences, (6, 3, 64), page_size, dtype).check(TritonAttention(), window)
+
+
+@pytest.mark.parametrize("window", [40, 100])
+def test_windows_that_begin_around_blocks(window: int) -> None:
+    """Of 32 positions, in float32: one key too many would be seen."""
+    ends = [window + 1 + 32 * blocks + off for blocks in (0, 1) for off in (-1, 0, 1)]
+    Scene([(33, end - 33) for end in ends], (4, 2, 64)).check(TritonAttention(), window)
+
+
+def test_a_chunk_replayed_with_fewer_rows() -> None:
+    """As a CUDA graph does: the grid of a longer one, and rows of padding."""
+    large = Scene([(200, 0)], (4, 2, 64), dtype=torch.float16)
+    attention = TritonAttention()
+    step = attention.begin(large.batch, large.kv)
+    small = Scene([(70, 50)], (4, 2, 64), dtype=torch.float16, seed=1)
+    attention.tables.fill(small.batch, small.kv.data.device)
+    step._kv = small.kv
+    padded = torch.full((200, 4, 64), torch.nan, dtype=torch.float16)
+    padded[:70] = small.query
+    out = step(LAYER, None, padded, small.key, small.value)[:70]
+    torch.testing.assert_close(out.float(), small.expected(), rtol=4e-3, atol=4e-3)
+
+
 @pytest.mark.parametrize("window", [None, 1, 100])
 @pytest.mark.parametrize("spans", [1, 2, 7, 64])
 def test_a_long_context_in_any_number_of_parts(spans: int, window: int | None) -> None:
@@ -74,10 +109,12 @@ def test_scale_softcap_and_sinks(form: AttentionForm, window: int | None) -> Non
     for span in (32, 256):
         Scene([(1, 80), (9, 3), (1, 0)], (6, 2, 64)).check(TritonAttention(span), window, form)
         LayeredScene(SCENES["mixed"][:8], 4, True, layered=True).check(window, TritonAttention(span, 3), form)
+    for dtype in (torch.float32, torch.float16):
+        Scene([(70, 80), (40, 0)], (6, 2, 64), 16, dtype).check(TritonAttention(), window, form)
 
 
 def test_a_row_is_the_same_bits_alone_and_beside_others() -> None:
-    sequences = [(1, 400), (1, 20), (1, 64), (40, 30), (3, 200)]
+    sequences = [(1, 400), (1, 20), (1, 64), (40, 30), (3, 200), (150, 10)]
     scene = Scene(sequences, (4, 2, 16))
     together = scene.attend(TritonAttention(64))
     for i, (start, stop) in enumerate(
@@ -133,3 +170,10 @@ def test_tiles_fit_shared_memory(head_dim: int, itemsize: int, shared: int) -> N
         if width * itemsize * 16 * 5 <= shared and group < 32:
             used = (chosen.block_m + chosen.stages * 2 * chosen.block_n) * width * itemsize
             assert used <= shared
+    for group in (1, 7, 128):
+        chunk = chunk_launch(group, head_dim, itemsize, shared)
+        sizes = chunk.block_m, chunk.block_n
+        assert min(sizes) >= 16 and all(size & (size - 1) == 0 for size in sizes)
+        assert chunk.queries >= 1 and chunk.queries * group <= chunk.block_m
+        if width * itemsize * 16 * 5 <= shared and group < 32:
+            assert (chunk.block_m + chunk.stages * 2 * chunk.block_n) * width * itemsize <= shared
