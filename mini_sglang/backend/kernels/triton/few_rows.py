@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mini_sglang.backend.kernels.triton.available import interpreted
+from mini_sglang.backend.kernels.triton.available import dependent_launches
 from mini_sglang.backend.kernels.triton.launch import few_rows_launch, power_of_two
 from mini_sglang.backend.weights import DenseWeight, Weight
 
@@ -62,7 +62,7 @@ def product(
     features = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty((rows, features)) if residual is None else residual
     launch = few_rows_launch(features, columns, gated)
-    dependent = launch.dependent and _has_dependent_launches(x.device)
+    dependent = dependent_launches(x.device)
     options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
     few_rows[(-(-features // launch.block_n),)](
         x,
@@ -92,7 +92,3 @@ def product(
         **options,
     )
     return out
-
-
-def _has_dependent_launches(device: torch.device) -> bool:
-    return not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)

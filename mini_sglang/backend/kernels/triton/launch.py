@@ -17,13 +17,11 @@ class FewRowsLaunch:
     Attributes:
         block_n: results of a program; where they are gated it walks twice as many rows of the matrix.
         block_k: columns at a time.
-        dependent: start while the kernel before is at work, and load weights meanwhile.
     """
 
     block_n: int
     block_k: int
     warps: int
-    dependent: bool = False
 
 
 # What a rule does not find, by (features, columns); features are half the matrix's rows where they are gated.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.kernels.triton import few_rows
+from mini_sglang.backend.kernels.triton.available import dependent_launches
 from mini_sglang.backend.kernels.triton.launch import power_of_two, row_warps
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.models.operations import Operations
@@ -82,6 +83,7 @@ class TritonOperations(Operations):
         if not rows:
             return
         keys, values = kv.keys_values(layer, kv.rows(layer))
+        dependent = dependent_launches(qkv.device)
         block_heads = min(power_of_two(total), max(1, _TILE // power_of_two(head_dim)))
         rotate_and_store[(rows, -(-total // block_heads))](
             qkv,
@@ -104,7 +106,9 @@ class TritonOperations(Operations):
             BLOCK_HEADS=block_heads,
             NORM=head_norm is not None,
             ROTATE=rotation is not None,
+            DEPENDENT=dependent,
             num_warps=4,
+            **({"launch_pdl": True} if dependent else {}),
         )
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
