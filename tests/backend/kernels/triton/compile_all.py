@@ -121,6 +121,8 @@ def compile_all(
             setattr(module, name, Compiling(getattr(module, name), capability, done))
     shared = {80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024
     attention.shared_bytes = lambda device: shared  # type: ignore[assignment]
+    for user in (few_rows, operations_of_triton, attention):
+        user.dependent_launches = lambda device: capability >= 90  # type: ignore[attr-defined]
     for heads, kv_heads, head_dim in shapes:
         for dtype in dtypes:
             scene = Scene([(1, 600), (40, 0)], (heads, kv_heads, head_dim), 16, dtype)
@@ -135,8 +137,6 @@ def compile_all(
             qkv = torch.zeros(41, heads + 2 * kv_heads, head_dim, dtype=dtype)
             norm = qkv[0, : heads + kv_heads]
             operations.rotate_and_store(qkv, norm, turns, scene.kv, LAYER, slots)
-    for user in (few_rows, operations_of_triton):
-        user.dependent_launches = lambda device: capability >= 90  # type: ignore[attr-defined]
     for dtype in dtypes:
         compile_products(dtype, formats)
         if dtype.itemsize == 2:
