@@ -17,12 +17,14 @@ from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.attention.triton import TritonAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.device_sampling import DeviceSampler
+from mini_sglang.backend.kernels.triton.few_rows import FEW_ROWS
 from mini_sglang.backend.kernels.triton.operations import TritonOperations
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.models.operations import TorchOperations
 from mini_sglang.backend.models.rope import Rotations
 from mini_sglang.backend.sampling import Sampler
 from mini_sglang.backend.step import SampleSpec, SequenceStep
+from mini_sglang.backend.weights import DenseWeight
 from mini_sglang.types import SamplingParams
 
 # Of numbers around 1: some units in the last place of a product's result, or of a softmax weight.
@@ -165,6 +167,35 @@ def silu(device: torch.device, dtype: torch.dtype, tiny: bool) -> float:
     return worst(errors())
 
 
+def few(device: torch.device, dtype: torch.dtype, tiny: bool) -> float:
+    """Products beside the norm, the gate and the sum; NaN where a row has other bits beside others."""
+
+    def errors() -> Iterator[float]:
+        for width, inner in ((48, 40),) if tiny else ((1024, 3072), (5120, 17408)):
+            gate_up = DenseWeight(numbers((2 * inner, width), 1, device, dtype).div_(math.sqrt(width)))
+            down = DenseWeight(numbers((width, inner), 2, device, dtype).div_(math.sqrt(inner)))
+            bias, weight = (numbers((size,), 3, device, dtype) for size in (2 * inner, width))
+            x, hidden = (numbers((FEW_ROWS + 1, size), 4, device, dtype) for size in (inner, width))
+            rows_of: list[list[Tensor]] = []
+            for rows in range(1, FEW_ROWS + 2):
+                found = []
+                for side in (TritonOperations(EPS), TorchOperations(EPS)):
+                    own = hidden[:rows].clone()
+                    delta = side.linear_add(x[:rows], down, None, own)
+                    gated = side.norm_gated(own, delta, weight, gate_up, None)
+                    plain = side.norm_linear(own, None, weight, gate_up, bias)
+                    found.append([own, gated, plain])
+                yield from (error_of(ours, twin) for ours, twin in zip(*found, strict=True))
+                rows_of.append(found[0])
+            for few_rows in rows_of[1:FEW_ROWS]:
+                pairs = zip(rows_of[0], few_rows, strict=True)
+                # In float32 torch multiplies.
+                same = dtype == torch.float32 or all(torch.equal(one[0], many[0]) for one, many in pairs)
+                yield 0.0 if same else math.nan
+
+    return worst(errors())
+
+
 def choosing(device: torch.device, dtype: torch.dtype, tiny: bool) -> float:
     """How many of the tokens that the device chooses are others than those that the host would."""
     vocab = 500 if tiny else 151936
@@ -207,6 +238,7 @@ CHECKS = (
     Check("norm with the residual", ("add_and_norm",), norm),
     Check("norm and rotation of heads, KV write", ("rotate_and_store",), rotation),
     Check("SiLU times up", ("silu_and_mul",), silu),
+    Check("products of few rows", ("few_rows",), few),
     Check("choosing tokens", (), choosing),
     *(Check(*entry) for entry in QUANTISED),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from mini_sglang.backend.attention.base import PLAIN, AttentionForm
 from mini_sglang.backend.attention.tables import StepTables
 from mini_sglang.backend.batch import Batch
-from mini_sglang.backend.kernels.triton.available import interpreted, shared_bytes
+from mini_sglang.backend.kernels.triton.available import dependent_launches, interpreted, shared_bytes
 from mini_sglang.backend.kernels.triton.launch import (
     AttentionLaunch,
     attention_launch,
@@ -222,7 +223,7 @@ class TritonStep:
             sums, peaks, weights = attention.partials(rows * heads, splits, value_dim, device)
         scale = key_dim**-0.5 if form.scale is None else form.scale
         sinks = out if form.sinks is None else form.sinks
-        tile = {
+        tile: dict[str, Any] = {
             "GROUP": group,
             "VALUE_DIM": value_dim,
             "VALUE_BLOCK": max(16, power_of_two(value_dim)),
@@ -233,7 +234,10 @@ class TritonStep:
             "SPANS": chosen.spans,
             "WINDOWED": window is not None,
             "SINKS": form.sinks is not None,
+            "DEPENDENT": dependent_launches(device),
         }
+        if tile["DEPENDENT"]:
+            tile["launch_pdl"] = True
         attend[(tiles * splits, kv_heads, part.sequences)](
             query,
             keys,

@@ -8,9 +8,10 @@ from torch import Tensor
 from mini_sglang.backend.kernels.jobs import Norm, Rotate, SiluAndMul, Turns
 from mini_sglang.backend.kernels.library import NativeKernels
 from mini_sglang.backend.kv.pool import KVPool
+from mini_sglang.backend.models.operations import Operations
 
 
-class NativeOperations:
+class NativeOperations(Operations):
     """``Operations`` in float32 on the CPU, for the sizes that ``fit`` names."""
 
     def __init__(self, kernels: NativeKernels, eps: float) -> None:

@@ -94,9 +94,11 @@ class Decoder:
         hidden = self.embedding.rows(batch.token_ids)
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            normed = ops.norm(hidden, delta, layer.input_norm)
-            qkv = layer.qkv.linear(normed, layer.qkv_bias)
-            if adapters is not None:
+            if adapters is None:
+                qkv = ops.norm_linear(hidden, delta, layer.input_norm, layer.qkv, layer.qkv_bias)
+            else:
+                normed = ops.norm(hidden, delta, layer.input_norm)
+                qkv = layer.qkv.linear(normed, layer.qkv_bias)
                 adapters.add(index, QKV, normed, qkv)
             qkv = qkv.view(len(qkv), heads + 2 * kv_heads, head_dim)
             turns = rotation if config.rope_layers[index] else None
@@ -108,16 +110,18 @@ class Decoder:
                 hidden = hidden.index_select(0, batch.output_rows)
                 if adapters is not None:
                     adapters.narrow(batch.output_rows)
-            delta = layer.o.linear(attended, layer.o_bias)
-            if adapters is not None:
+            if adapters is None:
+                delta = ops.linear_add(attended, layer.o, layer.o_bias, hidden)
+                inner = ops.norm_gated(hidden, delta, layer.post_norm, layer.gate_up, layer.gate_up_bias)
+                delta = ops.linear_add(inner, layer.down, layer.down_bias, hidden)
+            else:
+                delta = layer.o.linear(attended, layer.o_bias)
                 adapters.add(index, OUT, attended, delta)
-            normed = ops.norm(hidden, delta, layer.post_norm)
-            gate_up = layer.gate_up.linear(normed, layer.gate_up_bias)
-            if adapters is not None:
+                normed = ops.norm(hidden, delta, layer.post_norm)
+                gate_up = layer.gate_up.linear(normed, layer.gate_up_bias)
                 adapters.add(index, GATE_UP, normed, gate_up)
-            inner = ops.silu_and_mul(gate_up)
-            delta = layer.down.linear(inner, layer.down_bias)
-            if adapters is not None:
+                inner = ops.silu_and_mul(gate_up)
+                delta = layer.down.linear(inner, layer.down_bias)
                 adapters.add(index, DOWN, inner, delta)
         return ops.norm(hidden, delta, self.final_norm)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.models.rope import rotate_
+from mini_sglang.backend.weights import Weight
 
 
 class Operations(Protocol):
@@ -47,8 +48,24 @@ class Operations(Protocol):
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """``SiLU(gate) * up``: ``[T, 2 * F]`` to ``[T, F]``. May overwrite ``gate_up``."""
 
+    def norm_linear(
+        self, hidden: Tensor, delta: Tensor | None, norm: Tensor, weight: Weight, bias: Tensor | None
+    ) -> Tensor:
+        """``weight.linear`` of ``norm``, which see."""
+        return weight.linear(self.norm(hidden, delta, norm), bias)
 
-class TorchOperations:
+    def norm_gated(
+        self, hidden: Tensor, delta: Tensor | None, norm: Tensor, weight: Weight, bias: Tensor | None
+    ) -> Tensor:
+        """``silu_and_mul`` of ``norm_linear``."""
+        return self.silu_and_mul(self.norm_linear(hidden, delta, norm, weight, bias))
+
+    def linear_add(self, x: Tensor, weight: Weight, bias: Tensor | None, hidden: Tensor) -> Tensor | None:
+        """``weight.linear``, to be added to ``hidden`` as the next ``delta``; ``None`` where that is done."""
+        return weight.linear(x, bias)
+
+
+class TorchOperations(Operations):
     """``Operations`` for every device and dtype."""
 
     def __init__(self, eps: float) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
+from mini_sglang.backend.kernels.triton import few_rows
+from mini_sglang.backend.kernels.triton.few_rows import product
+from mini_sglang.backend.kernels.triton.launch import FewRowsLaunch
 from mini_sglang.backend.step import SampleSpec, SequenceStep
 from mini_sglang.types import SamplingParams
 from tests.backend.graphs.comparing import (
@@ -45,6 +50,31 @@ def test_decodes_of_every_number(folder: Path, recorder: FaithfulRecorder) -> No
         for i in chosen:
             lengths[i] += 1
     assert recorder.replayed == replayed + 6
+
+
+@pytest.mark.usefixtures("even_products")
+def test_decodes_of_few_rows(
+    folder: Path, recorder: FaithfulRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision, where their products have kernels of their own; three are recorded as four."""
+    rows_of = []
+
+    def noting(x: Tensor, *args: Any, **given: Any) -> Tensor:
+        rows_of.append(len(x))
+        return product(x, *args, **given)
+
+    monkeypatch.setattr(few_rows, "product", noting)
+    # The interpreter takes as long for a small tile as for a large one.
+    monkeypatch.setattr(few_rows, "few_rows_launch", lambda *sizes: FewRowsLaunch(64, 128, 4))
+    backend = load_recorded(folder, enable_cuda_graph=False, dtype="fp16")
+    assert {1, 2, 4} <= set(rows_of) <= {1, 2, 3, 4}
+    lengths = [30, 1, 17, 16]
+    tables = page_ranges(backend, [length + 1 for length in lengths])
+    fill(backend, [ids(length, i) for i, length in enumerate(lengths)], tables)
+    replayed = recorder.replayed
+    for count in (1, 3, 4):
+        assert_same(backend, [step([9 + i], lengths[i], tables[i], sample=True) for i in range(count)])
+    assert recorder.replayed == replayed + 3
 
 
 @pytest.mark.usefixtures("even_products")

@@ -137,6 +137,7 @@ def attend(
     SINKS: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid ``(tiles * splits, kv_heads, sequences)``; sequences of fewer rows than ``fewest``, or more than
     ``most``, are left to another launch.
@@ -144,8 +145,12 @@ def attend(
     ``scale`` carries log2(e), so that powers are of 2; with SOFTCAP it does not, ``softcap`` is the cap. With
     SPLIT the unnormalised sums go to ``partial_out`` ``[T, heads, splits, VALUE_DIM]``, their peaks and
     weights beside it; else the result to ``out``. WIDE is for the interpreter, which multiplies bfloat16 as
-    if its bits were integers.
+    if its bits were integers. With DEPENDENT the kernel may start while the one before it runs, and lets the
+    next one start.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     sequence = first_sequence + tl.program_id(2)
     kv_head = tl.program_id(1)
     tile = tl.program_id(0) // splits
@@ -254,8 +259,12 @@ def merge(
     SPANS: tl.constexpr,
     WINDOWED: tl.constexpr,
     SINKS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid ``(tiles, kv_heads, sequences)``: add up the spans of each tile, from the first to the last."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     sequence = first_sequence + tl.program_id(2)
     kv_head = tl.program_id(1)
     tile = tl.program_id(0)

@@ -9,6 +9,10 @@ import torch
 
 from mini_sglang.errors import InvalidValueError
 
+# Whether the kernels of a layer may start while the one before ends, and load weights meanwhile
+# (programmatic dependent launches). Nothing is right or wrong by it.
+DEPENDENT_LAUNCHES = False
+
 
 def interpreted() -> bool:
     """Whether Triton is told to run its kernels in Python, on any device."""
@@ -34,6 +38,11 @@ def triton_wanted(setting: str, device: torch.device) -> bool:
     if setting == "triton" and why is not None:
         raise InvalidValueError("KERNELS", setting, f"auto or reference here: {why}")
     return setting == "triton" or (setting == "auto" and device.type == "cuda" and why is None)
+
+
+def dependent_launches(device: torch.device) -> bool:
+    """Whether kernels are launched so: it takes a GPU of compute capability 9.0."""
+    return DEPENDENT_LAUNCHES and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def shared_bytes(device: torch.device) -> int:

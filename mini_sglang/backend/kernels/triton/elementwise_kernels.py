@@ -59,8 +59,11 @@ def rotate_and_store(
     BLOCK_HEADS: tl.constexpr,
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid ``(T, groups of BLOCK_HEADS heads)``; a row whose slot is negative writes no KV.
+
+    With DEPENDENT the kernel may start while the one before it runs, and lets the next one start.
 
     The halves of a head are two tiles, so that rotating them against each other moves nothing between
     threads.
@@ -71,6 +74,9 @@ def rotate_and_store(
     d = tl.arange(0, HALF_BLOCK)
     inside = (head < HEADS + 2 * KV_HEADS)[:, None] & (d < HALF)[None, :]
     turned = (head < HEADS + KV_HEADS)[:, None] & (d < HALF)[None, :]
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     place = qkv + row * row_stride + head[:, None] * HEAD_DIM + d[None, :]
     one = tl.load(place, mask=inside, other=0.0)
     two = tl.load(place + HALF, mask=inside, other=0.0)

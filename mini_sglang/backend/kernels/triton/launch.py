@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 # What most GPUs since 2018 let a block have; an H100 has 227 KiB.
 _SHARED_BYTES, _LARGE_SHARED = 96 * 1024, 160 * 1024
@@ -28,6 +30,26 @@ class ChunkLaunch:
     warps: int
     stages: int
     registers: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FewRowsLaunch:
+    """Tiles of ``few_rows``.
+
+    Attributes:
+        block_n: results of a program; where they are gated it walks twice as many rows of the matrix.
+        block_k: columns at a time.
+    """
+
+    block_n: int
+    block_k: int
+    warps: int
+
+
+# What a rule does not find, by (features, columns); features are half the matrix's rows where they are gated.
+_FEW_ROWS: Mapping[tuple[int, int], FewRowsLaunch] = MappingProxyType({})
+# Enough programs for two on each multiprocessor of a large GPU.
+_FEW_ROWS_PROGRAMS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +136,16 @@ def chunk_launch(group: int, head_dim: int, itemsize: int, shared_bytes: int = _
         else:
             break
     return ChunkLaunch(max(1, block_m // group), block_m, block_n, warps, stages, registers)
+
+
+def few_rows_launch(features: int, columns: int, gated: bool) -> FewRowsLaunch:
+    """The launch for a matrix, the same for any number of rows: so is the order of a row's sums."""
+    known = _FEW_ROWS.get((features, columns))
+    if known is not None:
+        return known
+    block_n = max(1, min(4 if gated else 8, _floor_power(features // _FEW_ROWS_PROGRAMS)))
+    block_k = max(256, min(1024, power_of_two(columns)))
+    return FewRowsLaunch(block_n, block_k, block_k // 256)
 
 
 def row_warps(block: int) -> int:

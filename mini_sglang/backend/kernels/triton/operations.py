@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mini_sglang.backend.kernels.triton import few_rows
+from mini_sglang.backend.kernels.triton.available import dependent_launches
 from mini_sglang.backend.kernels.triton.launch import power_of_two, row_warps
 from mini_sglang.backend.kv.pool import KVPool
+from mini_sglang.backend.models.operations import Operations
+from mini_sglang.backend.weights import DenseWeight, Weight
 
 _BLOCK = 1024
 # Numbers of a tile of heads.
@@ -27,11 +31,12 @@ def round_rows(x: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-class TritonOperations:
+class TritonOperations(Operations):
     """``Operations`` on CUDA, in any floating dtype, for even head sizes.
 
-    Each call is one launch whose grid depends on shapes alone and allocates its result alone: all of it can
-    be captured in a CUDA graph. A row whose slot is negative, padding, writes nothing to the pool.
+    Products of few rows with dense weights take the norm, the activation and the sum beside them into their
+    launch. A launch's grid depends on shapes alone and a call allocates its result alone: all of it can be
+    captured in a CUDA graph. A row whose slot is negative, padding, writes nothing to the pool.
     """
 
     def __init__(self, eps: float) -> None:
@@ -78,6 +83,7 @@ class TritonOperations:
         if not rows:
             return
         keys, values = kv.keys_values(layer, kv.rows(layer))
+        dependent = dependent_launches(qkv.device)
         block_heads = min(power_of_two(total), max(1, _TILE // power_of_two(head_dim)))
         rotate_and_store[(rows, -(-total // block_heads))](
             qkv,
@@ -100,7 +106,9 @@ class TritonOperations:
             BLOCK_HEADS=block_heads,
             NORM=head_norm is not None,
             ROTATE=rotation is not None,
+            DEPENDENT=dependent,
             num_warps=4,
+            **({"launch_pdl": True} if dependent else {}),
         )
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
@@ -114,3 +122,27 @@ class TritonOperations:
                 gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=block, num_warps=4
             )
         return out
+
+    def norm_linear(
+        self, hidden: Tensor, delta: Tensor | None, norm: Tensor, weight: Weight, bias: Tensor | None
+    ) -> Tensor:
+        # What other programs of the launch read, none may write: a delta is added by ``norm``.
+        if delta is not None or not few_rows.fits(weight, len(hidden)):
+            return super().norm_linear(hidden, delta, norm, weight, bias)
+        assert isinstance(weight, DenseWeight)
+        return few_rows.product(hidden, weight, bias, norm, self._eps)
+
+    def norm_gated(
+        self, hidden: Tensor, delta: Tensor | None, norm: Tensor, weight: Weight, bias: Tensor | None
+    ) -> Tensor:
+        if delta is not None or not few_rows.fits(weight, len(hidden)):
+            return super().norm_gated(hidden, delta, norm, weight, bias)
+        assert isinstance(weight, DenseWeight)
+        return few_rows.product(hidden, weight, bias, norm, self._eps, gated=True)
+
+    def linear_add(self, x: Tensor, weight: Weight, bias: Tensor | None, hidden: Tensor) -> Tensor | None:
+        if not few_rows.fits(weight, len(x)):
+            return super().linear_add(x, weight, bias, hidden)
+        assert isinstance(weight, DenseWeight)
+        few_rows.product(x, weight, bias, residual=hidden)
+        return None

@@ -28,27 +28,32 @@ from mini_sglang.backend.kernels.triton import (
     block_kernels,
     chunk_kernels,
     elementwise_kernels,
+    few_rows,
+    few_rows_kernels,
 )
+from mini_sglang.backend.kernels.triton import operations as operations_of_triton
 from mini_sglang.backend.kernels.triton.block_layout import FORMATS
 from mini_sglang.backend.kernels.triton.block_weight import TritonWeight
 from mini_sglang.backend.kernels.triton.operations import TritonOperations, round_rows
 from mini_sglang.backend.loading.ggml_types import GGML_TYPES
 from mini_sglang.backend.models.rope import Rotations
-from mini_sglang.backend.weights import QuantizedWeight
+from mini_sglang.backend.weights import DenseWeight, QuantizedWeight
 from tests.backend.kernels.triton.scene import LAYER, Scene
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 _TYPES |= {torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv"}
 
 # What tells one compiled kernel from another.
-SIZES = ("KEY_DIM", "BLOCK_M", "BLOCK_N", "HEAD_DIM", "WIDTH", "BITS", "GROUP", "BLOCK_R")
+SIZES = ("KEY_DIM", "BLOCK_M", "BLOCK_N", "HEAD_DIM", "WIDTH", "BITS", "GROUP", "BLOCK_R", "ROWS", "FEATURES")
 FLAGS = ("SPLIT", "WINDOWED", "SOFTCAP", "SINKS", "NORM", "ROTATE", "MINIMUM", "NESTED", "EXACT", "CHOSEN")
+FLAGS += ("GATED", "ADD", "DEPENDENT")
 
 KERNELS = {
     attention_kernels: ("attend", "merge"),
     chunk_kernels: ("attend_chunk",),
     elementwise_kernels: ("add_and_norm", "rotate_and_store", "silu_and_mul", "round_row"),
     block_kernels: ("multiply", "add_parts", "unpack"),
+    few_rows_kernels: ("few_rows",),
 }
 
 
@@ -65,7 +70,13 @@ class Compiling:
         return self.compile
 
     def compile(
-        self, *args: Any, num_warps: int, num_stages: int = 3, maxnreg: int | None = None, **constants: Any
+        self,
+        *args: Any,
+        num_warps: int,
+        num_stages: int = 3,
+        maxnreg: int | None = None,
+        launch_pdl: bool = False,
+        **constants: Any,
     ) -> None:
         names = self.kernel.arg_names
         signature, attributes = {}, {}
@@ -84,7 +95,12 @@ class Compiling:
         made = triton.compile(
             source,
             target=GPUTarget("cuda", self.capability, 32),
-            options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
+            options={
+                "num_warps": num_warps,
+                "num_stages": num_stages,
+                "maxnreg": maxnreg,
+                "launch_pdl": launch_pdl,
+            },
         )
         shapes = [str(constants[name]) for name in SIZES if name in constants]
         kinds = [name for name in FLAGS if constants.get(name)]
@@ -118,6 +134,8 @@ def compile_all(
             setattr(module, name, Compiling(getattr(module, name), capability, done))
     shared = {80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024
     attention.shared_bytes = lambda device: shared  # type: ignore[assignment]
+    for user in (few_rows, operations_of_triton, attention):
+        user.dependent_launches = lambda device: capability >= 90  # type: ignore[attr-defined]
     for heads, kv_heads, head_dim in shapes:
         for dtype in dtypes:
             scene = Scene([(1, 600), (40, 0)], (heads, kv_heads, head_dim), 16, dtype)
@@ -134,6 +152,8 @@ def compile_all(
             operations.rotate_and_store(qkv, norm, turns, scene.kv, LAYER, slots)
     for dtype in dtypes:
         compile_products(dtype, formats)
+        if dtype.itemsize == 2:
+            compile_few_rows(dtype)
         if capability >= 89:
             round_rows(torch.zeros(3, 5120, dtype=dtype), 1e-30)
     print(json.dumps({"shared": shared, "kernels": done}))
@@ -151,6 +171,19 @@ def compile_products(dtype: torch.dtype, formats: Collection[str]) -> None:
                 weight.linear(torch.zeros(rows, 512, dtype=dtype), torch.zeros(features, dtype=dtype))
             weight.rows(torch.zeros(2, dtype=torch.int64))
             weight.dequantize(dtype)
+
+
+def compile_few_rows(dtype: torch.dtype) -> None:
+    """A layer's products of the smallest and the largest of two models, for each number of rows."""
+    for hidden_size, inner_size in ((1024, 3072), (5120, 17408)):
+        number = torch.zeros((), dtype=dtype)
+        down = DenseWeight(number.expand(hidden_size, inner_size))
+        gate_up = DenseWeight(number.expand(2 * inner_size, hidden_size))
+        for rows in (1, 2, few_rows.FEW_ROWS):
+            hidden = torch.zeros(rows, hidden_size, dtype=dtype)
+            few_rows.product(hidden, gate_up, None, hidden[0], 1e-5, gated=True)
+            few_rows.product(hidden, gate_up, hidden, hidden[0], 1e-5)
+            few_rows.product(torch.zeros(rows, inner_size, dtype=dtype), down, None, residual=hidden)
 
 
 if __name__ == "__main__":
