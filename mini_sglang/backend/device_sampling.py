@@ -268,15 +268,16 @@ class Draw:
 
 
 class Sent:
-    """Numbers on their way to the host."""
+    """Numbers on their way to the host, as they are when the device comes to this."""
 
     def __init__(self, numbers: Tensor) -> None:
-        self._numbers = numbers
         self._event: torch.cuda.Event | None = None
         if numbers.device.type == "cuda":
             self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.current_stream(numbers.device).record_event()
+        else:
+            self._numbers = numbers.clone()
 
     def fetch(self) -> list[float]:
         """The numbers, once they are here."""

@@ -19,7 +19,8 @@ from mini_sglang.types import SamplingParams
 # Of a step that is waited for at once; of steps that are launched, in turn: what one chose lies there until
 # the next one, which reads it, is in the queue, and is not written to by that.
 _AT_ONCE, _IN_TURN = 0, (1, 2)
-# Rows that the proof looks at, whose numbers in float64 take little memory.
+# Recordings of up to so many rows are looked at by the proof. Until then their logits are kept, which costs
+# memory: recordings share that of tensors which are gone.
 _PROVED = 16
 
 
@@ -54,7 +55,8 @@ class RecordedChoosing:
         self._turn = 0
         self.ids = torch.zeros(3 * self._rows, dtype=torch.int64, device=hidden.device)
         self._numbers = torch.zeros((self._rows, 2), dtype=torch.float64, device=hidden.device)
-        self._replays: dict[int, tuple[Replay, Tensor]] = {}
+        self._replays: dict[int, Replay] = {}
+        self._logits: dict[int, Tensor] = {}
 
     def record(self, rows: int, recorder: Recorder) -> None:
         """Record the choice after steps of so many sequences, once.
@@ -64,19 +66,21 @@ class RecordedChoosing:
         """
         if rows in self._replays:
             return
-        logits: list[Tensor] = []
         table, numbers = self._table(rows), self._numbers[:rows]
+        # There are the inputs of other shapes, and to where it says is written.
+        table.zero_()
 
         @torch.inference_mode()
         def choose() -> None:
-            logits[:] = [self._head(self._hidden[:rows])]
-            self._chooser.choose(logits[0], table, self.ids, numbers)
+            logits = self._head(self._hidden[:rows])
+            self._chooser.choose(logits, table, self.ids, numbers)
+            if rows <= _PROVED:
+                self._logits[rows] = logits
 
         try:
-            replay = recorder.record(choose)
+            self._replays[rows] = recorder.record(choose)
         except Exception as error:
             raise ChoosingError(" ".join(str(error).split())[:200]) from error
-        self._replays[rows] = (replay, logits[0])
 
     def place(self, *, later: bool) -> int:
         """Where in ``ids`` those of the next step are to lie, for ``later`` until two more are launched."""
@@ -95,7 +99,7 @@ class RecordedChoosing:
             ids ``[count]`` int64, and ``[count, 2]`` float64 of ids and largest logits, which the next step
             overwrites.
         """
-        self._replays[rows][0]()
+        self._replays[rows]()
         return self.ids[place : place + count], self._numbers[:count]
 
     def find(self, followed: Followed) -> list[int] | None:
@@ -109,7 +113,7 @@ class RecordedChoosing:
 
     @torch.inference_mode()
     def prove(self) -> None:
-        """Compare choices with those of the sampler in torch, for logits of some hidden states.
+        """Compare choices with those of the sampler in torch, for the logits of some hidden states. Once.
 
         Raises:
             ChoosingError: they are others.
@@ -118,7 +122,7 @@ class RecordedChoosing:
         twin = DeviceSampler(self._vocab_size)
         before = self._hidden.clone()
         try:
-            for count in sorted({min(self._replays), max(self._replays)}):
+            for count, recorded in self._logits.items():
                 self._hidden.copy_(_scattered(self._hidden))
                 specs = [
                     SampleSpec(SamplingParams(temperature=(0.6, 0.0, 1.0, 0.1)[row % 4]), row, count)
@@ -128,16 +132,17 @@ class RecordedChoosing:
                 assert table is not None
                 self._table(count).copy_(torch.from_numpy(table))
                 ids, numbers = self.replay(count, count, _AT_ONCE)
-                logits = self._replays[count][1][:_PROVED].float()
-                expected = self._head(self._hidden[:count])[:_PROVED].float()
+                logits = recorded.float()
+                expected = self._head(self._hidden[:count]).float()
                 off = relative_error(logits, expected)
                 if not off <= HIDDEN_TOLERANCE[self._hidden.dtype]:
                     raise ChoosingError(f"the logits are off by {off:.2g} of their size")
-                wanted = [result.token_id for result in twin.sample(logits, specs[:_PROVED])]
-                if not ids[:_PROVED].tolist() == numbers[:_PROVED, 0].tolist() == wanted:
+                wanted = [result.token_id for result in twin.sample(logits, specs)]
+                if not ids.tolist() == numbers[:, 0].tolist() == wanted:
                     raise ChoosingError("the tokens are others than torch's operators choose")
         finally:
             self._hidden.copy_(before)
+            self._logits.clear()
 
     def _table(self, rows: int) -> Tensor:
         return self._inputs[: COLUMNS * 8 * rows].view(torch.float64).view(COLUMNS, rows)
