@@ -31,7 +31,7 @@ from mini_sglang.backend.kernels.triton import (
 )
 from mini_sglang.backend.kernels.triton.block_layout import FORMATS
 from mini_sglang.backend.kernels.triton.block_weight import TritonWeight
-from mini_sglang.backend.kernels.triton.choosing import COLUMNS, TritonChooser
+from mini_sglang.backend.kernels.triton.choosing import COLUMNS, TritonChooser, take_chosen
 from mini_sglang.backend.kernels.triton.operations import TritonOperations, round_rows
 from mini_sglang.backend.loading.ggml_types import GGML_TYPES
 from mini_sglang.backend.models.rope import Rotations
@@ -55,7 +55,7 @@ KERNELS = {
     attention_kernels: ("attend", "merge"),
     elementwise_kernels: ("add_and_norm", "rotate_and_store", "silu_and_mul", "round_row"),
     block_kernels: ("multiply", "add_parts", "unpack"),
-    choosing_kernels: ("find_best", "weigh_parts", "pick_tokens"),
+    choosing_kernels: ("find_best", "weigh_parts", "pick_tokens", "take_chosen"),
 }
 
 
@@ -154,6 +154,7 @@ def compile_choosing(dtype: torch.dtype, vocab_size: int, rows: int) -> None:
     )
     ids, numbers = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.float64)
     TritonChooser(vocab_size).choose(logits, table, ids, numbers)
+    take_chosen(ids, ids)
 
 
 def compile_products(dtype: torch.dtype, formats: Collection[str]) -> None:

@@ -38,6 +38,7 @@ def test_every_kernel_compiles_without_spilling(
     operations = {"add_and_norm", "rotate_and_store", "silu_and_mul"}
     if capability >= 89:
         operations.add("round_row")
-    assert names == {"attend", "merge", *operations, "multiply", "add_parts", "unpack"}
+    choosing = {"find_best", "weigh_parts", "pick_tokens", "take_chosen"}
+    assert names == {"attend", "merge", *operations, "multiply", "add_parts", "unpack", *choosing}
     for name, taken in said["kernels"].items():
         assert taken["shared"] <= said["shared"] and taken["stack"] <= 16, (name, taken)
