@@ -196,9 +196,9 @@ class ModelBackend:
                 return self.sampler.choose(logits, table), places
             return self.sampler.launch(logits, batch.specs), places
 
-    @torch.inference_mode()
     def _choose(self, steps: Sequence[SequenceStep], batch: Batch, *, later: bool) -> Chosen | None:
         """Run a step and choose its tokens where both were recorded; None, and nothing has run, elsewhere."""
+        # See ``_run`` for why there is no inference mode.
         program, sampler = self.program, self.sampler
         if not isinstance(program, GraphProgram) or not isinstance(sampler, DeviceSampler):
             return None
