@@ -63,9 +63,10 @@ def find_best(
     at = first + lane
     for start in range(0, PART, BLOCK):
         column = first + start + lane
-        inside = column < VOCAB
-        order = _ordered(tl.load(logits + row * row_stride + column, mask=inside, other=-float("inf")))
-        better = inside & (order > top)
+        x = tl.load(logits + row * row_stride + column, mask=column < VOCAB, other=-float("inf"))
+        order = _ordered(x)
+        # Not what is equal, nor what lies past the end: lower indices come first.
+        better = order > top
         top = tl.where(better, order, top)
         at = tl.where(better, column, at)
     packed = (top.to(tl.int64) << 32) | (0xFFFFFFFF - at.to(tl.int64))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mini_sglang.backend import plain_rows, sampling
 from mini_sglang.backend.device_sampling import DeviceSampler
+from mini_sglang.backend.distribution import weight_unit
 from mini_sglang.backend.kernels.triton import choosing
 from mini_sglang.backend.kernels.triton.choosing import Tiles, TritonChooser, take_chosen, tiles_for
 from mini_sglang.backend.plain_rows import PlainRows, Table, uniforms
@@ -120,6 +121,28 @@ def test_the_ends_of_the_random_numbers(at: float, monkeypatch: pytest.MonkeyPat
     specs = [spec(temperature=1.0)] * 4
     assert_same(logits, specs, 100, Tiles(16, 16, 4, 4))
     assert_same(logits, specs, 100, Tiles(128, 32, 4, 4))
+
+
+def test_weights_below_a_half_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred of them would reach past the one token that has any."""
+    for module in (sampling, plain_rows):
+        monkeypatch.setattr(module, "uniform", lambda seed, index: LAST_BELOW_ONE)
+    for weight, wanted in ((0.4, 3), (0.6, 99)):
+        logits = torch.full((1, 100), math.log(weight / weight_unit(100)), dtype=torch.float32)
+        logits[0, 3] = 0.0
+        specs = [spec(temperature=1.0)]
+        assert choose(logits, table_of(100, specs), 100, Tiles(16, 16, 4, 4))[0] == [wanted]
+        assert_same(logits, specs, 100, Tiles(32, 16, 4, 4))
+
+
+def test_of_equal_ones_the_lowest_is_taken() -> None:
+    logits = torch.zeros(3, 200)
+    logits[1, [19, 35, 51, 180]] = 1.0
+    logits[2] = -math.inf
+    logits[2, [70, 86]] = math.nan
+    table = table_of(200, [spec()] * 3)
+    for tiles in (Tiles(64, 16, 4, 4), Tiles(256, 32, 4, 4), Tiles(16, 16, 4, 4)):
+        assert choose(logits, table, 200, tiles)[0] == [0, 19, 70]
 
 
 def test_what_is_told_of_rows_without_a_token() -> None:
