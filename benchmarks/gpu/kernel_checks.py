@@ -17,6 +17,7 @@ from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.attention.triton import TritonAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.device_sampling import DeviceSampler
+from mini_sglang.backend.kernels.triton.choosing import take_chosen
 from mini_sglang.backend.kernels.triton.few_rows import FEW_ROWS
 from mini_sglang.backend.kernels.triton.operations import TritonOperations
 from mini_sglang.backend.kv.pool import KVPool
@@ -196,23 +197,51 @@ def few(device: torch.device, dtype: torch.dtype, tiny: bool) -> float:
     return worst(errors())
 
 
+_PLAIN_WAYS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.6},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "min_p": 0.01},
+)
+_WAYS: tuple[dict[str, Any], ...] = (
+    *_PLAIN_WAYS[:2],
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.8, "top_k": 50, "min_p": 0.01},
+)
+
+
 def choosing(device: torch.device, dtype: torch.dtype, tiny: bool) -> float:
     """How many of the tokens that the device chooses are others than those that the host would."""
-    vocab = 500 if tiny else 151936
-    logits = 3 * numbers((16, vocab), 5, device, dtype).float()
-    ways: tuple[dict[str, Any], ...] = (
-        {"temperature": 0.0},
-        {"temperature": 0.6},
-        {"temperature": 1.0, "top_p": 0.9},
-        {"temperature": 0.8, "top_k": 50, "min_p": 0.01},
+    return worst(
+        [
+            _other_tokens(device, dtype, rows, vocab, ways)
+            for vocab in ((500,) if tiny else (151936, 49152))
+            for rows, ways in ((16, _WAYS), (16, _PLAIN_WAYS), (1, _PLAIN_WAYS[1:]), (48, _PLAIN_WAYS))
+        ]
     )
+
+
+def _other_tokens(
+    device: torch.device, dtype: torch.dtype, rows: int, vocab: int, ways: Sequence[dict[str, Any]]
+) -> float:
+    logits = 3 * numbers((rows, vocab), 5, device, dtype)
     specs = [
         SampleSpec(SamplingParams(max_new_tokens=1, seed=row, **ways[row % len(ways)]), row, row)
-        for row in range(len(logits))
+        for row in range(rows)
     ]
-    ours = DeviceSampler(vocab).sample(logits.clone(), specs)
-    twin = Sampler(vocab).sample(logits.cpu(), specs)
-    return sum(a.token_id != b.token_id for a, b in zip(ours, twin, strict=True)) / len(specs)
+    ours = DeviceSampler(vocab, kernels=True).sample(logits.clone(), specs)
+    twin = Sampler(vocab).sample(logits.float().cpu(), specs)
+    return sum(a.token_id != b.token_id for a, b in zip(ours, twin, strict=True)) / rows
+
+
+def followed(device: torch.device, dtype: torch.dtype, tiny: bool) -> float:
+    """How many tokens that a step before chose are not taken, exactly."""
+    ids = torch.arange(1000, 1600, device=device)
+    tokens = torch.arange(300, device=device)
+    tokens[::2] = -1 - 2 * tokens[::2]
+    wanted = torch.where(tokens < 0, 999 - tokens, tokens)
+    take_chosen(tokens, ids)
+    return float((tokens != wanted).double().mean())
 
 
 def numbers(shape: tuple[int, ...], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -239,6 +268,7 @@ CHECKS = (
     Check("norm and rotation of heads, KV write", ("rotate_and_store",), rotation),
     Check("SiLU times up", ("silu_and_mul",), silu),
     Check("products of few rows", ("few_rows",), few),
-    Check("choosing tokens", (), choosing),
+    Check("choosing tokens", ("find_best", "weigh_parts", "pick_tokens"), choosing),
+    Check("tokens that were chosen", ("take_chosen",), followed),
     *(Check(*entry) for entry in QUANTISED),
 )

@@ -35,11 +35,13 @@ class Followed:
 
     Attributes:
         places: of the sequences of one token that they are the token of, in the caller's list.
-        ids: ``[len(places)]`` int64 on the device.
+        ids: int64 on the device.
+        rows: where in ``ids`` each lies; None is one after the other.
     """
 
     places: list[int]
     ids: Tensor
+    rows: list[int] | None = None
 
 
 @dataclass(slots=True)
@@ -86,9 +88,16 @@ class Batch:
         """Put the tokens of ``followed`` in their rows of ``token_ids``, ``[T]`` or longer, on the device."""
         if self.followed is None:
             return
+        ids, device = self.followed.ids, token_ids.device
+        if self.followed.rows is not None:
+            ids = ids.index_select(0, to_device(torch.tensor(self.followed.rows), device))
+        token_ids.index_copy_(0, to_device(torch.tensor(self.followed_rows()), device), ids)
+
+    def followed_rows(self) -> list[int]:
+        """The rows that the tokens of ``followed`` go to."""
+        assert self.followed is not None
         row = {place: row for row, place in enumerate(self.order[: self.num_decodes])}
-        rows = torch.tensor([row[place] for place in self.followed.places])
-        token_ids.index_copy_(0, to_device(rows, token_ids.device), self.followed.ids)
+        return [row[place] for place in self.followed.places]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors, which are on the host, on ``device``, in one transfer."""

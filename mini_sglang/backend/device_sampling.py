@@ -3,7 +3,8 @@
 Everything up to it is put in the device's queue from what the host knows, the requests. Whether a row can be
 chosen from at all, and whether the first look at its largest logits was enough, comes back with the ids; for
 a row that it was too narrow for there is a wider one, and another copy. It is the same tokens as
-``Sampler``'s.
+``Sampler``'s. Rows that are greedy, or drawn under temperature and min_p alone, are chosen by Triton's
+kernels where these may run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from mini_sglang.backend.distribution import (
     weight_unit,
     weights_of,
 )
+from mini_sglang.backend.kernels.triton.choosing import COLUMNS, TritonChooser
 from mini_sglang.backend.penalties import adjust_logits, adjusts
+from mini_sglang.backend.plain_rows import PlainRows, Table
 from mini_sglang.backend.sampling import (
     WIDE,
     Columns,
@@ -44,13 +47,54 @@ def fetch(numbers: Tensor) -> list[float]:
     return numbers.tolist()
 
 
-def make_sampler(vocab_size: int, device: torch.device) -> Sampler:
-    """The sampler for logits on ``device``."""
-    return (DeviceSampler if device.type == "cuda" else Sampler)(vocab_size)
+def make_sampler(vocab_size: int, device: torch.device, kernels: bool = False) -> Sampler:
+    """The sampler for logits on ``device``; ``kernels`` says whether Triton's may run."""
+    return DeviceSampler(vocab_size, kernels) if device.type == "cuda" else Sampler(vocab_size)
 
 
 class DeviceSampler(Sampler):
-    """``Sampler`` without a copy to the host but the last."""
+    """``Sampler`` without a copy to the host but the last.
+
+    Args:
+        kernels: whether Triton's may run.
+    """
+
+    def __init__(self, vocab_size: int, kernels: bool = False) -> None:
+        super().__init__(vocab_size)
+        self._chooser = TritonChooser(vocab_size) if kernels else None
+        self._rows = PlainRows(vocab_size)
+
+    def plain(self, specs: Sequence[SampleSpec]) -> Table | None:
+        """What ``choose`` needs, where it can choose for all rows."""
+        return None if self._chooser is None else self._rows.table(specs)
+
+    def sample(self, logits: Tensor, specs: Sequence[SampleSpec]) -> list[SequenceResult]:
+        table = self.plain(specs)
+        if table is None:
+            return super().sample(logits, specs)
+        self._check(logits, specs)
+        return self.choose(logits, table, later=False).results()
+
+    @torch.inference_mode()
+    def choose(self, logits: Tensor, table: Table, *, later: bool = True) -> Chosen:
+        """Begin to choose for rows of ``logits`` ``[R, V]`` of any floating type, as ``table`` says."""
+        assert self._chooser is not None
+        device, rows = logits.device, len(logits)
+        ids = torch.empty(rows, dtype=torch.int64, device=device)
+        numbers = torch.empty((rows, 2), dtype=torch.float64, device=device)
+        self._chooser.choose(logits, to_device(torch.from_numpy(table), device), ids, numbers)
+        return Chosen(ids, numbers, later=later)
+
+    def _draw_any(self, x: Tensor, columns: Columns) -> Tensor:
+        if self._chooser is None:
+            return super()._draw_any(x, columns)
+        table = x.new_zeros((COLUMNS, len(x)), dtype=torch.float64)
+        table[:2] = torch.cat((columns.scale, columns.uniform), 1).t()
+        if columns.floor is not None:
+            table[2] = columns.floor[:, 0]
+        ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
+        self._chooser.choose(x, table, ids, x.new_empty((len(x), 2), dtype=torch.float64))
+        return ids
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
@@ -134,6 +178,29 @@ class DeviceSampler(Sampler):
         return ids, torch.ones_like(enough[:, 0]) if width == self._vocab_size else enough[:, 0]
 
 
+class Chosen:
+    """Tokens that Triton's kernels are choosing.
+
+    Args:
+        ids: ``[R]`` int64 on the device; what follows the step reads them before two more are launched.
+        numbers: ``[R, 2]`` float64 on the device, id and largest logit.
+        later: whether ``results`` is called when other work was put in the device's queue.
+    """
+
+    def __init__(self, ids: Tensor, numbers: Tensor, *, later: bool) -> None:
+        self.ids = ids
+        self._numbers = numbers.view(-1)
+        self._sent = Sent(self._numbers) if later else None
+
+    def results(self) -> list[SequenceResult]:
+        """Wait for the device."""
+        numbers = fetch(self._numbers) if self._sent is None else self._sent.fetch()
+        return [
+            SequenceResult(int(token_id)) if math.isfinite(peak) else SequenceResult(error=bad_logits(peak))
+            for token_id, peak in zip(numbers[::2], numbers[1::2], strict=True)
+        ]
+
+
 class Draw:
     """Tokens that are being chosen.
 
@@ -201,15 +268,16 @@ class Draw:
 
 
 class Sent:
-    """Numbers on their way to the host."""
+    """Numbers on their way to the host, as they are when the device comes to this."""
 
     def __init__(self, numbers: Tensor) -> None:
-        self._numbers = numbers
         self._event: torch.cuda.Event | None = None
         if numbers.device.type == "cuda":
             self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.current_stream(numbers.device).record_event()
+        else:
+            self._numbers = numbers.clone()
 
     def fetch(self) -> list[float]:
         """The numbers, once they are here."""

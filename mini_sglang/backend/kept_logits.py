@@ -34,7 +34,7 @@ class KeptLogits:
             for number, row in wanted:
                 kept = self._rows.get(number)
                 if kept is None:
-                    self._rows[number] = logits[row].clone()
+                    self._rows[number] = logits[row].to(torch.float32, copy=True)
                 else:
                     kept.copy_(logits[row])
 

@@ -14,7 +14,8 @@ from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.attention.paged import PagedAttention
 from mini_sglang.backend.batch import Batch, Followed, Limits
 from mini_sglang.backend.device import dtype_name, to_device
-from mini_sglang.backend.device_sampling import DeviceSampler, Draw
+from mini_sglang.backend.device_sampling import Chosen, DeviceSampler, Draw
+from mini_sglang.backend.graphs.program import GraphProgram
 from mini_sglang.backend.kept_logits import KeptLogits
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.kv.store import PoolStore
@@ -140,6 +141,9 @@ class ModelBackend:
         return batch
 
     def _run(self, steps: Sequence[SequenceStep], batch: Batch) -> list[SequenceResult]:
+        chosen = self._choose(steps, batch, later=False)
+        if chosen is not None:
+            return _in_places(len(steps), batch, chosen.results())
         if self.program is not None and self.program.takes(batch):
             # Without torch's inference mode: to enter it takes a tenth of the time outside the kernels.
             return self._results(steps, batch, self.program.forward(batch))
@@ -163,7 +167,7 @@ class ModelBackend:
     @says_out_of_memory()
     def launch(
         self, steps: Sequence[SequenceStep], followed: Followed | None
-    ) -> tuple[Draw | None, list[int]]:
+    ) -> tuple[Draw | Chosen | None, list[int]]:
         """Begin what ``run`` does, without waiting for the device.
 
         Args:
@@ -174,16 +178,37 @@ class ModelBackend:
         """
         batch = self._batch(steps)
         batch.followed = followed
+        chosen = self._choose(steps, batch, later=True)
+        if chosen is not None:
+            return chosen, [place for place, _ in batch.samples]
         program = self.program if self.program is not None and self.program.takes(batch) else None
         with torch.inference_mode():
             hidden = self._forward(batch) if program is None else program.forward(batch)
             if not batch.samples:
                 return None, []
             places = [place for place, _ in batch.samples]
-            logits = self.decoder.logits(self._sampled_rows(batch, hidden))
-            self._kept.keep(steps, places, logits)
             assert isinstance(self.sampler, DeviceSampler)
+            table = self.sampler.plain(batch.specs)
+            rows = self._sampled_rows(batch, hidden)
+            logits = self.decoder.logits(rows) if table is None else self.decoder.head(rows)
+            self._kept.keep(steps, places, logits)
+            if table is not None:
+                return self.sampler.choose(logits, table), places
             return self.sampler.launch(logits, batch.specs), places
+
+    def _choose(self, steps: Sequence[SequenceStep], batch: Batch, *, later: bool) -> Chosen | None:
+        """Run a step and choose its tokens where both were recorded; None, and nothing has run, elsewhere."""
+        # See ``_run`` for why there is no inference mode.
+        program, sampler = self.program, self.sampler
+        if not isinstance(program, GraphProgram) or not isinstance(sampler, DeviceSampler):
+            return None
+        if batch.prompts or program.choosing is None or any(s.keep_logits is not None for s in steps):
+            return None
+        table = sampler.plain(batch.specs)
+        if table is None:
+            return None
+        found = program.choose(batch, table, later=later)
+        return None if found is None else Chosen(*found, later=later)
 
     def _results(self, steps: Sequence[SequenceStep], batch: Batch, hidden: Tensor) -> list[SequenceResult]:
         """What ``hidden`` ``[R, hidden_size]`` comes to: tokens and prompt logprobs."""
@@ -256,6 +281,14 @@ class ModelBackend:
             rows = slice(first, first + LOGPROB_ROWS)
             logprobs += self.sampler.prompt_logprobs(self.decoder.logits(hidden[rows]), targets[rows], top)
         return logprobs
+
+
+def _in_places(count: int, batch: Batch, chosen: Iterable[SequenceResult]) -> list[SequenceResult]:
+    """One result for each step, for a batch without drafts and prompt logprobs."""
+    results = [SequenceResult() for _ in range(count)]
+    for (place, _), result in zip(batch.samples, chosen, strict=True):
+        results[place] = result
+    return results
 
 
 def _with_drafts(chosen: Iterable[tuple[int, SequenceResult]]) -> dict[int, SequenceResult]:

@@ -94,7 +94,7 @@ def load_native_backend(
         if machine.compiler is not None:
             decoder, compiled = _compile(decoder, trial(), attention, context_length, machine.compiler)
         obstacle = why_not_recorded(decoder, size)
-        graphs = Graphs(settings, machine.recorder, attention, context_length, obstacle)
+        graphs = Graphs(settings, machine.recorder, attention, context_length, obstacle, machine.triton)
         taken = graphs.measure(decoder, trial(graphs.spare_pages)) if graphs.on else 0
         num_pages = _num_pages(settings, rank, dtypes, machine.device, context_length, taken)
         kv = pages(num_pages, graphs.spare_pages)
@@ -105,7 +105,7 @@ def load_native_backend(
             decoder,
             kv,
             attention,
-            make_sampler(config.vocab_size, machine.device),
+            make_sampler(config.vocab_size, machine.device, machine.triton),
             context_length,
             num_parameters,
             machine.kernels_used,

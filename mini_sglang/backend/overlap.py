@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from mini_sglang.backend.batch import Followed
-from mini_sglang.backend.device import to_device
-from mini_sglang.backend.device_sampling import DeviceSampler, Draw
+from mini_sglang.backend.device_sampling import Chosen, DeviceSampler, Draw
 from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.parallel.backend import FollowingBackend, LeadingBackend
 from mini_sglang.backend.step import Backend, Flight, LoadedBackend, SequenceResult, SequenceStep, Submitter
@@ -130,7 +129,7 @@ class _DeviceFlight:
         places: of each row of ``draw``, the place of its sequence among the step's ``count``.
     """
 
-    def __init__(self, draw: Draw | None, places: Sequence[int], count: int) -> None:
+    def __init__(self, draw: Draw | Chosen | None, places: Sequence[int], count: int) -> None:
         self._draw = draw
         self._row = {place: row for row, place in enumerate(places)}
         self._count = count
@@ -158,6 +157,4 @@ class _DeviceFlight:
             return None
         assert self._draw is not None
         ids: Tensor = self._draw.ids
-        rows = to_device(torch.tensor([row for _, row in wanted]), ids.device)
-        with torch.inference_mode():
-            return Followed([place for place, _ in wanted], ids.index_select(0, rows))
+        return Followed([place for place, _ in wanted], ids, [row for _, row in wanted])

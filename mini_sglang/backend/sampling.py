@@ -96,17 +96,20 @@ class Sampler:
         Raises:
             ValueError: the shape of ``logits`` does not fit ``specs`` or the vocabulary.
         """
-        shape = logits.shape
-        if len(shape) != 2 or shape[0] != len(specs) or shape[1] < self._vocab_size:
-            wanted = f"[{len(specs)}, at least {self._vocab_size}]"
-            raise ValueError(f"logits have shape {list(shape)}; it must be {wanted}.")
+        self._check(logits, specs)
         if not specs:
             return []
-        if shape[1] > self._vocab_size:
+        if logits.shape[1] > self._vocab_size:
             logits = logits[:, : self._vocab_size]
         if all(map(_takes_argmax, specs)):
             return _argmax_results(logits)
         return self._sample(usable(logits), specs)
+
+    def _check(self, logits: Tensor, specs: Sequence[SampleSpec]) -> None:
+        shape = logits.shape
+        if len(shape) != 2 or shape[0] != len(specs) or shape[1] < self._vocab_size:
+            wanted = f"[{len(specs)}, at least {self._vocab_size}]"
+            raise ValueError(f"logits have shape {list(shape)}; it must be {wanted}.")
 
     def prompt_logprobs(self, logits: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
         """``prompt_logprobs`` within the vocabulary, for ``logits`` that may have the head's padding."""

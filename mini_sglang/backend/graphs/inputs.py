@@ -12,6 +12,8 @@ from mini_sglang.backend.attention.tables import StepTables
 from mini_sglang.backend.batch import Batch
 from mini_sglang.backend.device import host_buffer
 from mini_sglang.backend.graphs.shapes import Shape
+from mini_sglang.backend.kernels.triton.choosing import COLUMNS
+from mini_sglang.backend.plain_rows import Table
 
 # Of each tensor's address: kernels are compiled for addresses that divide by so much.
 _ALIGNMENT = 16
@@ -41,7 +43,7 @@ class StepInputs:
         self.nbytes = self._places[-1][1]
         self._device = buffer[: self.nbytes]
         wide, narrow = torch.int64, torch.int32
-        parts = [buffer[first:stop] for first, stop in self._places]
+        parts = [buffer[first:stop] for first, stop in self._places[1:]]
         token_ids, positions, slots, output_row = (part.view(wide) for part in parts[:4])
         starts, lens, table = (part.view(narrow) for part in parts[4:])
         self.tables = StepTables.over(table.view(sequences, pages), starts, lens)
@@ -64,11 +66,23 @@ class StepInputs:
         )
         self.fill(None)
 
-    def fill(self, batch: Batch | None) -> None:
-        """Take a batch whose tensors are on the host, and which fits the shape; ``None`` is all padding."""
+    def fill(
+        self,
+        batch: Batch | None,
+        choice: Table | None = None,
+        place: int = 0,
+        follows: tuple[list[int], list[int]] | None = None,
+    ) -> None:
+        """Take a batch whose tensors are on the host, and which fits the shape; ``None`` is all padding.
+
+        Args:
+            choice: how to choose the sequences' tokens, None where ``RecordedChoosing`` does not; they go to
+                ``place``.
+            follows: rows whose tokens are on the device, and where in what was chosen they lie.
+        """
         host = host_buffer(self.nbytes, self._device.device)
         numbers = host.numpy()
-        parts = [numbers[first:stop] for first, stop in self._places]
+        choices, *parts = [numbers[first:stop] for first, stop in self._places]
         token_ids, positions, slots, output_row = (part.view(np.int64) for part in parts[:4])
         starts, lens, table = (part.view(np.int32) for part in parts[4:])
         rows = sequences = 0
@@ -84,6 +98,13 @@ class StepInputs:
             table.reshape(-1, self._pages)[:sequences, : batch.page_table.shape[1]] = batch.page_table
             if batch.output_rows is not None and len(batch.output_rows):
                 output_row[:] = batch.output_rows.numpy()
+        if choice is not None:
+            wide = choices.view(np.float64).reshape(len(choice), -1)
+            wide[:, :sequences] = choice
+            wide[:, sequences:] = 0.0
+            wide[-1] = place
+        if follows is not None:
+            token_ids[follows[0]] = -1 - np.array(follows[1])
         token_ids[rows:] = 0
         positions[rows:] = 0
         slots[rows:] = self._spare_slot
@@ -104,11 +125,15 @@ def input_bytes(shape: Shape, page_size: int) -> int:
 
 
 def _places(rows: int, sequences: int, pages: int) -> Iterator[tuple[int, int]]:
-    """First and last + 1 byte of token ids, positions, slots, the output row, starts, lengths, table."""
+    """First and last + 1 byte of the choice of tokens, token ids, positions, slots, the output row, starts,
+    lengths, table.
+
+    The first begins at 0 for every shape: recordings of the choice depend on the number of sequences alone.
+    """
     first = 0
     wide, narrow = 8, 4
     for count, size in (
-        (rows, wide), (rows, wide), (rows, wide), (1, wide),
+        (COLUMNS * sequences, wide), (rows, wide), (rows, wide), (rows, wide), (1, wide),
         (sequences + 1, narrow), (sequences, narrow), (sequences * pages, narrow),
     ):  # fmt: skip
         yield first, first + count * size

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from mini_sglang.backend.attention.triton import TritonAttention, TritonStep
 from mini_sglang.backend.batch import Batch
+from mini_sglang.backend.graphs.choosing import RecordedChoosing
 from mini_sglang.backend.graphs.inputs import StepInputs, input_bytes
 from mini_sglang.backend.graphs.recorder import Recorder, Replay
 from mini_sglang.backend.graphs.shapes import Shape
+from mini_sglang.backend.kernels.triton.choosing import take_chosen
 from mini_sglang.backend.kv.pool import KVPool
 from mini_sglang.backend.models.decoder import Decoder
+from mini_sglang.backend.plain_rows import Table
 from mini_sglang.backend.transformers_models.decoder import TransformersDecoder
 
 
@@ -66,6 +69,10 @@ class GraphProgram:
         kv: with a spare page.
         attention: the model's, for its way to split sequences.
         shapes: what may be recorded, the largest first.
+        chooses: whether the choice of tokens is recorded too.
+
+    Attributes:
+        choosing: None where it is not.
     """
 
     max_rows = None
@@ -76,6 +83,7 @@ class GraphProgram:
         kv: KVPool,
         attention: TritonAttention,
         shapes: Sequence[Shape],
+        chooses: bool = False,
     ) -> None:
         assert kv.spare_pages
         self._decoder = decoder
@@ -92,17 +100,25 @@ class GraphProgram:
         like = self._run(self._inputs(shapes[-1]))
         self._output = torch.zeros((rows, *like.shape[1:]), dtype=like.dtype, device=like.device)
         self._decodes, self._prompts = _Sizes(), _Sizes()
+        self.choosing: RecordedChoosing | None = None
+        if chooses:
+            vocab_size = decoder.config.vocab_size
+            self.choosing = RecordedChoosing(decoder.head, vocab_size, self._output, self._buffer)
 
     def record(self, shape: Shape, recorder: Recorder) -> None:
-        """Record one of the shapes. Raises what the device raises."""
-        inputs = self._inputs(shape)
+        """Record one of the shapes. Raises what the device raises, and ``ChoosingError``."""
+        inputs, choosing = self._inputs(shape), self.choosing
 
         def step() -> None:
+            if choosing is not None and shape.decodes:
+                take_chosen(inputs.batch.token_ids, choosing.ids)
             hidden = self._run(inputs)
             self._output[: len(hidden)].copy_(hidden)
 
         kind = self._decodes if shape.decodes else self._prompts
         kind.add(_Recording(inputs, recorder.record(step)))
+        if choosing is not None:
+            choosing.record(shape.sequences, recorder)
 
     def takes(self, batch: Batch) -> bool:
         return self._find(batch) is not None
@@ -112,11 +128,40 @@ class GraphProgram:
         recording = self._find(batch)
         if recording is None:
             raise LookupError("no step of this kind was recorded")
-        recording.inputs.fill(batch)
-        batch.fill(recording.inputs.batch.token_ids)
-        recording.replay()
+        self._replay(recording, batch)
         wanted = batch.token_ids if batch.output_rows is None else batch.output_rows
         return self._output[: len(wanted)]
+
+    def choose(self, batch: Batch, table: Table, *, later: bool) -> tuple[Tensor, Tensor] | None:
+        """Run a batch whose tokens are chosen after all its output rows, as ``table`` says, and choose them.
+
+        Args:
+            later: whether other work is put in the device's queue before the results are read.
+
+        Returns:
+            see ``RecordedChoosing.replay``; None, and nothing has run, where this is not recorded.
+        """
+        recording, choosing = self._find(batch), self.choosing
+        if recording is None or choosing is None:
+            return None
+        rows, count = recording.inputs.shape.sequences, len(batch.seq_lens)
+        if not choosing.takes(rows) or table.shape[1] != count:
+            return None
+        place = choosing.place(later=later)
+        self._replay(recording, batch, table, place)
+        return choosing.replay(rows, count, place)
+
+    def _replay(
+        self, recording: _Recording, batch: Batch, table: Table | None = None, place: int = 0
+    ) -> None:
+        inputs, followed = recording.inputs, batch.followed
+        found = None if followed is None or self.choosing is None else self.choosing.find(followed)
+        if found is None:
+            inputs.fill(batch, table, place)
+            batch.fill(inputs.batch.token_ids)
+        else:
+            inputs.fill(batch, table, place, (batch.followed_rows(), found))
+        recording.replay()
 
     def _find(self, batch: Batch) -> _Recording | None:
         if batch.adapters is not None:

@@ -12,6 +12,7 @@ from mini_sglang.backend.attention.base import Attention
 from mini_sglang.backend.attention.triton import TritonAttention
 from mini_sglang.backend.batch import Batch, Limits
 from mini_sglang.backend.closeness import HIDDEN_TOLERANCE, relative_error
+from mini_sglang.backend.graphs.choosing import ChoosingError
 from mini_sglang.backend.graphs.program import GraphProgram
 from mini_sglang.backend.graphs.recorder import Recorder
 from mini_sglang.backend.graphs.shapes import Shape, shapes
@@ -63,12 +64,15 @@ class Graphs:
         attention: Attention,
         context_length: int,
         obstacle: str | None = None,
+        chooses: bool = False,
     ) -> None:
         """
         Args:
             recorder: None where nothing is to be recorded.
             obstacle: what keeps this model's steps from being recorded, a clause.
+            chooses: whether Triton's kernels may choose tokens, which is recorded then.
         """
+        self._chooses = chooses
         self._settings = settings
         self._recorder = recorder
         self._context_length = context_length
@@ -106,6 +110,7 @@ class Graphs:
         largest, others = _trials(wanted)
         before = recorder.used_bytes()
         program: GraphProgram | None = None
+        again = False
         try:
             program = self._program(decoder, kv, wanted)
             # For these the shared memory grows.
@@ -115,12 +120,17 @@ class Graphs:
             for shape in others:
                 program.record(shape, recorder)
             each = max(0, recorder.used_bytes() - with_memory) // max(1, len(others))
+        except ChoosingError as error:
+            self._choose_unrecorded(error)
+            again = True
         except Exception as error:
             self._turn_off(_failure(error))
             return 0
         finally:
             program = None
             recorder.release()
+        if again:
+            return self.measure(decoder, kv)
         taken = max(0, with_memory - before) + each * (len(wanted) - len(largest))
         logger.info("%d CUDA graphs will take about %.1f MiB", len(wanted), taken / 2**20)
         return taken
@@ -141,12 +151,24 @@ class Graphs:
                     bar.update(1)
             limits = Limits(kv.page_size, kv.num_pages, decoder.config.vocab_size, positions)
             prove(program, decoder, kv, self._attention, limits)
+        except ChoosingError as error:
+            self._choose_unrecorded(error)
+            program = None
+            recorder.release()
+            return self.record(decoder, kv)
         except Exception as error:
             self._turn_off(_failure(error))
             program = None
             recorder.release()
             return None
         self._count = len(wanted)
+        if program.choosing is not None:
+            try:
+                program.choosing.prove()
+            except Exception as error:
+                # The steps are as they should be.
+                self._choose_unrecorded(error)
+                program.choosing = None
         return program
 
     def describe(self) -> str:
@@ -158,7 +180,8 @@ class Graphs:
             kinds.append(f"decodes of up to {self._decodes}")
         if self._prompt(self._context_length) > 1:
             kinds.append(f"prompts of up to {self._prompt(self._context_length)} tokens")
-        return f"{self._count} for {' and '.join(kinds)}"
+        chosen = ", tokens chosen" if self._chooses else ""
+        return f"{self._count} for {' and '.join(kinds)}{chosen}"
 
     @property
     def _decodes(self) -> int:
@@ -186,7 +209,13 @@ class Graphs:
         self, decoder: Decoder | TransformersDecoder, kv: KVPool, wanted: Sequence[Shape]
     ) -> GraphProgram:
         assert self._attention is not None
-        return GraphProgram(decoder, kv, self._attention, wanted)
+        if isinstance(decoder, Decoder) and _in_blocks(decoder.lm_head):
+            self._chooses = False
+        return GraphProgram(decoder, kv, self._attention, wanted, self._chooses)
+
+    def _choose_unrecorded(self, error: Exception) -> None:
+        logger.warning("CUDA graphs end before the choice of tokens: %s", error)
+        self._chooses = False
 
     def _turn_off(self, why: str) -> None:
         logger.warning("CUDA graphs are off: %s", why)

@@ -127,4 +127,8 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[R, hidden_size]`` to float32 ``[R, vocab_size]``."""
-        return self.lm_head.linear(hidden).float()
+        return self.head(hidden).float()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The logits in the type that they are computed in."""
+        return self.lm_head.linear(hidden)

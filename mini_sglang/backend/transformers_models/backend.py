@@ -125,7 +125,7 @@ def _paged(
     page_size = settings.page_size_tokens
     pages = partial(kv_pool, decoder.shapes, page_size=page_size, dtype=dtype, device=machine.device)
     obstacle = why_not_recorded(decoder, place.group.size)
-    graphs = Graphs(settings, machine.recorder, attention, length, obstacle)
+    graphs = Graphs(settings, machine.recorder, attention, length, obstacle, machine.triton)
     # Before the pool takes its part of the memory.
     taken = graphs.measure(decoder, pages(num_pages=1, spare_pages=graphs.spare_pages)) if graphs.on else 0
     num_pages = kv_pages_for(
@@ -142,7 +142,7 @@ def _paged(
         decoder,
         kv,
         attention,
-        make_sampler(config.vocab_size, machine.device),
+        make_sampler(config.vocab_size, machine.device, machine.triton),
         length,
         count,
         machine.kernels_used,

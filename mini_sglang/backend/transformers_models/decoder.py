@@ -119,7 +119,11 @@ class TransformersDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What ``forward`` gave as float32 ``[R, vocab_size]``."""
-        return hidden.float()
+        return self.head(hidden).float()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """What ``forward`` gave, as it is."""
+        return hidden
 
 
 @torch.inference_mode()

@@ -26,6 +26,7 @@ from mini_sglang.backend.attention.base import PLAIN, AttentionForm
 from mini_sglang.backend.kernels.triton import (
     attention_kernels,
     block_kernels,
+    choosing_kernels,
     chunk_kernels,
     elementwise_kernels,
     few_rows,
@@ -34,6 +35,7 @@ from mini_sglang.backend.kernels.triton import (
 from mini_sglang.backend.kernels.triton import operations as operations_of_triton
 from mini_sglang.backend.kernels.triton.block_layout import FORMATS
 from mini_sglang.backend.kernels.triton.block_weight import TritonWeight
+from mini_sglang.backend.kernels.triton.choosing import COLUMNS, TritonChooser, take_chosen
 from mini_sglang.backend.kernels.triton.operations import TritonOperations, round_rows
 from mini_sglang.backend.loading.ggml_types import GGML_TYPES
 from mini_sglang.backend.models.rope import Rotations
@@ -41,10 +43,17 @@ from mini_sglang.backend.weights import DenseWeight, QuantizedWeight
 from tests.backend.kernels.triton.scene import LAYER, Scene
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-_TYPES |= {torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv"}
+_TYPES |= {
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}
 
 # What tells one compiled kernel from another.
 SIZES = ("KEY_DIM", "BLOCK_M", "BLOCK_N", "HEAD_DIM", "WIDTH", "BITS", "GROUP", "BLOCK_R", "ROWS", "FEATURES")
+SIZES += ("PART",)
 FLAGS = ("SPLIT", "WINDOWED", "SOFTCAP", "SINKS", "NORM", "ROTATE", "MINIMUM", "NESTED", "EXACT", "CHOSEN")
 FLAGS += ("GATED", "ADD", "DEPENDENT")
 
@@ -54,6 +63,7 @@ KERNELS = {
     elementwise_kernels: ("add_and_norm", "rotate_and_store", "silu_and_mul", "round_row"),
     block_kernels: ("multiply", "add_parts", "unpack"),
     few_rows_kernels: ("few_rows",),
+    choosing_kernels: ("find_best", "weigh_parts", "pick_tokens", "take_chosen"),
 }
 
 
@@ -154,9 +164,22 @@ def compile_all(
         compile_products(dtype, formats)
         if dtype.itemsize == 2:
             compile_few_rows(dtype)
+        for vocab_size in (151936, 49153):
+            for rows in (1, 16, 64):
+                compile_choosing(dtype, vocab_size, rows)
         if capability >= 89:
             round_rows(torch.zeros(3, 5120, dtype=dtype), 1e-30)
     print(json.dumps({"shared": shared, "kernels": done}))
+
+
+def compile_choosing(dtype: torch.dtype, vocab_size: int, rows: int) -> None:
+    logits, table = (
+        torch.zeros(rows, vocab_size, dtype=dtype),
+        torch.zeros(COLUMNS, rows, dtype=torch.float64),
+    )
+    ids, numbers = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.float64)
+    TritonChooser(vocab_size).choose(logits, table, ids, numbers)
+    take_chosen(ids, ids)
 
 
 def compile_products(dtype: torch.dtype, formats: Collection[str]) -> None:

@@ -39,6 +39,8 @@ def test_every_kernel_compiles_without_spilling(
     if capability >= 89:
         operations.add("round_row")
     attention = {"attend", "attend_chunk", "merge"}
-    assert names == {*attention, *operations, "multiply", "add_parts", "unpack", "few_rows"}
+    choosing = {"find_best", "weigh_parts", "pick_tokens", "take_chosen"}
+    products = {"multiply", "add_parts", "unpack", "few_rows"}
+    assert names == {*attention, *operations, *products, *choosing}
     for name, taken in said["kernels"].items():
         assert taken["shared"] <= said["shared"] and taken["stack"] <= 16, (name, taken)
