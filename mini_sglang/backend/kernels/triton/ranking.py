@@ -1,0 +1,72 @@
+"""Draws under top_k and top_p by Triton's kernels; the twin in torch is ``DeviceSampler``'s own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mini_sglang.backend.distribution import weight_unit
+from mini_sglang.backend.kernels.triton.launch import power_of_two
+
+NUMBER, ROOM = 128, 1024
+"""How many of a row's largest logits are ranked at least, and at most."""
+COLUMNS = 7
+_BLOCK, _PEAKS = 4096, 1024
+
+
+class TritonRanking:
+    """Ranks a row's largest logits and draws from them.
+
+    Four launches whose grids depend on shapes alone: they can be captured in a CUDA graph.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._unit = weight_unit(vocab_size)
+        # Parts enough for the threshold, few enough to sort their largest in one program.
+        self._part = max(4, power_of_two(-(-vocab_size // _PEAKS)))
+        self._parts = -(-vocab_size // self._part)
+
+    def draw(self, logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw a token per row.
+
+        Args:
+            logits: ``[R, at least vocab_size]`` in any floating type of up to 32 bits; a row in one piece.
+            columns: ``[7, R]`` float64: the row's largest logit, 1 over the temperature, the random number in
+                ``[0, 1)``, top_k or 0, top_p, the weight below which min_p drops a token, the weight of the
+                whole vocabulary (read where there is no top_k).
+
+        Returns:
+            ids ``[R]`` int64, an index of the vocabulary also where the row is not finite, and int32 ``[R]``,
+            whether the logits that were ranked are all that the filters leave; else the id is no draw.
+        """
+        from mini_sglang.backend.kernels.triton import ranking_kernels as kernels
+
+        rows, vocab_size, device = len(logits), self.vocab_size, logits.device
+        ids = torch.empty(rows, dtype=torch.int64, device=device)
+        peaks = torch.empty((rows, self._parts), dtype=torch.int32, device=device)
+        thresholds, counts, enough = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(3))
+        gathered = torch.empty((rows, ROOM), dtype=torch.int64, device=device)
+        if not rows:
+            return ids, enough
+        assert logits.stride(1) == 1 and columns.is_contiguous()
+        here = max(1, _BLOCK // self._part)
+        kernels.find_peaks[(rows, -(-self._parts // here))](
+            logits, peaks, logits.stride(0),
+            VOCAB=vocab_size, PART=self._part, PARTS=self._parts, HERE=here, num_warps=4,
+        )  # fmt: skip
+        kernels.find_thresholds[(rows,)](
+            peaks, thresholds, counts,
+            PARTS=self._parts, PARTS_BLOCK=power_of_two(self._parts), NUMBER=min(NUMBER, self._parts),
+            num_warps=4,
+        )  # fmt: skip
+        block = min(_BLOCK, power_of_two(vocab_size))
+        kernels.gather_largest[(rows, -(-vocab_size // block))](
+            logits, thresholds, counts, gathered, logits.stride(0),
+            VOCAB=vocab_size, BLOCK=block, ROOM=ROOM, num_warps=4,
+        )  # fmt: skip
+        kernels.pick_ranked[(rows,)](
+            gathered, counts, columns, ids, enough, columns.stride(0),
+            VOCAB=vocab_size, UNIT=self._unit, ROOM=ROOM, num_warps=4,
+        )  # fmt: skip
+        return ids, enough
