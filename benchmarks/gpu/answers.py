@@ -205,5 +205,5 @@ def answers(part: Part) -> None:
     if part.device != "cuda":
         # What a CPU has too, and few: the interpreter would take minutes.
         cases = tuple(case for case in CASES if case.settings.keys() <= {"attn_impl", "prefill_chunk_size"})
-    for row in compared(part.device, part.tiny, cases):
+    for row in compared(part.device, part.tiny, cases[part.share :: part.shares]):
         part.row(row.pop("name"), row.pop("value"), row.pop("unit"), row.pop("note"), **row)

@@ -259,7 +259,7 @@ CHECKS = (
     Check(
         "attention: long decodes in parts", ("attend", "merge"), attention([(1, 2500), (1, 300), (20, 900)])
     ),
-    Check("attention: chunks", ("attend",), attention([(140, 0), (70, 33), (1, 90), (35, 0)])),
+    Check("attention: chunks", ("attend", "attend_chunk"), attention([(140, 0), (70, 33), (1, 90), (35, 0)])),
     Check(
         "attention: sliding window", ("attend", "merge"), attention([(1, 699), (60, 100), (1, 5)], window=100)
     ),
@@ -268,7 +268,19 @@ CHECKS = (
     Check("norm and rotation of heads, KV write", ("rotate_and_store",), rotation),
     Check("SiLU times up", ("silu_and_mul",), silu),
     Check("products of few rows", ("few_rows",), few),
-    Check("choosing tokens", ("find_best", "weigh_parts", "pick_tokens"), choosing),
+    Check(
+        "choosing tokens",
+        (
+            "find_best",
+            "weigh_parts",
+            "pick_tokens",
+            "find_peaks",
+            "find_thresholds",
+            "gather_largest",
+            "pick_ranked",
+        ),
+        choosing,
+    ),
     Check("tokens that were chosen", ("take_chosen",), followed),
     *(Check(*entry) for entry in QUANTISED),
 )

@@ -33,6 +33,8 @@ class Part:
         self.settings: dict[str, Any] = options["settings"]
         self.bandwidth: float | None = options.get("bandwidth")
         self.done: int = options.get("done", 0)
+        self.share: int = options.get("share", 0)
+        self.shares: int = options.get("shares", 1)
         self._options = options
         self.size: Size = TINY if self.tiny else FULL
 
@@ -100,7 +102,7 @@ def kernels(part: Part) -> None:
         return
     from benchmarks.gpu.kernel_checks import CHECKS, TOLERANCE
 
-    checks = [(check, dtype) for check in CHECKS for dtype in TOLERANCE]
+    checks = [(check, dtype) for check in CHECKS for dtype in TOLERANCE][part.share :: part.shares]
     for place, (check, dtype) in enumerate(checks[part.done :], part.done + 1):
         name = f"{check.name}, {str(dtype).removeprefix('torch.')}"
         allowed = TOLERANCE[dtype] if check.kernels else 0.0

@@ -27,6 +27,7 @@ from mini_sglang.backend.distribution import (
     weights_of,
 )
 from mini_sglang.backend.kernels.triton.choosing import COLUMNS, TritonChooser
+from mini_sglang.backend.kernels.triton.ranking import TritonRanking
 from mini_sglang.backend.penalties import adjust_logits, adjusts
 from mini_sglang.backend.plain_rows import PlainRows, Table
 from mini_sglang.backend.sampling import (
@@ -62,6 +63,7 @@ class DeviceSampler(Sampler):
     def __init__(self, vocab_size: int, kernels: bool = False) -> None:
         super().__init__(vocab_size)
         self._chooser = TritonChooser(vocab_size) if kernels else None
+        self._ranking = TritonRanking(vocab_size) if kernels else None
         self._rows = PlainRows(vocab_size)
 
     def plain(self, specs: Sequence[SampleSpec]) -> Table | None:
@@ -144,6 +146,11 @@ class DeviceSampler(Sampler):
         go.
         """
         groups: dict[tuple[bool, int], list[int]] = {}
+        if self._ranking is not None and look == 0:
+            limited_rows = [row for row in rows if self._group(specs[row].params)[1]]
+            rows = [row for row in rows if not self._group(specs[row].params)[1]]
+            if limited_rows:
+                self._rank_into(ids, enough, x, peak, specs, limited_rows)
         for row in rows:
             limited, width = self._group(specs[row].params)
             for _ in range(look):
@@ -164,6 +171,25 @@ class DeviceSampler(Sampler):
                 drawn, wide = self._draw_of_largest(part, replace(columns, total=total), width)
                 ids.index_copy_(0, at, drawn)
                 enough.index_copy_(0, at, wide.to(enough.dtype))
+
+    def _rank_into(
+        self,
+        ids: Tensor,
+        enough: Tensor,
+        x: Tensor,
+        peak: Tensor,
+        specs: Sequence[SampleSpec],
+        rows: Sequence[int],
+    ) -> None:
+        """What ``draw_into`` does at the first look, for rows under top_k or top_p."""
+        assert self._ranking is not None
+        columns, at = self._columns(take(peak, rows), [specs[row] for row in rows]), _indices(rows, x)
+        floor = torch.zeros_like(columns.peak) if columns.floor is None else columns.floor
+        top_k = torch.where(columns.top_k < self._vocab_size, columns.top_k, 0).double()
+        table = torch.cat((columns.peak, columns.scale, columns.uniform, top_k, columns.top_p, floor), 1)
+        drawn, wide = self._ranking.draw(take(x, rows), table.t().contiguous())
+        ids.index_copy_(0, at, drawn)
+        enough.index_copy_(0, at, wide.to(enough.dtype))
 
     def _draw_of_largest(self, x: Tensor, columns: Columns, width: int) -> tuple[Tensor, Tensor]:
         """Draw under top_k or top_p from the ``width`` largest logits: ids ``[R]``, and whether they were

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -266,6 +267,41 @@ def test_a_part_that_takes_too_long_is_ended_and_what_it_said_counts(
     fake.write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(gpu.Ended, match="exit status 3"):
         gpu.run_part("small", {"device": "cpu"}, 5, rows.append)
+
+
+def test_shares_run_side_by_side_and_all_that_they_say_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(3)
+
+    def part(name: str, options: dict[str, Any], seconds: float, take: Any, stop: threading.Event) -> None:
+        assert (name, seconds, options["shares"], stop.is_set()) == ("kernels", 9, 3, False)
+        together.wait(20)
+        take({"name": f"share {options['share']}"})
+        if options["share"] < 2:
+            raise gpu.Ended(("cut off after 9 s", "broke with exit status 1")[options["share"]])
+
+    monkeypatch.setattr(gpu, "SHARES", {"kernels": 3})
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(gpu, "run_part", part)
+    rows: list[dict[str, Any]] = []
+    with pytest.raises(gpu.Ended, match="exit status 1"):
+        gpu.run_shares("kernels", {"device": "cuda"}, 9, rows.append)
+    assert sorted(row["name"] for row in rows) == ["share 0", "share 1", "share 2"]
+
+
+def test_the_shares_of_the_checks_are_all_of_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    pytest.importorskip("triton")
+    checks = [kernel_checks.Check(f"check {n}", ("a",), lambda *_: 0.0) for n in range(5)]
+    monkeypatch.setattr(kernel_checks, "CHECKS", checks)
+    for share in range(3):
+        parts.kernels(
+            parts.Part({"device": "cpu", "tiny": True, "settings": {}, "share": share, "shares": 3})
+        )
+    said = [json.loads(line.removeprefix("@"))["name"] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(said) == sorted(
+        f"check {n}, {dtype}" for n in range(5) for dtype in ("float32", "bfloat16")
+    )
 
 
 def test_the_budgets_fit_and_every_part_has_a_title_and_is_there() -> None:

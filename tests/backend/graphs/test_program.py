@@ -56,7 +56,7 @@ def test_decodes_of_every_number(folder: Path, recorder: FaithfulRecorder) -> No
 def test_decodes_of_few_rows(
     folder: Path, recorder: FaithfulRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In half precision, where their products have kernels of their own; three are recorded as four."""
+    """In half precision, where their products have kernels of their own; three have not."""
     rows_of = []
 
     def noting(x: Tensor, *args: Any, **given: Any) -> Tensor:
@@ -67,12 +67,12 @@ def test_decodes_of_few_rows(
     # The interpreter takes as long for a small tile as for a large one.
     monkeypatch.setattr(few_rows, "few_rows_launch", lambda *sizes: FewRowsLaunch(64, 128, 4))
     backend = load_recorded(folder, enable_cuda_graph=False, dtype="fp16")
-    assert {1, 2, 4} <= set(rows_of) <= {1, 2, 3, 4}
+    assert set(rows_of) == {1, 2}
     lengths = [30, 1, 17, 16]
     tables = page_ranges(backend, [length + 1 for length in lengths])
     fill(backend, [ids(length, i) for i, length in enumerate(lengths)], tables)
     replayed = recorder.replayed
-    for count in (1, 3, 4):
+    for count in (1, 2, 3):
         assert_same(backend, [step([9 + i], lengths[i], tables[i], sample=True) for i in range(count)])
     assert recorder.replayed == replayed + 3
 

@@ -16,8 +16,8 @@ from mini_sglang.backend.weights import DenseWeight, Weight
 
 # Rows of a step that are multiplied so: one constant for all matrices, so that within it a row's bits do not
 # depend on how many rows there are. Without tensor cores each row costs arithmetic of its own, which the
-# loads of the weights no longer hide where rows are many.
-FEW_ROWS = 4
+# loads of the weights no longer hide at four: an H100 is slower than with cuBLAS then.
+FEW_ROWS = 2
 # Numbers in 16 bytes, the widest load.
 _LANES = 8
 # A row that is normed lies in the registers of one program.

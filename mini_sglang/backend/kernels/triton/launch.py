@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 # What most GPUs since 2018 let a block have; an H100 has 227 KiB.
 _SHARED_BYTES, _LARGE_SHARED = 96 * 1024, 160 * 1024
@@ -14,7 +12,7 @@ _SHARED_BYTES, _LARGE_SHARED = 96 * 1024, 160 * 1024
 # shared memory than that takes there are fewer stages, then smaller tiles.
 _CHUNKS: dict[int, tuple[int, int, int, int, int | None]] = {
     64: (128, 64, 8, 3, None),
-    128: (128, 64, 8, 3, None),
+    128: (128, 32, 8, 3, 128),
     256: (128, 32, 8, 2, None),
     512: (64, 16, 8, 2, None),
 }
@@ -46,8 +44,6 @@ class FewRowsLaunch:
     warps: int
 
 
-# What a rule does not find, by (features, columns); features are half the matrix's rows where they are gated.
-_FEW_ROWS: Mapping[tuple[int, int], FewRowsLaunch] = MappingProxyType({})
 # Enough programs for two on each multiprocessor of a large GPU.
 _FEW_ROWS_PROGRAMS = 256
 
@@ -139,11 +135,14 @@ def chunk_launch(group: int, head_dim: int, itemsize: int, shared_bytes: int = _
 
 
 def few_rows_launch(features: int, columns: int, gated: bool) -> FewRowsLaunch:
-    """The launch for a matrix, the same for any number of rows: so is the order of a row's sums."""
-    known = _FEW_ROWS.get((features, columns))
-    if known is not None:
-        return known
-    block_n = max(1, min(4 if gated else 8, _floor_power(features // _FEW_ROWS_PROGRAMS)))
+    """The launch for a matrix, the same for any number of rows: so is the order of a row's sums.
+
+    On an H100 it is within a few percent of the best of a dozen for the matrices of Qwen3's 0.6 B and 14 B.
+
+    Args:
+        features: half the matrix's rows where they are gated.
+    """
+    block_n = max(1, min(2 if gated else 8, _floor_power(features // _FEW_ROWS_PROGRAMS)))
     block_k = max(256, min(1024, power_of_two(columns)))
     return FewRowsLaunch(block_n, block_k, block_k // 256)
 

@@ -10,7 +10,6 @@ from mini_sglang.backend.kernels.triton.launch import power_of_two
 
 NUMBER, ROOM = 128, 1024
 """How many of a row's largest logits are ranked at least, and at most."""
-COLUMNS = 7
 _BLOCK, _PEAKS = 4096, 1024
 
 
@@ -32,9 +31,8 @@ class TritonRanking:
 
         Args:
             logits: ``[R, at least vocab_size]`` in any floating type of up to 32 bits; a row in one piece.
-            columns: ``[7, R]`` float64: the row's largest logit, 1 over the temperature, the random number in
-                ``[0, 1)``, top_k or 0, top_p, the weight below which min_p drops a token, the weight of the
-                whole vocabulary (read where there is no top_k).
+            columns: ``[6, R]`` float64: the row's largest logit, 1 over the temperature, the random number in
+                ``[0, 1)``, top_k or 0, top_p, the weight below which min_p drops a token.
 
         Returns:
             ids ``[R]`` int64, an index of the vocabulary also where the row is not finite, and int32 ``[R]``,
@@ -61,12 +59,15 @@ class TritonRanking:
             num_warps=4,
         )  # fmt: skip
         block = min(_BLOCK, power_of_two(vocab_size))
-        kernels.gather_largest[(rows, -(-vocab_size // block))](
-            logits, thresholds, counts, gathered, logits.stride(0),
-            VOCAB=vocab_size, BLOCK=block, ROOM=ROOM, num_warps=4,
+        blocks = -(-vocab_size // block)
+        sums = torch.zeros((rows, blocks), dtype=torch.float64, device=device)
+        kernels.gather_largest[(rows, blocks)](
+            logits, thresholds, counts, gathered, columns, sums, logits.stride(0), columns.stride(0),
+            VOCAB=vocab_size, UNIT=self._unit, BLOCK=block, BLOCKS=blocks, ROOM=ROOM, num_warps=8,
         )  # fmt: skip
         kernels.pick_ranked[(rows,)](
-            gathered, counts, columns, ids, enough, columns.stride(0),
-            VOCAB=vocab_size, UNIT=self._unit, ROOM=ROOM, num_warps=4,
+            gathered, counts, columns, sums, ids, enough, columns.stride(0),
+            VOCAB=vocab_size, UNIT=self._unit, BLOCKS=blocks, SUMS=power_of_two(blocks), ROOM=ROOM,
+            num_warps=4,
         )  # fmt: skip
         return ids, enough

@@ -18,6 +18,15 @@ def _order_of(x):
 
 
 @triton.jit
+def _weights(x, peak, scale, UNIT: tl.constexpr):
+    """``distribution.weights_of``."""
+    half: tl.constexpr = 4503599627370496.0
+    weight = tl.exp((x.to(tl.float64) - peak) * scale) * UNIT
+    # Of float64 beyond 2**52 all are whole: it rounds as torch does, halves to the even.
+    return (weight + half) - half
+
+
+@triton.jit
 def find_peaks(
     logits,
     peaks,
@@ -62,16 +71,26 @@ def gather_largest(
     thresholds,
     counts,
     gathered,
+    columns,
+    sums,
     row_stride,
+    column_stride,
     VOCAB: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    """Grid ``(R, ceil(VOCAB / BLOCK))``: value and id of the logits that reach the threshold, in any order."""
+    """Grid ``(R, BLOCKS)``: value and id of the logits that reach the threshold, in any order; where there is
+    no top_k the sum of a block's weights too."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < VOCAB
-    order = _order_of(tl.load(logits + row * row_stride + column, mask=inside, other=-float("inf")))
+    x = tl.load(logits + row * row_stride + column, mask=inside, other=-float("inf")).to(tl.float32)
+    if tl.load(columns + 3 * column_stride + row) == 0.0:
+        peak, scale = tl.load(columns + row), tl.load(columns + column_stride + row)
+        tl.store(sums + row * BLOCKS + tl.program_id(1), tl.sum(_weights(x, peak, scale, UNIT), 0))
+    order = _order_of(x)
     wanted = inside & (order >= tl.load(thresholds + row))
     before = tl.cumsum(wanted.to(tl.int32), 0)
     found = tl.max(before, 0)
@@ -86,17 +105,20 @@ def pick_ranked(
     gathered,
     counts,
     columns,
+    sums,
     ids,
     enough,
     column_stride,
     VOCAB: tl.constexpr,
     UNIT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SUMS: tl.constexpr,
     ROOM: tl.constexpr,
 ):
     """Grid ``(R,)``: the token, and whether the gathered logits were enough to know it.
 
     ``columns`` has for each row the peak, 1 over the temperature, the random number, top_k (0 for none),
-    top_p, the weight below which min_p drops a token, and the weight of the whole vocabulary.
+    top_p, and the weight below which min_p drops a token.
     """
     row = tl.program_id(0).to(tl.int64)
     peak = tl.load(columns + row)
@@ -105,7 +127,8 @@ def pick_ranked(
     top_k = tl.load(columns + 3 * column_stride + row).to(tl.int32)
     top_p = tl.load(columns + 4 * column_stride + row)
     floor = tl.load(columns + 5 * column_stride + row)
-    total = tl.load(columns + 6 * column_stride + row)
+    block = tl.arange(0, SUMS)
+    total = tl.sum(tl.load(sums + row * BLOCKS + block, mask=block < BLOCKS, other=0.0), 0)
     count = tl.load(counts + row)
     rank = tl.arange(0, ROOM)
     there = rank < count
@@ -113,9 +136,7 @@ def pick_ranked(
     packed = tl.sort(tl.load(gathered + row * ROOM + rank, mask=there, other=lowest), descending=True)
     order = (packed >> 32).to(tl.int32)
     x = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    half: tl.constexpr = 4503599627370496.0
-    weight = tl.exp((tl.where(there, x, 0.0).to(tl.float64) - peak) * scale) * UNIT
-    weight = tl.where(there, (weight + half) - half, 0.0)
+    weight = tl.where(there, _weights(tl.where(there, x, 0.0), peak, scale, UNIT), 0.0)
     # Behind one of no weight there are no others.
     last = rank == count - 1
     complete = (count == VOCAB) | (tl.sum(tl.where(last, weight, 0.0), 0) == 0.0)

@@ -31,12 +31,14 @@ from mini_sglang.backend.kernels.triton import (
     elementwise_kernels,
     few_rows,
     few_rows_kernels,
+    ranking_kernels,
 )
 from mini_sglang.backend.kernels.triton import operations as operations_of_triton
 from mini_sglang.backend.kernels.triton.block_layout import FORMATS
 from mini_sglang.backend.kernels.triton.block_weight import TritonWeight
 from mini_sglang.backend.kernels.triton.choosing import COLUMNS, TritonChooser, take_chosen
 from mini_sglang.backend.kernels.triton.operations import TritonOperations, round_rows
+from mini_sglang.backend.kernels.triton.ranking import TritonRanking
 from mini_sglang.backend.loading.ggml_types import GGML_TYPES
 from mini_sglang.backend.models.rope import Rotations
 from mini_sglang.backend.weights import DenseWeight, QuantizedWeight
@@ -63,6 +65,7 @@ KERNELS = {
     elementwise_kernels: ("add_and_norm", "rotate_and_store", "silu_and_mul", "round_row"),
     block_kernels: ("multiply", "add_parts", "unpack"),
     few_rows_kernels: ("few_rows",),
+    ranking_kernels: ("find_peaks", "find_thresholds", "gather_largest", "pick_ranked"),
     choosing_kernels: ("find_best", "weigh_parts", "pick_tokens", "take_chosen"),
 }
 
@@ -179,6 +182,7 @@ def compile_choosing(dtype: torch.dtype, vocab_size: int, rows: int) -> None:
     )
     ids, numbers = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.float64)
     TritonChooser(vocab_size).choose(logits, table, ids, numbers)
+    TritonRanking(vocab_size).draw(logits.float(), torch.zeros(6, rows, dtype=torch.float64))
     take_chosen(ids, ids)
 
 
@@ -202,7 +206,7 @@ def compile_few_rows(dtype: torch.dtype) -> None:
         number = torch.zeros((), dtype=dtype)
         down = DenseWeight(number.expand(hidden_size, inner_size))
         gate_up = DenseWeight(number.expand(2 * inner_size, hidden_size))
-        for rows in (1, 2, few_rows.FEW_ROWS):
+        for rows in range(1, few_rows.FEW_ROWS + 1):
             hidden = torch.zeros(rows, hidden_size, dtype=dtype)
             few_rows.product(hidden, gate_up, None, hidden[0], 1e-5, gated=True)
             few_rows.product(hidden, gate_up, hidden, hidden[0], 1e-5)

@@ -40,6 +40,7 @@ def test_every_kernel_compiles_without_spilling(
         operations.add("round_row")
     attention = {"attend", "attend_chunk", "merge"}
     choosing = {"find_best", "weigh_parts", "pick_tokens", "take_chosen"}
+    choosing |= {"find_peaks", "find_thresholds", "gather_largest", "pick_ranked"}
     products = {"multiply", "add_parts", "unpack", "few_rows"}
     assert names == {*attention, *operations, *products, *choosing}
     for name, taken in said["kernels"].items():

@@ -56,7 +56,7 @@ def test_products_and_sums(features: int, columns: int, dtype: torch.dtype) -> N
     weight, bias = weights(features, columns, dtype)
     # Rows of a wider tensor.
     x = random((FEW_ROWS, columns + 8), 3, dtype)[:, :columns]
-    for rows in (1, 3, FEW_ROWS):
+    for rows in range(1, FEW_ROWS + 1):
         expected = F.linear(x[:rows].float(), weight.tensor.float(), bias.float())
         near(product(x[:rows], weight, bias), expected)
         near(product(x[:rows], weight, None), expected - bias.float())
@@ -74,9 +74,9 @@ def test_norms_and_gates(features: int, columns: int, dtype: torch.dtype) -> Non
     weight, bias = weights(2 * features, columns, dtype)
     norm = 1 + random((columns,), 5, dtype, 0.2)
     # A row's size is its own.
-    x = random((FEW_ROWS, columns), 3, dtype) * torch.tensor([[3.0], [0.5], [1.0], [20.0]]).to(dtype)
+    x = random((FEW_ROWS, columns), 3, dtype) * torch.tensor([[3.0], [0.05]]).to(dtype)
     before = x.clone()
-    for rows in (1, 3, FEW_ROWS):
+    for rows in range(1, FEW_ROWS + 1):
         normed = F.rms_norm(x[:rows].float(), (columns,), norm.float(), EPS)
         both = F.linear(normed, weight.tensor.float(), bias.float())
         near(product(x[:rows], weight, bias, norm, EPS), both)
@@ -108,7 +108,7 @@ def test_numbers_that_are_none() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
 def test_operations_of_a_layer(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer's products after one another: the residual too is what torch's operators make of it."""
     monkeypatch.setattr(few_rows, "few_rows_launch", lambda *sizes: FewRowsLaunch(16, 64, 1))
@@ -165,9 +165,7 @@ def test_tiles(features: int, columns: int) -> None:
 def test_the_ids_of_the_plain_way(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a bias, and with norms of heads; prompts of more rows than are few, then decodes of few."""
     folder = save_tiny_model(tmp_path, family)
-    prompts = [
-        [(7 * i * i + 3 * i + s) % 190 + 5 for i in range(length)] for s, length in enumerate((2, 9, 3))
-    ]
+    prompts = [[(7 * i * i + 3 * i + s) % 190 + 5 for i in range(length)] for s, length in enumerate((2, 9))]
     # The interpreter takes as long for a small tile as for a large one.
     monkeypatch.setattr(few_rows, "few_rows_launch", lambda *sizes: FewRowsLaunch(64, 128, 4))
     calls = []

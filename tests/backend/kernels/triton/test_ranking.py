@@ -20,11 +20,10 @@ from mini_sglang.types import SamplingParams
 
 def table_of(x: Tensor, specs: list[SampleSpec], sampler: Sampler) -> Tensor:
     columns = sampler._columns(x.amax(-1, keepdim=True), specs)
-    weights = sampler._weights(x, columns).sum(-1, keepdim=True)
     floors = [spec.params.min_p * sampler._unit for spec in specs]
     top_k = torch.where(columns.top_k < x.shape[1], columns.top_k, 0).double()
     rows = (columns.peak, columns.scale, columns.uniform, top_k, columns.top_p)
-    return torch.cat([*rows, torch.tensor(floors).double()[:, None], weights], 1).t().contiguous()
+    return torch.cat([*rows, torch.tensor(floors).double()[:, None]], 1).t().contiguous()
 
 
 def compare(x: Tensor, ways: Sequence[Mapping[str, float]], seed: int) -> int:
@@ -87,7 +86,9 @@ def test_padding_of_the_head_is_not_looked_at() -> None:
     x = torch.randn(3, 300, generator=torch.Generator().manual_seed(1))
     wide = torch.cat((x, torch.full((3, 20), 99.0)), 1)
     sampler = Sampler(300)
-    specs = [SampleSpec(SamplingParams(max_new_tokens=1, temperature=1.0, top_k=9), row, 0) for row in range(3)]
+    specs = [
+        SampleSpec(SamplingParams(max_new_tokens=1, temperature=1.0, top_k=9), row, 0) for row in range(3)
+    ]
     ids, enough = TritonRanking(300).draw(wide, table_of(x, specs, sampler))
     assert enough.all() and ids.tolist() == [result.token_id for result in sampler.sample(x, specs)]
     assert uniform(0, 0) != uniform(1, 0)
@@ -96,7 +97,7 @@ def test_padding_of_the_head_is_not_looked_at() -> None:
 def test_a_row_that_is_not_finite_stays_inside_the_vocabulary() -> None:
     x = torch.full((2, 300), math.nan)
     x[1] = math.inf
-    columns = torch.tensor([[math.nan, 1, 0.5, 5, 0.9, 0, 1], [math.inf, 1, 0.5, 0, 0.9, 0, 1]]).double()
+    columns = torch.tensor([[math.nan, 1, 0.5, 5, 0.9, 0], [math.inf, 1, 0.5, 0, 0.9, 0]]).double()
     ids, _ = TritonRanking(300).draw(x, columns.t().contiguous())
     assert ((ids >= 0) & (ids < 300)).all()
     assert TritonRanking(300).draw(x[:0], columns.t().contiguous()[:, :0])[0].tolist() == []
