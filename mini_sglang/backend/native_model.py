@@ -184,6 +184,7 @@ def _num_pages(
         free_bytes=max(0, free_memory(device) - taken) // rank.sharing,
         context_length=context_length,
         max_batch_size=settings.max_batch_size,
+        device=device,
     )
     return rank.group.least(num_pages)
 

@@ -167,7 +167,9 @@ def test_gpu_rules(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_dtype("bf16", torch.device("mps"))
 
 
-def pages(budget: int = 0, page_size: int = 16, per_token: int = 1024, free: int = 1 << 30) -> int:
+def pages(
+    budget: int = 0, page_size: int = 16, per_token: int = 1024, free: int = 1 << 30, device: str = "cpu"
+) -> int:
     return kv_pages_for(
         token_budget=budget,
         page_size=page_size,
@@ -175,6 +177,7 @@ def pages(budget: int = 0, page_size: int = 16, per_token: int = 1024, free: int
         free_bytes=free,
         context_length=8192,
         max_batch_size=64,
+        device=torch.device(device),
     )
 
 
@@ -184,6 +187,8 @@ def test_the_pool_s_size() -> None:
     # 131,072 tokens are of use: 64 Ki and 1 Ki for each of 64 requests.
     assert pages(free=1 << 40) == 131_072 // 16
     assert pages(free=100 * MIB) == 40 * MIB // 1024 // 16
+    assert pages(free=100 * MIB, device="mps") == 40 * MIB // 1024 // 16
+    assert pages(free=100 * MIB, device="cuda") == 80 * MIB // 1024 // 16
     with pytest.raises(InvalidValueError, match="at least 2"):
         pages(1, page_size=1)
     with pytest.raises(InvalidValueError, match="at most 1048576"):

@@ -8,7 +8,8 @@ from torch import Tensor
 from mini_sglang.backend.huge_pages import empty_in_huge_pages
 from mini_sglang.errors import InvalidValueError
 
-_FREE_MEMORY_SHARE = 0.4
+# Of what is free. A GPU's memory is nobody else's; what a step needs beside the pool must fit in the rest.
+_HOST_SHARE, _GPU_SHARE = 0.4, 0.8
 _USEFUL_TOKENS = 65_536
 _USEFUL_TOKENS_PER_SEQUENCE = 1_024
 TILE = 16
@@ -142,11 +143,12 @@ def kv_pages_for(
     free_bytes: int,
     context_length: int,
     max_batch_size: int,
+    device: torch.device,
 ) -> int:
     """How many pages the pool gets.
 
     ``token_budget`` above 0 decides alone, rounded down to whole pages. At 0 it is 40 % of the free
-    memory, but no more than is of use: one whole context, or 64 Ki tokens of prefixes and 1 Ki for each
+    memory, on CUDA 80 %, but no more than is of use: one whole context, or 64 Ki tokens of prefixes and 1 Ki for each
     sequence that may run.
 
     Raises:
@@ -166,9 +168,10 @@ def kv_pages_for(
             )
         return token_budget // page_size
     useful = max(context_length, _USEFUL_TOKENS + max_batch_size * _USEFUL_TOKENS_PER_SEQUENCE)
-    tokens = min(useful, int(free_bytes * _FREE_MEMORY_SHARE) // bytes_per_token)
+    share = _GPU_SHARE if device.type == "cuda" else _HOST_SHARE
+    tokens = min(useful, int(free_bytes * share) // bytes_per_token)
     if tokens < least:
         raise InvalidValueError(
-            "free memory", f"{free_bytes / 2**20:.0f} MiB", f"enough for {least} tokens of KV at 40 %"
+            "free memory", f"{free_bytes / 2**20:.0f} MiB", f"enough for {least} tokens of KV at {share:.0%}"
         )
     return -(-tokens // page_size) if tokens == useful else tokens // page_size

@@ -135,6 +135,7 @@ def _paged(
         free_bytes=max(0, free_memory(machine.device) - taken) // place.sharing,
         context_length=length,
         max_batch_size=settings.max_batch_size,
+        device=machine.device,
     )
     kv = pages(num_pages=place.group.least(num_pages), spare_pages=graphs.spare_pages)
     program = graphs.record(decoder, kv)
