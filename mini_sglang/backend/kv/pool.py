@@ -148,8 +148,8 @@ def kv_pages_for(
     """How many pages the pool gets.
 
     ``token_budget`` above 0 decides alone, rounded down to whole pages. At 0 it is 40 % of the free
-    memory, on CUDA 80 %, but no more than is of use: one whole context, or 64 Ki tokens of prefixes and 1 Ki for each
-    sequence that may run.
+    memory, on CUDA 80 %, but no more than is of use: one whole context, or 64 Ki tokens of prefixes and
+    1 Ki for each sequence that may run.
 
     Raises:
         InvalidValueError: a budget, or free memory, that cannot hold one page and two tokens; a budget
@@ -172,6 +172,8 @@ def kv_pages_for(
     tokens = min(useful, int(free_bytes * share) // bytes_per_token)
     if tokens < least:
         raise InvalidValueError(
-            "free memory", f"{free_bytes / 2**20:.0f} MiB", f"enough for {least} tokens of KV at {share:.0%}"
+            "free memory",
+            f"{free_bytes / 2**20:.0f} MiB",
+            f"enough for {least} tokens of KV at {share * 100:.0f} %",
         )
     return -(-tokens // page_size) if tokens == useful else tokens // page_size
