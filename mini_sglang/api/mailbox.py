@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from itertools import chain
 
 from mini_sglang.types import TokenEvent
 
@@ -43,12 +45,30 @@ class Inbox:
     def take(self, *, patient: bool) -> TokenEvent | None:
         """The next event; where there is none, ``ring`` is called for the one that comes.
 
-        ``patient`` waits for the last event: ``ring`` is called for that one alone, and the others lie here
-        until then.
+        ``patient`` waits for the last event: ``ring`` is called for that one alone, the others lie here
+        until then, and all come as one.
         """
-        if not self._events and not patient:
+        events = self._events
+        if patient:
+            if not events or events[-1].finish is None:
+                return None
+            together = _together(events)
+            events.clear()
+            return together
+        if not events:
             self._awaited = True
-        return self._events.popleft() if self._events else None
+        return events.popleft() if events else None
+
+
+def _together(events: Collection[TokenEvent]) -> TokenEvent:
+    """One event that says what ``events``, up to the last of a request, say one after another."""
+    *_, last = events
+    return replace(
+        last,
+        token_ids=tuple(chain.from_iterable(event.token_ids for event in events)),
+        logprobs=tuple(chain.from_iterable(event.logprobs for event in events)),
+        prompt_logprobs=next((event.prompt_logprobs for event in events if event.prompt_logprobs), ()),
+    )
 
 
 class LoopCalls:

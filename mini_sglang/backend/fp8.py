@@ -47,7 +47,8 @@ def round_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     number to e4m3's. A row with a number that is not finite has a NaN among its codes.
     """
     wide = values.float()
-    scales = (wide.abs().amax(1, keepdim=True) / LARGEST).clamp_min(_SMALLEST_SCALE)
+    # By a number of the host CUDA would multiply by its reciprocal: off by the last bit, which decides ties.
+    scales = (wide.abs().amax(1, keepdim=True) / wide.new_full((), LARGEST)).clamp_min(_SMALLEST_SCALE)
     return (wide / scales).to(torch.float8_e4m3fn), scales
 
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from mini_sglang.api.mailbox import Inbox, LoopCalls
-from mini_sglang.types import FinishReason, TokenEvent
+from mini_sglang.types import FinishReason, TokenEvent, TokenLogprob
 
 
 def events(count: int) -> list[TokenEvent]:
@@ -32,15 +32,28 @@ def test_a_reader_is_rung_for_the_next_event_only_where_it_found_none_and_for_th
     inbox.put(sent[2])
     inbox.put(sent[3])
     assert len(rings) == 1
-    assert [inbox.take(patient=True), inbox.take(patient=True), inbox.take(patient=True)] == [
-        *sent[2:4],
-        None,
-    ]
+    assert inbox.take(patient=False) == sent[2] and inbox.take(patient=True) is None
     inbox.put(sent[4])
-    assert len(rings) == 1, "it waits for the end"
+    assert inbox.take(patient=True) is None and len(rings) == 1, "it waits for the end"
     inbox.put(sent[5])
     assert len(rings) == 2
-    assert [inbox.take(patient=True), inbox.take(patient=True)] == sent[4:]
+    whole = inbox.take(patient=True)
+    assert whole is not None and whole.token_ids == (3, 4, 5) and whole.finish is FinishReason.LENGTH
+    assert inbox.take(patient=True) is None
+
+
+def test_a_whole_answer_has_all_that_its_events_say() -> None:
+    inbox = Inbox(lambda: None)
+    said = [TokenLogprob(index, -0.5, ()) for index in range(3)]
+    inbox.put(TokenEvent("r", (7,), (said[0],), prompt_logprobs=(said[2],), prompt_tokens=5, cached_tokens=4))
+    inbox.put(TokenEvent("r", (8, 9), (said[1],), prompt_tokens=5, cached_tokens=4))
+    last = TokenEvent(
+        "r", finish=FinishReason.ERROR, error="e", prompt_tokens=5, cached_tokens=4, error_kind="k"
+    )
+    inbox.put(last)
+    assert inbox.take(patient=True) == TokenEvent(
+        "r", (7, 8, 9), (said[0], said[1]), FinishReason.ERROR, None, "e", 5, 4, (said[2],), "k"
+    )
 
 
 @pytest.mark.parametrize("patience", [0.0, 0.5, 1.0])
@@ -65,7 +78,8 @@ def test_no_event_is_lost_between_two_threads(patience: float) -> None:
             else:
                 got.append(event)
         thread.join()
-        assert got == sent
+        assert [token for event in got for token in event.token_ids] == list(range(len(sent)))
+        assert [event.finish is None for event in got] == [True] * (len(got) - 1) + [False]
 
 
 def test_a_loop_is_woken_once_for_all_that_came() -> None:

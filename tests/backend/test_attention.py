@@ -157,6 +157,7 @@ def test_masks_begin_where_cuda_reads_vectors(monkeypatch: pytest.MonkeyPatch, w
     def attend(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, **more: Any) -> Tensor:
         if attn_mask is not None:
             places.append(attn_mask.data_ptr())
+            assert attn_mask.stride(-2) in (0, attn_mask.shape[-1]) or attn_mask.shape[-2] == 1
         return scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **more)
 
     monkeypatch.setattr(paged, "_QUERY_BLOCK", 8)

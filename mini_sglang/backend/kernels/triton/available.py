@@ -11,7 +11,7 @@ from mini_sglang.errors import InvalidValueError
 
 # Whether the kernels of a layer may start while the one before ends, and load weights meanwhile
 # (programmatic dependent launches). Nothing is right or wrong by it.
-DEPENDENT_LAUNCHES = False
+DEPENDENT_LAUNCHES = True
 
 
 def interpreted() -> bool:
