@@ -125,19 +125,27 @@ def params(case: Case, number: int, count: int) -> SamplingParams:
 
 
 @torch.inference_mode()
-def expected(model: Any, case: Case, asked: Sequence[list[int]], count: int) -> list[list[int]]:
-    """What follows each prompt by transformers' logits, all of them anew for each token."""
-    sampler, answers = Sampler(VOCAB), []
+def expected(
+    model: Any, case: Case, asked: Sequence[list[int]], count: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """What follows each prompt by transformers' logits, all of them anew for each token; and how far apart
+    the two largest were."""
+    sampler, answers, gaps = Sampler(VOCAB), [], []
     for number, prompt in enumerate(asked):
         ids = list(prompt)
+        gaps.append([])
         for index in range(count):
-            logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[:, -1]
+            logits = (
+                model(torch.tensor([ids], device=model.device), use_cache=False).logits[:, -1].float().cpu()
+            )
+            first, second = logits[0].topk(2).values.tolist()
+            gaps[-1].append(first - second)
             spec = SampleSpec(params(case, number, count), number, index)
-            chosen = sampler.sample(logits.float().cpu(), [spec])[0].token_id
+            chosen = sampler.sample(logits, [spec])[0].token_id
             assert chosen is not None
             ids.append(chosen)
         answers.append(ids[len(prompt) :])
-    return answers
+    return answers, gaps
 
 
 def run(
@@ -173,7 +181,7 @@ def run(
 def compared(device: str, tiny: bool, cases: Sequence[Case] = CASES) -> Iterator[dict[str, Any]]:
     """A row for each case: how many of its answers are others than they should be."""
     asked, count = prompts(tiny), 3 if tiny else 24
-    right: dict[tuple[str, bool], list[list[int]]] = {}
+    right: dict[tuple[str, bool], tuple[list[list[int]], list[list[float]]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         models: dict[str, Any] = {}
         for case in cases:
@@ -181,18 +189,29 @@ def compared(device: str, tiny: bool, cases: Sequence[Case] = CASES) -> Iterator
             if case.model not in models:
                 models[case.model] = save_model(case.model, where).to(device)
             if (case.model, case.drawn) not in right:
-                answers = expected(models[case.model], case, asked, count)
-                right[case.model, case.drawn] = answers
+                right[case.model, case.drawn] = expected(models[case.model], case, asked, count)
             row: dict[str, Any] = {"name": case.name, "value": None, "unit": "wrong", "ok": False}
             try:
                 answers, how = run(case, where, device, asked, count)
             except Exception as failure:
                 row["note"] = f"{type(failure).__name__}: {failure}"[:300]
             else:
-                pairs = zip(answers, right[case.model, case.drawn], strict=True)
-                wrong = sum(ours != theirs for ours, theirs in pairs)
-                row |= {"value": float(wrong), "ok": wrong == 0, "note": f"of {len(asked)}; {how}"}
+                wrong = [*_parted(answers, *right[case.model, case.drawn])]
+                note = f"of {len(asked)}; {how}"
+                row |= {"value": float(len(wrong)), "ok": not wrong, "note": "; ".join([*wrong[:1], note])}
             yield row
+
+
+def _parted(
+    answers: Sequence[list[int]], right: Sequence[list[int]], gaps: Sequence[list[float]]
+) -> Iterator[str]:
+    """Of each answer that is another: where it parts, and how near another token was there."""
+    for number, (ours, theirs, near) in enumerate(zip(answers, right, gaps, strict=True)):
+        if ours != theirs:
+            pairs = zip(ours, theirs, strict=False)
+            at = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+            gap = f"{near[at]:.2g}" if at < len(near) else "nothing"
+            yield f"prompt {number} parts at token {at}, where the two largest logits are {gap} apart"
 
 
 def answers(part: Part) -> None:

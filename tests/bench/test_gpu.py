@@ -153,6 +153,7 @@ def test_answers_that_differ_from_transformers_are_found(monkeypatch: pytest.Mon
     monkeypatch.setattr(Sampler, "sample", wrong)
     (row,) = answers.compared("cpu", True, cases[:1])
     assert row["value"] > 0 and row["ok"] is False
+    assert "prompt 0 parts at token 1, where the two largest logits are" in row["note"]
 
 
 def test_one_stream_is_the_time_of_tokens_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
