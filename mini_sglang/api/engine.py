@@ -122,7 +122,9 @@ class Engine:
         try:
             adapters = self._adapters_of(lora, len(pairs), many)
             requests = [(self.encode(prompt), one) for prompt, one in pairs]
-            streams.extend(self._open(*pair, one) for pair, one in zip(requests, adapters, strict=True))
+            streams.extend(
+                self._open(*pair, one, whole=True) for pair, one in zip(requests, adapters, strict=True)
+            )
             outputs = [stream.output() for stream in streams]
         finally:
             for stream in streams:
@@ -163,7 +165,9 @@ class Engine:
         try:
             adapters = self._adapters_of(lora, len(pairs), many)
             requests = [(await asyncio.to_thread(self._prepare, *pair), pair[1]) for pair in pairs]
-            streams.extend(self._open_async(*pair, one) for pair, one in zip(requests, adapters, strict=True))
+            streams.extend(
+                self._open_async(*pair, one, whole=True) for pair, one in zip(requests, adapters, strict=True)
+            )
             outputs = [await stream.output() for stream in streams]
         finally:
             for stream in streams:
@@ -309,14 +313,20 @@ class Engine:
             raise InvalidValueError("lora", lora, f"one name, or a list of one for each of {count} prompts")
         return [self._adapter(name) for name in names]
 
-    def _open(self, ids: list[int], params: SamplingParams, adapter: Adapter | None) -> Stream:
-        return Stream(self._thread, self.tokenizer, self._next_id(), ids, params, adapter)
+    def _open(
+        self, ids: list[int], params: SamplingParams, adapter: Adapter | None, *, whole: bool = False
+    ) -> Stream:
+        return Stream(self._thread, self.tokenizer, self._next_id(), ids, params, adapter, whole=whole)
 
-    def _open_async(self, ids: list[int], params: SamplingParams, adapter: Adapter | None) -> AsyncStream:
+    def _open_async(
+        self, ids: list[int], params: SamplingParams, adapter: Adapter | None, *, whole: bool = False
+    ) -> AsyncStream:
         loop, calls = asyncio.get_running_loop(), self._loop_calls
         if calls is None or calls.loop is not loop:
             calls = self._loop_calls = LoopCalls(loop)
-        return AsyncStream(self._thread, self.tokenizer, self._next_id(), ids, params, calls, adapter)
+        return AsyncStream(
+            self._thread, self.tokenizer, self._next_id(), ids, params, calls, adapter, whole=whole
+        )
 
 
 def _pair_up(prompts: Any, params: Any) -> tuple[bool, list[tuple[Prompt, SamplingParams]]]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 
-from mini_sglang.types import TokenEvent
+from mini_sglang.types import TokenEvent, TokenLogprob
 
 
 class Inbox:
@@ -21,13 +20,16 @@ class Inbox:
 
     Args:
         ring: called by ``put`` when the reader is to look again.
+        whole: whether the reader wants all as one, at the end. Nothing but tokens is kept until then: Python
+            looks through all objects that there are whenever there are many new ones.
 
     Attributes:
         first_token_at: when the first token came, by ``time.perf_counter``.
     """
 
-    def __init__(self, ring: Callable[[], None]) -> None:
+    def __init__(self, ring: Callable[[], None], *, whole: bool = False) -> None:
         self._ring = ring
+        self._gathered = _Gathered() if whole else None
         self._events: deque[TokenEvent] = deque()
         self._awaited = False
         self.first_token_at: float | None = None
@@ -36,6 +38,11 @@ class Inbox:
         """A ``Sink``; raises what ``ring`` does."""
         if self.first_token_at is None and event.token_ids:
             self.first_token_at = time.perf_counter()
+        if self._gathered is not None:
+            self._gathered.add(event)
+            if event.finish is None:
+                return
+            event = self._gathered.with_end(event)
         self._events.append(event)
         # Looked at last, as the reader looks for an event last: one of the two sees the other.
         if self._awaited or event.finish is not None:
@@ -52,23 +59,33 @@ class Inbox:
         if patient:
             if not events or events[-1].finish is None:
                 return None
-            together = _together(events)
+            gathered = _Gathered()
+            for event in events:
+                gathered.add(event)
             events.clear()
-            return together
+            return gathered.with_end(event)
         if not events:
             self._awaited = True
         return events.popleft() if events else None
 
 
-def _together(events: Collection[TokenEvent]) -> TokenEvent:
-    """One event that says what ``events``, up to the last of a request, say one after another."""
-    *_, last = events
-    return replace(
-        last,
-        token_ids=tuple(chain.from_iterable(event.token_ids for event in events)),
-        logprobs=tuple(chain.from_iterable(event.logprobs for event in events)),
-        prompt_logprobs=next((event.prompt_logprobs for event in events if event.prompt_logprobs), ()),
-    )
+class _Gathered:
+    """What the events of one request say one after another."""
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt: tuple[TokenLogprob, ...] = ()
+
+    def add(self, event: TokenEvent) -> None:
+        self._ids.extend(event.token_ids)
+        self._logprobs.extend(event.logprobs)
+        self._prompt = event.prompt_logprobs or self._prompt
+
+    def with_end(self, last: TokenEvent) -> TokenEvent:
+        """As one event; ``last`` is among them."""
+        ids, logprobs = tuple(self._ids), tuple(self._logprobs)
+        return replace(last, token_ids=ids, logprobs=logprobs, prompt_logprobs=self._prompt)
 
 
 class LoopCalls:

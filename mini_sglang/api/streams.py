@@ -44,6 +44,7 @@ class _Answer:
         params: SamplingParams,
         ring: Callable[[], None],
         adapter: Adapter | None = None,
+        whole: bool = False,
     ) -> None:
         # Raises on a prompt that cannot run, before there is anything to close.
         inflight = thread.in_flight + 1
@@ -64,7 +65,7 @@ class _Answer:
         self._logs = logger.isEnabledFor(logging.INFO)
         # Who wants the whole need not be told of each token, where no text can end it and no log is kept.
         self._patient = not params.stop and not self._logs
-        self._inbox = Inbox(ring)
+        self._inbox = Inbox(ring, whole=whole and self._patient)
         thread.submit(request, self._inbox.put)
 
     def _take(self, event: TokenEvent) -> Delta:
@@ -155,7 +156,8 @@ def cache_figures(usage: Usage) -> tuple[int, int, str]:
 
 
 class Stream(_Answer, Iterator[Delta]):
-    """An answer as it is made. Iterate, or call ``output`` for the rest at once.
+    """An answer as it is made. Iterate, or call ``output`` for the rest at once; ``whole`` says that nothing
+    else will be done.
 
     Closing it before its end (``close``, the end of a ``with`` block, or losing the last reference)
     aborts the request.
@@ -169,10 +171,12 @@ class Stream(_Answer, Iterator[Delta]):
         prompt_ids: list[int],
         params: SamplingParams,
         adapter: Adapter | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         ring = partial(self._bell.put, None)
-        super().__init__(thread, tokenizer, request_id, prompt_ids, params, ring, adapter)
+        super().__init__(thread, tokenizer, request_id, prompt_ids, params, ring, adapter, whole)
 
     def __next__(self) -> Delta:
         if self._finish is not None:
@@ -221,11 +225,13 @@ class AsyncStream(_Answer):
         params: SamplingParams,
         calls: LoopCalls,
         adapter: Adapter | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         self._waiter: asyncio.Future[None] | None = None
         # Raises in the engine's thread where the loop was closed; the request is dropped then.
         ring = partial(calls.put, self._wake)
-        super().__init__(thread, tokenizer, request_id, prompt_ids, params, ring, adapter)
+        super().__init__(thread, tokenizer, request_id, prompt_ids, params, ring, adapter, whole)
 
     def __aiter__(self) -> AsyncStream:
         return self

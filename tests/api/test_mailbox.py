@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import queue
 import random
 import threading
@@ -42,15 +43,19 @@ def test_a_reader_is_rung_for_the_next_event_only_where_it_found_none_and_for_th
     assert inbox.take(patient=True) is None
 
 
-def test_a_whole_answer_has_all_that_its_events_say() -> None:
-    inbox = Inbox(lambda: None)
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_whole_answer_has_all_that_its_events_say(gathered: bool) -> None:
+    rings: list[None] = []
+    inbox = Inbox(lambda: rings.append(None), whole=gathered)
     said = [TokenLogprob(index, -0.5, ()) for index in range(3)]
     inbox.put(TokenEvent("r", (7,), (said[0],), prompt_logprobs=(said[2],), prompt_tokens=5, cached_tokens=4))
     inbox.put(TokenEvent("r", (8, 9), (said[1],), prompt_tokens=5, cached_tokens=4))
     last = TokenEvent(
         "r", finish=FinishReason.ERROR, error="e", prompt_tokens=5, cached_tokens=4, error_kind="k"
     )
+    assert inbox.take(patient=True) is None and not rings and inbox.first_token_at is not None
     inbox.put(last)
+    assert len(rings) == 1
     assert inbox.take(patient=True) == TokenEvent(
         "r", (7, 8, 9), (said[0], said[1]), FinishReason.ERROR, None, "e", 5, 4, (said[2],), "k"
     )
@@ -135,3 +140,11 @@ def test_a_closed_loop_is_told_at_each_call() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="closed"):
             calls.put(lambda: None)
+
+
+def test_of_whole_answers_python_has_nothing_to_look_through() -> None:
+    inbox, count = Inbox(lambda: None, whole=True), 500
+    before = sum(isinstance(one, TokenEvent) for one in gc.get_objects())
+    for index in range(count):
+        inbox.put(TokenEvent("r", (index,)))
+    assert sum(isinstance(one, TokenEvent) for one in gc.get_objects()) == before
