@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mini_sglang.backend import device_sampling, distribution, penalties, sampling
 from mini_sglang.backend.device import to_device
-from mini_sglang.backend.device_sampling import DeviceSampler, make_sampler, ranked
+from mini_sglang.backend.device_logprobs import ranked
+from mini_sglang.backend.device_sampling import DeviceSampler, make_sampler
 from mini_sglang.backend.sampling import Sampler
 from tests.backend.sampling_oracle import spec
 from tests.backend.test_sampling import random_spec

@@ -9,7 +9,6 @@ from mini_sglang.backend.distribution import weight_unit
 from mini_sglang.backend.kernels.triton.launch import power_of_two
 
 NUMBER, ROOM = 128, 1024
-"""How many of a row's largest logits are ranked at least, and at most."""
 _BLOCK, _PEAKS = 4096, 1024
 
 
@@ -17,14 +16,21 @@ class TritonRanking:
     """Ranks a row's largest logits and draws from them.
 
     Four launches whose grids depend on shapes alone: they can be captured in a CUDA graph.
+
+    Args:
+        number: of a row's largest logits as many are ranked at least, and ``room``, a power of two, at most.
+        peaks: into how many parts a row is divided at most: their largest are sorted in one program.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(
+        self, vocab_size: int, *, number: int = NUMBER, room: int = ROOM, peaks: int = _PEAKS
+    ) -> None:
         self.vocab_size = vocab_size
         self._unit = weight_unit(vocab_size)
-        # Parts enough for the threshold, few enough to sort their largest in one program.
-        self._part = max(4, power_of_two(-(-vocab_size // _PEAKS)))
+        self._room = room
+        self._part = max(4, power_of_two(-(-vocab_size // peaks)))
         self._parts = -(-vocab_size // self._part)
+        self._number = min(number, self._parts)
 
     def draw(self, logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Draw a token per row.
@@ -44,7 +50,7 @@ class TritonRanking:
         ids = torch.empty(rows, dtype=torch.int64, device=device)
         peaks = torch.empty((rows, self._parts), dtype=torch.int32, device=device)
         thresholds, counts, enough = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(3))
-        gathered = torch.empty((rows, ROOM), dtype=torch.int64, device=device)
+        gathered = torch.empty((rows, self._room), dtype=torch.int64, device=device)
         if not rows:
             return ids, enough
         assert logits.stride(1) == 1 and columns.is_contiguous()
@@ -55,7 +61,7 @@ class TritonRanking:
         )  # fmt: skip
         kernels.find_thresholds[(rows,)](
             peaks, thresholds, counts,
-            PARTS=self._parts, PARTS_BLOCK=power_of_two(self._parts), NUMBER=min(NUMBER, self._parts),
+            PARTS=self._parts, PARTS_BLOCK=power_of_two(self._parts), NUMBER=self._number,
             num_warps=4,
         )  # fmt: skip
         block = min(_BLOCK, power_of_two(vocab_size))
@@ -63,11 +69,11 @@ class TritonRanking:
         sums = torch.zeros((rows, blocks), dtype=torch.float64, device=device)
         kernels.gather_largest[(rows, blocks)](
             logits, thresholds, counts, gathered, columns, sums, logits.stride(0), columns.stride(0),
-            VOCAB=vocab_size, UNIT=self._unit, BLOCK=block, BLOCKS=blocks, ROOM=ROOM, num_warps=8,
+            VOCAB=vocab_size, UNIT=self._unit, BLOCK=block, BLOCKS=blocks, ROOM=self._room, num_warps=8,
         )  # fmt: skip
         kernels.pick_ranked[(rows,)](
             gathered, counts, columns, sums, ids, enough, columns.stride(0),
-            VOCAB=vocab_size, UNIT=self._unit, BLOCKS=blocks, SUMS=power_of_two(blocks), ROOM=ROOM,
+            VOCAB=vocab_size, UNIT=self._unit, BLOCKS=blocks, SUMS=power_of_two(blocks), ROOM=self._room,
             num_warps=4,
         )  # fmt: skip
         return ids, enough

@@ -9,21 +9,7 @@ they are all that there is to draw from.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _order_of(x):
-    """Whole numbers in the order of ``x``, which is no NaN: of equal zeros."""
-    bits = (x.to(tl.float32) + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _weights(x, peak, scale, UNIT: tl.constexpr):
-    """``distribution.weights_of``."""
-    half: tl.constexpr = 4503599627370496.0
-    weight = tl.exp((x.to(tl.float64) - peak) * scale) * UNIT
-    # Of float64 beyond 2**52 all are whole: it rounds as torch does, halves to the even.
-    return (weight + half) - half
+from mini_sglang.backend.kernels.triton.choosing_kernels import _ordered, _weights
 
 
 @triton.jit
@@ -42,7 +28,7 @@ def find_peaks(
     column = part[:, None] * PART + tl.arange(0, PART)[None, :]
     inside = column < VOCAB
     lowest: tl.constexpr = -(2**31)
-    order = _order_of(tl.load(logits + row * row_stride + column, mask=inside, other=-float("inf")))
+    order = _ordered(tl.load(logits + row * row_stride + column, mask=inside, other=-float("inf")))
     order = tl.where(inside, order, lowest)
     tl.store(peaks + row * PARTS + part, tl.max(order, 1), mask=part < PARTS)
 
@@ -89,8 +75,8 @@ def gather_largest(
     x = tl.load(logits + row * row_stride + column, mask=inside, other=-float("inf")).to(tl.float32)
     if tl.load(columns + 3 * column_stride + row) == 0.0:
         peak, scale = tl.load(columns + row), tl.load(columns + column_stride + row)
-        tl.store(sums + row * BLOCKS + tl.program_id(1), tl.sum(_weights(x, peak, scale, UNIT), 0))
-    order = _order_of(x)
+        tl.store(sums + row * BLOCKS + tl.program_id(1), tl.sum(_weights(x, peak, scale, 0.0, UNIT), 0))
+    order = _ordered(x)
     wanted = inside & (order >= tl.load(thresholds + row))
     before = tl.cumsum(wanted.to(tl.int32), 0)
     found = tl.max(before, 0)
@@ -136,7 +122,7 @@ def pick_ranked(
     packed = tl.sort(tl.load(gathered + row * ROOM + rank, mask=there, other=lowest), descending=True)
     order = (packed >> 32).to(tl.int32)
     x = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    weight = tl.where(there, _weights(tl.where(there, x, 0.0), peak, scale, UNIT), 0.0)
+    weight = tl.where(there, _weights(tl.where(there, x, 0.0), peak, scale, 0.0, UNIT), 0.0)
     # Behind one of no weight there are no others.
     last = rank == count - 1
     complete = (count == VOCAB) | (tl.sum(tl.where(last, weight, 0.0), 0) == 0.0)

@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mini_sglang.backend.kernels.triton.ranking import ROOM, TritonRanking
+from mini_sglang.backend.kernels.triton.ranking import TritonRanking
 from mini_sglang.backend.sampling import Sampler, uniform
 from mini_sglang.backend.step import SampleSpec
 from mini_sglang.types import SamplingParams
@@ -35,23 +35,26 @@ def compare(x: Tensor, ways: Sequence[Mapping[str, float]], seed: int) -> int:
         for row, way in enumerate(ways)
     ]
     assert all(0 < spec.params.top_k < vocab_size or spec.params.top_p < 1 for spec in specs)
-    ids, enough = TritonRanking(vocab_size).draw(x, table_of(x.float(), specs, sampler))
+    ranking = TritonRanking(vocab_size, number=SMALL[0], room=SMALL[1], peaks=SMALL[2])
+    ids, enough = ranking.draw(x, table_of(x.float(), specs, sampler))
     expected = [result.token_id for result in sampler.sample(x.float(), specs)]
     right = [ours == theirs for ours, theirs in zip(ids.tolist(), expected, strict=True)]
     assert all(same for same, whole in zip(right, enough.tolist(), strict=True) if whole)
     return int(enough.sum())
 
 
+# The interpreter takes a second to sort a thousand numbers.
+SMALL = (8, 64, 32)
 WAYS = st.fixed_dictionaries(
     {"temperature": st.sampled_from([0.05, 0.7, 1.0, 2.0]), "top_p": st.floats(0.01, 0.99)},
-    optional={"top_k": st.integers(1, 130), "min_p": st.floats(0.0, 1.0)},
+    optional={"top_k": st.integers(1, 70), "min_p": st.floats(0.0, 1.0)},
 )
 
 
-@settings(max_examples=40, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     ways=st.lists(WAYS, min_size=1, max_size=3),
-    vocab_size=st.sampled_from([5, 64, 300, 1500]),
+    vocab_size=st.sampled_from([5, 40, 300]),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
     levels=st.sampled_from([0, 3, 40]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -72,14 +75,14 @@ def test_whatever_was_enough_is_the_samplers_token(
 
 def test_a_peaked_row_is_enough_and_a_flat_one_is_not() -> None:
     draw = random.Random(3)
-    x = torch.tensor([[draw.gauss(0, 4) for _ in range(4000)] for _ in range(4)])
-    narrow, few = {"temperature": 1.0, "top_p": 0.5}, {"temperature": 1.0, "top_k": 64}
+    x = torch.tensor([[draw.gauss(0, 4) for _ in range(600)] for _ in range(4)])
+    narrow, few = {"temperature": 1.0, "top_p": 0.5}, {"temperature": 1.0, "top_k": 6}
     assert compare(x, [narrow, few, narrow, narrow], 7) == 4
     x[:2] = x[:2] / 1000
     assert compare(x, [narrow, few, narrow, narrow], 7) == 3
     # More equal ones than there is room for: nobody knows their order.
-    assert compare(torch.zeros(2, ROOM + 9), [narrow, few], 7) == 0
-    assert compare(torch.zeros(2, 300), [narrow, few], 7) == 2
+    assert compare(torch.zeros(2, SMALL[1] + 9), [narrow, few], 7) == 0
+    assert compare(torch.zeros(2, 60), [narrow, few], 7) == 2
 
 
 def test_padding_of_the_head_is_not_looked_at() -> None:
