@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from mini_sglang.backend import loader
+from mini_sglang.backend import device_sampling, loader
 from mini_sglang.backend.attention.triton import TritonAttention
 from mini_sglang.backend.graphs import recorder as recorders
+from mini_sglang.backend.kernels.triton import few_rows
+from mini_sglang.backend.kernels.triton.launch import FewRowsLaunch
+from mini_sglang.backend.kernels.triton.ranking import TritonRanking
 from tests.backend.graphs.recorder import FaithfulRecorder
 
 # Triton has no wheels but for Linux.
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def tiles_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a second to sort a thousand numbers, and as long for a small tile as for a large one."""
+    small = partial(TritonRanking, number=64, room=256, peaks=128)
+    monkeypatch.setattr(device_sampling, "TritonRanking", small)
+    monkeypatch.setattr(few_rows, "few_rows_launch", lambda *sizes: FewRowsLaunch(64, 128, 4))
 
 
 @pytest.fixture

@@ -167,9 +167,8 @@ def compile_all(
         compile_products(dtype, formats)
         if dtype.itemsize == 2:
             compile_few_rows(dtype)
-        for vocab_size in (151936, 49153):
-            for rows in (1, 16, 64):
-                compile_choosing(dtype, vocab_size, rows)
+        for vocab_size, rows in ((151936, 1), (49153, 64)):
+            compile_choosing(dtype, vocab_size, rows)
         if capability >= 89:
             round_rows(torch.zeros(3, 5120, dtype=dtype), 1e-30)
     print(json.dumps({"shared": shared, "kernels": done}))
@@ -201,16 +200,15 @@ def compile_products(dtype: torch.dtype, formats: Collection[str]) -> None:
 
 
 def compile_few_rows(dtype: torch.dtype) -> None:
-    """A layer's products of the smallest and the largest of two models, for each number of rows."""
-    for hidden_size, inner_size in ((1024, 3072), (5120, 17408)):
+    """A layer's products, of the smaller of two models for the most rows, of the larger for one."""
+    for hidden_size, inner_size, rows in ((1024, 3072, few_rows.FEW_ROWS), (5120, 17408, 1)):
         number = torch.zeros((), dtype=dtype)
         down = DenseWeight(number.expand(hidden_size, inner_size))
         gate_up = DenseWeight(number.expand(2 * inner_size, hidden_size))
-        for rows in range(1, few_rows.FEW_ROWS + 1):
-            hidden = torch.zeros(rows, hidden_size, dtype=dtype)
-            few_rows.product(hidden, gate_up, None, hidden[0], 1e-5, gated=True)
-            few_rows.product(hidden, gate_up, hidden, hidden[0], 1e-5)
-            few_rows.product(torch.zeros(rows, inner_size, dtype=dtype), down, None, residual=hidden)
+        hidden = torch.zeros(rows, hidden_size, dtype=dtype)
+        few_rows.product(hidden, gate_up, None, hidden[0], 1e-5, gated=True)
+        few_rows.product(hidden, gate_up, hidden, hidden[0], 1e-5)
+        few_rows.product(torch.zeros(rows, inner_size, dtype=dtype), down, None, residual=hidden)
 
 
 if __name__ == "__main__":
