@@ -137,16 +137,17 @@ class DeviceSampler(Sampler):
         go.
         """
         groups: dict[tuple[bool, int], list[int]] = {}
-        if self._ranking is not None and look == 0:
-            limited_rows = [row for row in rows if self._group(specs[row].params)[1]]
-            rows = [row for row in rows if not self._group(specs[row].params)[1]]
-            if limited_rows:
-                self._rank_into(ids, enough, x, peak, specs, limited_rows)
+        ranked_rows: list[int] = []
         for row in rows:
             limited, width = self._group(specs[row].params)
+            if width and look == 0 and self._ranking is not None:
+                ranked_rows.append(row)
+                continue
             for _ in range(look):
                 width = WIDE if width < WIDE < self._vocab_size else self._vocab_size
             groups.setdefault((limited, width), []).append(row)
+        if ranked_rows:
+            self._rank_into(ids, enough, x, peak, specs, ranked_rows)
         step = chunk_rows(x)
         for (limited, width), members in groups.items():
             for start in range(0, len(members), step):

@@ -204,6 +204,8 @@ class ModelBackend:
             return None
         if batch.prompts or program.choosing is None or any(s.keep_logits is not None for s in steps):
             return None
+        if not program.takes(batch):
+            return None  # before a table is made, which is made again where the step is not recorded
         table = sampler.plain(batch.specs)
         if table is None:
             return None
