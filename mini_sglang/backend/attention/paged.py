@@ -235,9 +235,8 @@ def _attend_chunk(
         lowest = 0 if plan.window is None else max(0, position - plan.window + 1)
         past = position - lowest
         mask = plan.band[: stop - first, plan.band_past - past : plan.band_past + stop - first]
-        if mask.shape != plan.band.shape:
-            # CUDA's fused attention reads each row in vectors; it pads rows, but not what lies between them.
-            mask = mask.clone(memory_format=torch.contiguous_format)
+        # CUDA's fused attention reads each row in vectors, from where it begins.
+        mask = mask.clone(memory_format=torch.contiguous_format)
         seen = slice(lowest - chunk.first_key, chunk.start + stop - chunk.first_key)
         _attend(query[first:stop], keys[seen], values[seen], out[first:stop], mask, form, plan.fused)
 
