@@ -2,6 +2,7 @@
 
 #include "adapters.h"
 #include "kernels.h"
+#include "kv_ahead.h"
 #include "pack.h"
 #include "pool.h"
 
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -17,6 +19,8 @@ namespace {
 
 // Rows of x that are prepared at a time.
 constexpr int64_t SLAB = 512;
+// Rows whose products leave memory time for something else.
+constexpr int64_t MANY = 8;
 // Numbers that one thread has gone through before another would have begun.
 constexpr int64_t ALONE = 12 << 10;
 // Of a product to come what a thread fetches at most while it has nothing to do, of its second-level cache a part.
@@ -56,8 +60,9 @@ struct Kernels {
     std::vector<AttentionTask> tasks;
     std::vector<Partial> partials;
     AdapterScratch adapters;
+    KVAhead kv_ahead;
 
-    Kernels(const Variant* variant, int threads) : variant(variant), pool(threads) {}
+    Kernels(const Variant* variant, int threads) : variant(variant), pool(threads), kv_ahead(threads) {}
 
     // How count things are split into chunks: several for each thread, none above 64 KiB of weights, or as much work.
     struct Split {
@@ -76,10 +81,12 @@ struct Kernels {
             Split split;
         } chunks = {work, split(count, bytes_each)};
         pool.run(
-            [](void* context, int64_t chunk) {
+            [](void* context, int64_t chunk, int thread) {
                 Chunks& chunks = *static_cast<Chunks*>(context);
                 const Split& split = chunks.split;
-                chunks.work(chunk * split.size, std::min(split.count, (chunk + 1) * split.size));
+                const int64_t first = chunk * split.size, last = std::min(split.count, first + split.size);
+                if constexpr (std::is_invocable_v<Work&, int64_t, int64_t, int>) chunks.work(first, last, thread);
+                else chunks.work(first, last);
             },
             &chunks, chunks.split.chunks);
     }
@@ -111,6 +118,18 @@ struct Kernels {
         for (int i = 0; i < pool.threads(); i++) pool.fetch_meanwhile(i, nullptr, nullptr);
     }
 
+    // What the products between this entry, be it an attention, and the next attention fetch for that.
+    void look_ahead(const Entry* entry, const Entry* end, int64_t rows) {
+        kv_ahead.clear();
+        int64_t multiplications = 0;
+        for (entry += entry->kind == ATTENTION; entry < end && entry->kind != ATTENTION; entry++)
+            if (entry->kind == PRODUCT) {
+                const Product& job = *static_cast<const Product*>(entry->job);
+                multiplications += job.n * job.k * rows;
+            }
+        if (rows >= MANY && entry < end) kv_ahead.plan(*static_cast<const Attention*>(entry->job), multiplications);
+    }
+
     void run(const Product& job, int64_t rows) {
         const int format = static_cast<int>(job.format);
         const uint8_t* weight = static_cast<const uint8_t*>(job.weight);
@@ -130,9 +149,10 @@ struct Kernels {
                 else share(count, 4 * job.k, prepare);
             }
             const Units units = units_of(job, count);
-            share(units.count, units.work, [&](int64_t first, int64_t last) {
+            share(units.count, units.work, [&](int64_t first, int64_t last, int thread) {
                 variant->product(format, weight, units.together * first, std::min(units.groups, units.together * last),
-                                 job.k, x, count, job.bias, job.y + start * job.stride, job.n, job.stride);
+                                 job.k, x, count, job.bias, job.y + start * job.stride, job.n, job.stride,
+                                 kv_ahead.of(thread));
             });
         }
     }
@@ -261,6 +281,7 @@ void kernels_run(void* handle, const Entry* entries, int64_t count, int64_t rows
             if (next < end) kernels.expect(*static_cast<const Product*>(next->job), rows);
             else kernels.expect_none();
         }
+        if (entry == entries || entry->kind == ATTENTION) kernels.look_ahead(entry, end, rows);
         switch (entry->kind) {
             case PRODUCT: kernels.run(*static_cast<const Product*>(job), rows); break;
             case ATTENTION: kernels.run(*static_cast<const Attention*>(job)); break;

@@ -41,6 +41,8 @@ void dense_rows(const Embed& job, int64_t first, int64_t last) {
 
 // So many rows of x, and groups, whose sums fit in the registers.
 enum { TALL = LANES == 16 ? 8 : 6, WIDE = LANES == 16 ? 3 : 1 };
+// Columns after which a tile fetches what is aside: inside the innermost loop it would take its registers.
+enum { STRETCH = 64 };
 
 template <int ROWS, int GROUPS>
 struct Sums {
@@ -58,9 +60,9 @@ struct Sums {
     }
 };
 
-template <class N, int ROWS, int GROUPS, bool FETCHES>
+template <class N, int ROWS, int GROUPS, int FETCHES>
 void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, const float* bias, float* y,
-                int64_t stride, int64_t valid, Ahead ahead) {
+                int64_t stride, int64_t valid, Ahead ahead, Aside* aside) {
     constexpr int STEP = N::COLUMNS, VECTOR = (N::FORMAT == F32 ? 4 : 2) * STEP * LANES;
     Sums<ROWS, GROUPS> sums;
     auto add = [&](const uint8_t* at, int64_t column, auto columns) {
@@ -78,12 +80,16 @@ void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, cons
     struct Step { enum { value = STEP }; };
     struct One { enum { value = 1 }; };
     int64_t column = 0;
-    for (; column + STEP <= k; column += STEP, w += HALVES * VECTOR) {
+    while (column + STEP <= k) {
+        const int64_t stop = column + STRETCH < k ? column + STRETCH : k;
+        if (ROWS == TALL && aside) aside->fetch(ROWS * GROUPS * GROUP * STRETCH);
+        for (; column + STEP <= stop; column += STEP, w += HALVES * VECTOR) {
 #if defined(__AVX2__)
-        UNROLL for (int g = 0; g < GROUPS; g++) _mm_prefetch((const char*)w + g * bytes + 2048, _MM_HINT_T0);
-        if (FETCHES) ahead.fetch<GROUPS>(w, bytes, HALVES * VECTOR);
+            UNROLL for (int g = 0; g < GROUPS; g++) _mm_prefetch((const char*)w + g * bytes + 2048, _MM_HINT_T0);
+            if (FETCHES) ahead.fetch<GROUPS, FETCHES>(w, bytes, HALVES * VECTOR);
 #endif
-        add(w, column, Step{});
+            add(w, column, Step{});
+        }
     }
     if (column < k) add(w, column, One{});
     sums.write(bias, y, stride, valid);
@@ -92,20 +98,23 @@ void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, cons
 #if defined(__AVX512BF16__)
 
 // x in bfloat16 too, [rows, k + k % 2]: exact products of two columns at a time.
-template <int ROWS, int GROUPS, bool FETCHES>
+template <int ROWS, int GROUPS, int FETCHES>
 void bfloat_tile(const uint8_t* w, int64_t bytes, int64_t k, const uint16_t* x, const float* bias, float* y,
-                 int64_t stride, int64_t valid, Ahead ahead) {
+                 int64_t stride, int64_t valid, Ahead ahead, Aside* aside) {
     Sums<ROWS, GROUPS> sums;
-    for (int64_t column = 0; column < k; column += 2, w += 64) {
-        UNROLL for (int g = 0; g < GROUPS; g++) _mm_prefetch((const char*)w + g * bytes + 2048, _MM_HINT_T0);
-        if (FETCHES) ahead.fetch<GROUPS>(w, bytes, 64);
-        __m512bh weights[GROUPS];
-        UNROLL for (int g = 0; g < GROUPS; g++) weights[g] = (__m512bh)_mm512_loadu_si512(w + g * bytes);
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            const __m512bh part = (__m512bh)_mm512_set1_epi32(load<int>(x + r * k + column));
-            UNROLL for (int g = 0; g < GROUPS; g++)
-                sums.at[r][g][0] =
-                    (Floats)_mm512_dpbf16_ps((__m512)sums.at[r][g][0], weights[g], part);
+    for (int64_t column = 0; column < k;) {
+        const int64_t stop = column + STRETCH < k ? column + STRETCH : k;
+        if (ROWS == TALL && aside) aside->fetch(ROWS * GROUPS * GROUP * STRETCH);
+        for (; column < stop; column += 2, w += 64) {
+            UNROLL for (int g = 0; g < GROUPS; g++) _mm_prefetch((const char*)w + g * bytes + 2048, _MM_HINT_T0);
+            if (FETCHES) ahead.fetch<GROUPS, FETCHES>(w, bytes, 64);
+            __m512bh weights[GROUPS];
+            UNROLL for (int g = 0; g < GROUPS; g++) weights[g] = (__m512bh)_mm512_loadu_si512(w + g * bytes);
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                const __m512bh part = (__m512bh)_mm512_set1_epi32(load<int>(x + r * k + column));
+                UNROLL for (int g = 0; g < GROUPS; g++)
+                    sums.at[r][g][0] = (Floats)_mm512_dpbf16_ps((__m512)sums.at[r][g][0], weights[g], part);
+            }
         }
     }
     sums.write(bias, y, stride, valid);
@@ -131,10 +140,11 @@ void to_bfloats(const float* x, int64_t first, int64_t last, int64_t k, uint16_t
 // Groups first to last of W by all rows of x, with tiles of so many rows and groups.
 template <class X, class Tiles>
 void dense_groups(const uint8_t* packed, int64_t bytes, int64_t first, int64_t last, int64_t width, const X* x,
-                  int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride, Tiles tiles) {
+                  int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride, Aside* aside, Tiles tiles) {
     int64_t g = first;
     const int64_t bias_stride = bias == y ? y_stride : 0;
-    struct Yes { enum { value = 1 }; };
+    struct Near { enum { value = 1 }; };
+    struct Far { enum { value = 2 }; };
     struct No { enum { value = 0 }; };
     auto block = [&](auto groups) {
         for (; g + groups.value <= last; g += groups.value) {
@@ -143,7 +153,7 @@ void dense_groups(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
             auto times = [&](auto count, auto fetches, Ahead ahead) {
                 tiles(count, groups, fetches)(packed + g * bytes, bytes, width, x + row * width,
                                               bias ? bias + row * bias_stride + column : nullptr,
-                                              y + row * y_stride + column, y_stride, n - column, ahead);
+                                              y + row * y_stride + column, y_stride, n - column, ahead, aside);
                 row += count.value;
             };
             struct Tall { enum { value = TALL }; };
@@ -153,8 +163,11 @@ void dense_groups(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
             // Of the first rows' passes through these weights each fetches a part of the next: alone they would
             // wait for memory and the later ones for the first. One pass does both anyway.
             const int64_t passes = rows < 2 * TALL ? 0 : rows < 4 * TALL ? rows / TALL : 4;
-            for (int64_t pass = 0; pass < passes; pass++)
-                times(Tall{}, Yes{}, Ahead{groups.value * bytes, passes, pass});
+            for (int64_t pass = 0; pass < passes; pass++) {
+                const Ahead ahead = {groups.value * bytes, passes, pass};
+                if (passes == 4) times(Tall{}, Near{}, ahead);
+                else times(Tall{}, Far{}, ahead);
+            }
             while (row + TALL <= rows) times(Tall{}, No{}, Ahead{});
             while (row + 4 <= rows) times(Four{}, No{}, Ahead{});
             while (row + 2 <= rows) times(Two{}, No{}, Ahead{});
@@ -169,11 +182,11 @@ void dense_groups(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
 
 template <class N>
 void dense_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k, const float* x, int64_t rows,
-                 const float* bias, float* y, int64_t n, int64_t stride) {
-    dense_groups(packed, group_bytes(N::FORMAT, k), first, last, k, x, rows, bias, y, n, stride,
+                 const float* bias, float* y, int64_t n, int64_t stride, Aside* aside) {
+    dense_groups(packed, group_bytes(N::FORMAT, k), first, last, k, x, rows, bias, y, n, stride, aside,
                  [](auto count, auto groups, auto fetches) {
                      return dense_tile<N, (int)decltype(count)::value, (int)decltype(groups)::value,
-                                       (bool)decltype(fetches)::value>;
+                                       (int)decltype(fetches)::value>;
                  });
 }
 

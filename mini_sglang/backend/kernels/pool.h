@@ -19,7 +19,7 @@
 
 class ThreadPool {
 public:
-    using Function = void (*)(void* context, int64_t chunk);
+    using Function = void (*)(void* context, int64_t chunk, int thread);
 
     explicit ThreadPool(int threads) : owner_(getpid()), runs_(threads) {
         try {
@@ -46,10 +46,10 @@ public:
         runs_[thread].to.store(to, std::memory_order_relaxed);
     }
 
-    // Calls function(context, i) for every i below chunks; returns when all are done. One caller at a time.
+    // Calls function(context, i, thread) for every i below chunks; returns when all are done. One caller at a time.
     void run(Function function, void* context, int64_t chunks) {
         if (chunks <= 1 || workers_.empty() || !owned()) {
-            for (int64_t i = 0; i < chunks; i++) function(context, i);
+            for (int64_t i = 0; i < chunks; i++) function(context, i, 0);
             return;
         }
         function_ = function;
@@ -125,7 +125,7 @@ private:
             int64_t chunk;
             while (run.next.load(std::memory_order_relaxed) < run.end &&
                    (chunk = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end)
-                function_(context_, chunk);
+                function_(context_, chunk, thread);
         }
     }
 

@@ -220,7 +220,8 @@ constexpr bool IN_PAIRS = Tile::FORMAT != Q6_K;
 // minima add is summed by itself, which leaves registers for the codes of two groups.
 template <class Tile, int ROWS, int GROUPS, bool FETCHES = true>
 void groups_by_rows(const uint8_t* w, int64_t bytes, int64_t blocks, const Activations* x, int64_t panel,
-                    const float* bias, float* y, int64_t stride, int64_t valid, Ahead ahead) {
+                    const float* bias, float* y, int64_t stride, int64_t valid, Ahead ahead,
+                    Aside* aside) {
     const Layout layout = layout_of(Tile::FORMAT);
     Floats sums[ROWS][GROUPS] = {}, minima[ROWS][GROUPS] = {};
     auto each_block = [&](auto work) {
@@ -233,6 +234,7 @@ void groups_by_rows(const uint8_t* w, int64_t bytes, int64_t blocks, const Activ
     };
     each_block([&](const uint8_t* header, const uint8_t* tile, const Activations* at) {
         if (FETCHES) ahead.fetch<GROUPS>(tile, bytes, layout.tile_bytes + layout.header_bytes);
+        if (ROWS >= 4 && aside) aside->fetch(ROWS * GROUPS * GROUP * BLOCK);
         Floats d[GROUPS];
         Codes dots[ROWS][GROUPS];
         UNROLL for (int r = 0; r < ROWS; r++)
@@ -293,7 +295,7 @@ constexpr int64_t CACHED_BYTES = 384 << 10;
 
 template <class Tile>
 void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k, const Activations* x,
-                  int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride) {
+                  int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride, Aside* aside) {
     const int64_t bytes = group_bytes(Tile::FORMAT, k), blocks = k / BLOCK, panel = panel_of(Tile::FORMAT, rows);
     int64_t slab = CACHED_BYTES / (blocks * (int64_t)sizeof(Activations)) / panel * panel;
     slab = slab < panel ? panel : slab;
@@ -310,7 +312,7 @@ void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k,
                     for (; row + count <= until; row += count)
                         times(packed + g * bytes, bytes, blocks, x + row / panel * panel * blocks + row % panel, panel,
                               bias ? bias + column : nullptr, y + row * y_stride + column, y_stride, n - column,
-                              Ahead{distance, every, (row - start) / panel % every});
+                              Ahead{distance, every, (row - start) / panel % every}, aside);
                 };
                 // One row goes through the weights as they come, more of them through two groups some times, of which
                 // the first four share the fetching.
