@@ -56,7 +56,7 @@ public:
         const AdapterSlot& slot = job.slots[task.slot];
         variant.product(F32, static_cast<const uint8_t*>(slot.down), task.first, task.last, job.k,
                         job.x + task.first_row * job.k, task.last_row - task.first_row, nullptr,
-                        middle_.data() + task.first_row * rank_, slot.rank, rank_, nullptr);
+                        middle_.data() + task.first_row * rank_, slot.rank, rank_, Fetching{});
     }
 
     void up(const Variant& variant, const Adapt& job, const AdapterTask& task) {
@@ -76,7 +76,7 @@ public:
         }
         float* y = job.y + task.first_row * job.stride + part.first;
         variant.product(F32, static_cast<const uint8_t*>(part.up), task.first, task.last, part.rank, x, rows, y, y,
-                        part.n, job.stride, nullptr);
+                        part.n, job.stride, Fetching{});
     }
 
 private:

@@ -60,9 +60,9 @@ struct Sums {
     }
 };
 
-template <class N, int ROWS, int GROUPS, int FETCHES>
+template <class N, int ROWS, int GROUPS, bool FETCHES>
 void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, const float* bias, float* y,
-                int64_t stride, int64_t valid, Ahead ahead, Aside* aside) {
+                int64_t stride, int64_t valid, Ahead ahead) {
     constexpr int STEP = N::COLUMNS, VECTOR = (N::FORMAT == F32 ? 4 : 2) * STEP * LANES;
     Sums<ROWS, GROUPS> sums;
     auto add = [&](const uint8_t* at, int64_t column, auto columns) {
@@ -82,11 +82,11 @@ void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, cons
     int64_t column = 0;
     while (column + STEP <= k) {
         const int64_t stop = column + STRETCH < k ? column + STRETCH : k;
-        if (ROWS == TALL && aside) aside->fetch(ROWS * GROUPS * GROUP * STRETCH);
+        if (ROWS == TALL && ahead.fetching.aside) ahead.fetching.aside->fetch(ROWS * GROUPS * GROUP * STRETCH);
         for (; column + STEP <= stop; column += STEP, w += HALVES * VECTOR) {
 #if defined(__AVX2__)
-            UNROLL for (int g = 0; g < GROUPS; g++) _mm_prefetch((const char*)w + g * bytes + 2048, _MM_HINT_T0);
-            if (FETCHES) ahead.fetch<GROUPS, FETCHES>(w, bytes, HALVES * VECTOR);
+            UNROLL for (int g = 0; g < GROUPS; g++) ahead.fetching.line(w + g * bytes + 2048);
+            if (FETCHES) ahead.fetch<GROUPS>(w, bytes, HALVES * VECTOR);
 #endif
             add(w, column, Step{});
         }
@@ -98,16 +98,16 @@ void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, cons
 #if defined(__AVX512BF16__)
 
 // x in bfloat16 too, [rows, k + k % 2]: exact products of two columns at a time.
-template <int ROWS, int GROUPS, int FETCHES>
+template <int ROWS, int GROUPS, bool FETCHES>
 void bfloat_tile(const uint8_t* w, int64_t bytes, int64_t k, const uint16_t* x, const float* bias, float* y,
-                 int64_t stride, int64_t valid, Ahead ahead, Aside* aside) {
+                 int64_t stride, int64_t valid, Ahead ahead) {
     Sums<ROWS, GROUPS> sums;
     for (int64_t column = 0; column < k;) {
         const int64_t stop = column + STRETCH < k ? column + STRETCH : k;
-        if (ROWS == TALL && aside) aside->fetch(ROWS * GROUPS * GROUP * STRETCH);
+        if (ROWS == TALL && ahead.fetching.aside) ahead.fetching.aside->fetch(ROWS * GROUPS * GROUP * STRETCH);
         for (; column < stop; column += 2, w += 64) {
-            UNROLL for (int g = 0; g < GROUPS; g++) _mm_prefetch((const char*)w + g * bytes + 2048, _MM_HINT_T0);
-            if (FETCHES) ahead.fetch<GROUPS, FETCHES>(w, bytes, 64);
+            UNROLL for (int g = 0; g < GROUPS; g++) ahead.fetching.line(w + g * bytes + 2048);
+            if (FETCHES) ahead.fetch<GROUPS>(w, bytes, 64);
             __m512bh weights[GROUPS];
             UNROLL for (int g = 0; g < GROUPS; g++) weights[g] = (__m512bh)_mm512_loadu_si512(w + g * bytes);
             UNROLL for (int r = 0; r < ROWS; r++) {
@@ -140,11 +140,11 @@ void to_bfloats(const float* x, int64_t first, int64_t last, int64_t k, uint16_t
 // Groups first to last of W by all rows of x, with tiles of so many rows and groups.
 template <class X, class Tiles>
 void dense_groups(const uint8_t* packed, int64_t bytes, int64_t first, int64_t last, int64_t width, const X* x,
-                  int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride, Aside* aside, Tiles tiles) {
+                  int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride, Fetching fetching,
+                  Tiles tiles) {
     int64_t g = first;
     const int64_t bias_stride = bias == y ? y_stride : 0;
-    struct Near { enum { value = 1 }; };
-    struct Far { enum { value = 2 }; };
+    struct Yes { enum { value = 1 }; };
     struct No { enum { value = 0 }; };
     auto block = [&](auto groups) {
         for (; g + groups.value <= last; g += groups.value) {
@@ -153,7 +153,7 @@ void dense_groups(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
             auto times = [&](auto count, auto fetches, Ahead ahead) {
                 tiles(count, groups, fetches)(packed + g * bytes, bytes, width, x + row * width,
                                               bias ? bias + row * bias_stride + column : nullptr,
-                                              y + row * y_stride + column, y_stride, n - column, ahead, aside);
+                                              y + row * y_stride + column, y_stride, n - column, ahead);
                 row += count.value;
             };
             struct Tall { enum { value = TALL }; };
@@ -163,15 +163,12 @@ void dense_groups(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
             // Of the first rows' passes through these weights each fetches a part of the next: alone they would
             // wait for memory and the later ones for the first. One pass does both anyway.
             const int64_t passes = rows < 2 * TALL ? 0 : rows < 4 * TALL ? rows / TALL : 4;
-            for (int64_t pass = 0; pass < passes; pass++) {
-                const Ahead ahead = {groups.value * bytes, passes, pass};
-                if (passes == 4) times(Tall{}, Near{}, ahead);
-                else times(Tall{}, Far{}, ahead);
-            }
-            while (row + TALL <= rows) times(Tall{}, No{}, Ahead{});
-            while (row + 4 <= rows) times(Four{}, No{}, Ahead{});
-            while (row + 2 <= rows) times(Two{}, No{}, Ahead{});
-            while (row + 1 <= rows) times(One{}, No{}, Ahead{});
+            for (int64_t pass = 0; pass < passes; pass++)
+                times(Tall{}, Yes{}, Ahead{fetching, groups.value * bytes, passes, pass});
+            while (row + TALL <= rows) times(Tall{}, No{}, Ahead{fetching});
+            while (row + 4 <= rows) times(Four{}, No{}, Ahead{fetching});
+            while (row + 2 <= rows) times(Two{}, No{}, Ahead{fetching});
+            while (row + 1 <= rows) times(One{}, No{}, Ahead{fetching});
         }
     };
     struct Wide { enum { value = WIDE }; };
@@ -182,11 +179,11 @@ void dense_groups(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
 
 template <class N>
 void dense_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k, const float* x, int64_t rows,
-                 const float* bias, float* y, int64_t n, int64_t stride, Aside* aside) {
-    dense_groups(packed, group_bytes(N::FORMAT, k), first, last, k, x, rows, bias, y, n, stride, aside,
+                 const float* bias, float* y, int64_t n, int64_t stride, Fetching fetching) {
+    dense_groups(packed, group_bytes(N::FORMAT, k), first, last, k, x, rows, bias, y, n, stride, fetching,
                  [](auto count, auto groups, auto fetches) {
                      return dense_tile<N, (int)decltype(count)::value, (int)decltype(groups)::value,
-                                       (int)decltype(fetches)::value>;
+                                       (bool)decltype(fetches)::value>;
                  });
 }
 

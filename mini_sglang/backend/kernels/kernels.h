@@ -131,12 +131,50 @@ struct alignas(64) Partial {
     float largest;
 };
 
+// Bytes of the KV pool that follow each other, from its beginning on.
+struct Run {
+    int64_t from, bytes;
+    int64_t lines() const { return (bytes + 63) / 64; }
+};
+
+// What one thread fetches meanwhile, evenly over the multiplications that it does.
+struct alignas(64) Aside {
+    const uint8_t* base;
+    const Run *run, *end;
+    const uint8_t *at, *stop;
+    int64_t due, rate;  // in parts of a line, LINE of them each; rate for each multiplication
+    enum { LINE = 1 << 24 };
+
+    void fetch(int64_t multiplications) {
+        for (due += multiplications * rate; due >= LINE; due -= LINE, at += 64) {
+            if (at >= stop) {
+                if (run == end) return;
+                at = base + run->from;
+                stop = at + run++->bytes;
+            }
+            __builtin_prefetch(at, 0, 2);
+        }
+    }
+};
+
+// How a thread fetches what it will read: into the second-level cache or the first, and what else meanwhile, or null.
+struct Fetching {
+    bool far;
+    Aside* aside;
+
+    void line(const void* at) const {
+        if (far) __builtin_prefetch(at, 0, 2);
+        else __builtin_prefetch(at);
+    }
+};
+
 // Some new rows of a sequence, counted from its first, and some KV heads; at most MAX_PARTIALS heads of rows.
 // Where partials is not null, for one span of positions of one row: left there for merge_spans.
 struct AttentionTask {
     int64_t sequence, first_row, last_row, first_head, last_head;
     int64_t span;
     Partial* partials;
+    Fetching fetching;
 };
 
 // RMSNorm of rows of x [rows, width], width a multiple of 16, after delta, which may be null, was added to them.
@@ -218,31 +256,6 @@ struct Adapt {
     int64_t k, stride;
 };
 
-// Bytes of the KV pool that follow each other, from its beginning on.
-struct Run {
-    int64_t from, bytes;
-};
-
-// What one thread fetches meanwhile, evenly over the multiplications that it does.
-struct alignas(64) Aside {
-    const uint8_t* base;
-    const Run *run, *end;
-    const uint8_t *at, *stop;
-    int64_t due, rate;  // in parts of a line, LINE of them each; rate for each multiplication
-    enum { LINE = 1 << 24 };
-
-    void fetch(int64_t multiplications) {
-        for (due += multiplications * rate; due >= LINE; due -= LINE, at += 64) {
-            if (at >= stop) {
-                if (run == end) return;
-                at = base + run->from;
-                stop = at + run++->bytes;
-            }
-            __builtin_prefetch(at, 0, 2);
-        }
-    }
-};
-
 // One instruction set's functions. Every product is summed over the columns in one fixed order, whatever
 // the number of rows of x.
 struct Variant {
@@ -254,9 +267,9 @@ struct Variant {
     // Rows first to last of x, of so many that product() takes together.
     void (*prepare)(int format, const float* x, int64_t first, int64_t last, int64_t rows, int64_t k, void* out);
     // Groups first to last of a packed matrix [n, k]. With a dense one a bias that is y itself adds to what
-    // is there. What is aside, which may be null, is fetched on the way.
+    // is there.
     void (*product)(int format, const uint8_t* packed, int64_t first, int64_t last, int64_t k, const void* x,
-                    int64_t rows, const float* bias, float* y, int64_t n, int64_t stride, Aside* aside);
+                    int64_t rows, const float* bias, float* y, int64_t n, int64_t stride, Fetching fetching);
     // Rows first to last.
     void (*embed)(const Embed&, int64_t first, int64_t last);
     // upcoming is what the same thread will probably do next, or null.

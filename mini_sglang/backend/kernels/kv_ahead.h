@@ -1,5 +1,5 @@
-// The KV that the next attention of a step will read, shared out among the threads: products of many rows, which
-// leave memory time, fetch it into the caches. Attention alone would wait for it.
+// The KV that the next attention of a step will read: products of many rows, which leave memory time, fetch it into
+// the caches on their way. Attention by itself waits for memory.
 
 #pragma once
 
@@ -14,47 +14,55 @@ namespace {
 
 class KVAhead {
 public:
-    explicit KVAhead(int threads) : limit_(cache_bytes() / threads), asides_(threads) {}
+    explicit KVAhead(int threads, int64_t bytes = cache_bytes()) : limit_(bytes / threads), asides_(threads) {}
 
     // Of one thread; null where there is nothing to be fetched.
     Aside* of(int thread) { return runs_.empty() ? nullptr : &asides_[thread]; }
 
     void clear() { runs_.clear(); }
 
-    // What products of so many multiplications in all are to fetch for the attention after them.
+    // For this attention, by products of so many multiplications in all.
     void plan(const Attention& job, int64_t multiplications) {
-        const Sequences& sequences = *job.sequences;
-        const int64_t row_bytes = pool_row_bytes(job.pool), page_bytes = job.page_size * row_bytes;
-        const int64_t each = in_tiles(job.pool) ? GROUP : 1;
-        runs_.clear();
-        for (int64_t s = 0; s < sequences.count; s++) {
-            const int64_t rows = sequences.starts[s + 1] - sequences.starts[s], length = sequences.lengths[s];
-            int64_t at = job.window ? std::max<int64_t>(0, length - rows + 1 - job.window) : 0;
-            for (at -= at % job.page_size; at < length; at += job.page_size) {
-                const int64_t filled = std::min(job.page_size, length - at);
-                const int64_t page = sequences.pages[s * sequences.stride + at / job.page_size];
-                runs_.push_back({page * page_bytes, (filled + each - 1) / each * each * row_bytes});
-            }
-        }
+        find(job);
         const int64_t threads = asides_.size(), count = runs_.size();
         for (int64_t i = 0; i < threads; i++) {
-            const Run *first = runs_.data() + count * i / threads, *last = runs_.data() + count * (i + 1) / threads;
-            int64_t bytes = 0;
+            // About what the thread will attend, of that what comes first: more would push it out of the caches.
+            const Run* const first = runs_.data() + count * i / threads;
+            const Run* const last = runs_.data() + count * (i + 1) / threads;
             const Run* end = first;
-            // What is attended first: the rest would push it out of the caches.
-            while (end < last && bytes + end->bytes <= limit_) bytes += end++->bytes;
-            asides_[i] = {job.pool.data, first, end, nullptr, nullptr, 0, bytes / 64 * threads * Aside::LINE / std::max<int64_t>(multiplications, 1)};
+            int64_t lines = 0;
+            while (end < last && (lines + end->lines()) * 64 <= limit_) lines += end++->lines();
+            const int64_t own = std::max<int64_t>(multiplications / threads, 1);
+            asides_[i] = {job.pool.data, first, end, nullptr, nullptr, 0, (lines * Aside::LINE + own - 1) / own};
         }
     }
 
 private:
-    // Half of the last cache: others use it too.
+    // Every position that one of a sequence's rows sees, page by page.
+    void find(const Attention& job) {
+        const Sequences& sequences = *job.sequences;
+        const int64_t row_bytes = pool_row_bytes(job.pool), each = in_tiles(job.pool) ? GROUP : 1;
+        runs_.clear();
+        for (int64_t s = 0; s < sequences.count; s++) {
+            const int64_t rows = sequences.starts[s + 1] - sequences.starts[s], length = sequences.lengths[s];
+            const int64_t low = job.window ? std::max<int64_t>(0, length - rows + 1 - job.window) : 0;
+            for (int64_t at = low / each * each; at < length;) {
+                const int64_t page = at / job.page_size, offset = at % job.page_size;
+                const int64_t count = std::min((length - at + each - 1) / each * each, job.page_size - offset);
+                const int64_t row = sequences.pages[s * sequences.stride + page] * job.page_size + offset;
+                runs_.push_back({row * row_bytes, count * row_bytes});
+                at += count;
+            }
+        }
+    }
+
+    // Half of the last cache, which others use too; a virtual machine may be told of more than it has.
     static int64_t cache_bytes() {
         int64_t bytes = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
         bytes = sysconf(_SC_LEVEL3_CACHE_SIZE) / 2;
 #endif
-        return std::max<int64_t>(bytes, 1 << 20);
+        return std::min<int64_t>(std::max<int64_t>(bytes, 1 << 20), 16 << 20);
     }
 
     const int64_t limit_;  // of a thread

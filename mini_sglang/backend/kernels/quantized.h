@@ -182,7 +182,7 @@ constexpr bool BY_FOURS = __is_base_of(Nibbles, Tile) && Tile::FORMAT != Q6_K;
 // One group by ROWS rows of one panel of x.
 template <class Tile, int ROWS>
 void group_times(const uint8_t* w, int64_t blocks, const Activations* x, int64_t panel, const float* bias, float* y,
-                 int64_t stride, int64_t valid) {
+                 int64_t stride, int64_t valid, Fetching fetching) {
     const Layout layout = layout_of(Tile::FORMAT);
     Floats sums[ROWS][HALVES] = {};
     const uint8_t* header = w;
@@ -192,9 +192,9 @@ void group_times(const uint8_t* w, int64_t blocks, const Activations* x, int64_t
             w += layout.header_bytes;
         }
 #if defined(__AVX2__)
-        for (int line = 0; line < layout.tile_bytes; line += 64)
-            _mm_prefetch((const char*)w + line + 2048, _MM_HINT_T0);
+        for (int line = 0; line < layout.tile_bytes; line += 64) fetching.line(w + line + 2048);
 #endif
+        if (ROWS >= 4 && fetching.aside) fetching.aside->fetch(ROWS * GROUP * BLOCK);
         Tile tiles[HALVES];
         UNROLL for (int h = 0; h < HALVES; h++) tiles[h].load(header, w, h);
         w += layout.tile_bytes;
@@ -220,8 +220,7 @@ constexpr bool IN_PAIRS = Tile::FORMAT != Q6_K;
 // minima add is summed by itself, which leaves registers for the codes of two groups.
 template <class Tile, int ROWS, int GROUPS, bool FETCHES = true>
 void groups_by_rows(const uint8_t* w, int64_t bytes, int64_t blocks, const Activations* x, int64_t panel,
-                    const float* bias, float* y, int64_t stride, int64_t valid, Ahead ahead,
-                    Aside* aside) {
+                    const float* bias, float* y, int64_t stride, int64_t valid, Ahead ahead) {
     const Layout layout = layout_of(Tile::FORMAT);
     Floats sums[ROWS][GROUPS] = {}, minima[ROWS][GROUPS] = {};
     auto each_block = [&](auto work) {
@@ -234,7 +233,7 @@ void groups_by_rows(const uint8_t* w, int64_t bytes, int64_t blocks, const Activ
     };
     each_block([&](const uint8_t* header, const uint8_t* tile, const Activations* at) {
         if (FETCHES) ahead.fetch<GROUPS>(tile, bytes, layout.tile_bytes + layout.header_bytes);
-        if (ROWS >= 4 && aside) aside->fetch(ROWS * GROUPS * GROUP * BLOCK);
+        if (ROWS >= 4 && ahead.fetching.aside) ahead.fetching.aside->fetch(ROWS * GROUPS * GROUP * BLOCK);
         Floats d[GROUPS];
         Codes dots[ROWS][GROUPS];
         UNROLL for (int r = 0; r < ROWS; r++)
@@ -295,7 +294,7 @@ constexpr int64_t CACHED_BYTES = 384 << 10;
 
 template <class Tile>
 void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k, const Activations* x,
-                  int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride, Aside* aside) {
+                  int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride, Fetching fetching) {
     const int64_t bytes = group_bytes(Tile::FORMAT, k), blocks = k / BLOCK, panel = panel_of(Tile::FORMAT, rows);
     int64_t slab = CACHED_BYTES / (blocks * (int64_t)sizeof(Activations)) / panel * panel;
     slab = slab < panel ? panel : slab;
@@ -312,7 +311,7 @@ void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k,
                     for (; row + count <= until; row += count)
                         times(packed + g * bytes, bytes, blocks, x + row / panel * panel * blocks + row % panel, panel,
                               bias ? bias + column : nullptr, y + row * y_stride + column, y_stride, n - column,
-                              Ahead{distance, every, (row - start) / panel % every}, aside);
+                              Ahead{fetching, distance, every, (row - start) / panel % every});
                 };
                 // One row goes through the weights as they come, more of them through two groups some times, of which
                 // the first four share the fetching.
@@ -340,7 +339,7 @@ void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k,
             auto part = [&](auto times, int count) {
                 for (; row + count <= stop; row += count)
                     times(packed + g * bytes, blocks, x + row / panel * panel * blocks + row % panel, panel,
-                          bias ? bias + column : nullptr, y + row * y_stride + column, y_stride, n - column);
+                          bias ? bias + column : nullptr, y + row * y_stride + column, y_stride, n - column, fetching);
             };
             part(group_times<Tile, 16>, 16);
             part(group_times<Tile, 8>, 8);

@@ -32,12 +32,12 @@ void prepare(int format, const float* x, int64_t first, int64_t last, int64_t ro
 }
 
 void product(int format, const uint8_t* packed, int64_t first, int64_t last, int64_t k, const void* x,
-             int64_t rows, const float* bias, float* y, int64_t n, int64_t stride, Aside* aside) {
+             int64_t rows, const float* bias, float* y, int64_t n, int64_t stride, Fetching fetching) {
     auto quantized = [&](auto groups) {
-        groups(packed, first, last, k, (const Activations*)x, rows, bias, y, n, stride, aside);
+        groups(packed, first, last, k, (const Activations*)x, rows, bias, y, n, stride, fetching);
     };
     auto dense = [&](auto groups) {
-        groups(packed, first, last, k, (const float*)x, rows, bias, y, n, stride, aside);
+        groups(packed, first, last, k, (const float*)x, rows, bias, y, n, stride, fetching);
     };
     switch (format) {
         case F32: return dense(dense_times<Float32>);
@@ -45,9 +45,9 @@ void product(int format, const uint8_t* packed, int64_t first, int64_t last, int
 #if defined(__AVX512BF16__)
         case BF16:
             return dense_groups(packed, group_bytes(BF16, k), first, last, k + k % 2, (const uint16_t*)x, rows,
-                                bias, y, n, stride, aside, [](auto count, auto groups, auto fetches) {
+                                bias, y, n, stride, fetching, [](auto count, auto groups, auto fetches) {
                                     return bfloat_tile<(int)decltype(count)::value, (int)decltype(groups)::value,
-                                                       (int)decltype(fetches)::value>;
+                                                       (bool)decltype(fetches)::value>;
                                 });
 #else
         case BF16: return dense(dense_times<BFloat16>);

@@ -51,17 +51,17 @@ inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 // The lines of weights to come: of every so many steps one fetches, so many bytes behind what it takes, first after
 // turn others.
 struct Ahead {
+    Fetching fetching;
     int64_t distance;
     int64_t every, turn;
 
-    // In a step that takes size bytes from w on, and of each of so many groups, bytes apart, into the first cache or
-    // the second: few passes in a row, each with much to fetch, would keep all of the first one's misses waiting.
-    template <int GROUPS, int CACHE = 2>
+    // In a step that takes size bytes from w on, and of each of so many groups, bytes apart.
+    template <int GROUPS>
     void fetch(const uint8_t* w, int64_t bytes, int size) {
         if (turn--) return;
         turn = every - 1;
         UNROLL for (int g = 0; g < GROUPS; g++)
-            for (int line = 0; line < size; line += 64) __builtin_prefetch(w + g * bytes + distance + line, 0, CACHE == 1 ? 3 : 2);
+            for (int line = 0; line < size; line += 64) fetching.line(w + g * bytes + distance + line);
     }
 };
 

@@ -1,0 +1,35 @@
+// What threads would fetch of the KV before an attention, for test_kv_ahead.py.
+
+#include "kv_ahead.h"
+
+// The distances of the lines that each thread has fetched when it has done some of the multiplications that were
+// planned with, in steps: counts[thread] of them side by side in lines; how many in all.
+extern "C" int64_t lines_ahead(const Attention* job, int threads, int64_t limit, int64_t planned, int64_t done,
+                               int64_t step, int64_t* lines, int64_t* counts) {
+    KVAhead ahead(threads, limit);
+    ahead.plan(*job, planned);
+    int64_t total = 0;
+    for (int thread = 0; thread < threads; thread++) {
+        counts[thread] = 0;
+        Aside* aside = ahead.of(thread);
+        for (int64_t at = 0; aside && at < done; at += step) {
+            // A step fetches whole runs of lines: what of the run it was in, runs that it went through, what of the
+            // run that it is in now.
+            const uint8_t* from = aside->at;
+            const uint8_t* stop = aside->stop;
+            const Run* run = aside->run;
+            aside->fetch(step);
+            auto add = [&](const uint8_t* first, const uint8_t* last) {
+                for (; first < last; first += 64, counts[thread]++) lines[total++] = first - aside->base;
+            };
+            if (run == aside->run) {
+                add(from, aside->at);
+                continue;
+            }
+            add(from, stop);
+            for (; run + 1 < aside->run; run++) add(aside->base + run->from, aside->base + run->from + run->bytes);
+            add(aside->base + run->from, aside->at);
+        }
+    }
+    return total;
+}
