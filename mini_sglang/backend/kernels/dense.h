@@ -85,7 +85,7 @@ void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, cons
         if (ROWS == TALL && ahead.fetching.aside) ahead.fetching.aside->fetch(ROWS * GROUPS * GROUP * STRETCH);
         for (; column + STEP <= stop; column += STEP, w += HALVES * VECTOR) {
 #if defined(__AVX2__)
-            UNROLL for (int g = 0; g < GROUPS; g++) ahead.fetching.line(w + g * bytes + 2048);
+            UNROLL for (int g = 0; g < GROUPS; g++) __builtin_prefetch(w + g * bytes + 2048);
             if (FETCHES) ahead.fetch<GROUPS>(w, bytes, HALVES * VECTOR);
 #endif
             add(w, column, Step{});
@@ -106,7 +106,7 @@ void bfloat_tile(const uint8_t* w, int64_t bytes, int64_t k, const uint16_t* x, 
         const int64_t stop = column + STRETCH < k ? column + STRETCH : k;
         if (ROWS == TALL && ahead.fetching.aside) ahead.fetching.aside->fetch(ROWS * GROUPS * GROUP * STRETCH);
         for (; column < stop; column += 2, w += 64) {
-            UNROLL for (int g = 0; g < GROUPS; g++) ahead.fetching.line(w + g * bytes + 2048);
+            UNROLL for (int g = 0; g < GROUPS; g++) __builtin_prefetch(w + g * bytes + 2048);
             if (FETCHES) ahead.fetch<GROUPS>(w, bytes, 64);
             __m512bh weights[GROUPS];
             UNROLL for (int g = 0; g < GROUPS; g++) weights[g] = (__m512bh)_mm512_loadu_si512(w + g * bytes);
