@@ -1,33 +1,18 @@
-// The C interface that library.py calls: the choice of the variant, the threads, who does what part of a job.
+// The C interface that library.py calls: the threads, who does what part of a job.
 
 #include "adapters.h"
+#include "cpu.h"
 #include "kernels.h"
 #include "kv_ahead.h"
 #include "pack.h"
 #include "pool.h"
 
 #include <algorithm>
-#include <cstring>
 #include <exception>
 #include <mutex>
 #include <type_traits>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 namespace {
-
-// Whether what comes next is fetched into the second-level cache: a first one of 32 KB waits for too many misses at a
-// time and does not keep it (Zen 4: four rows of Q4_1 take 1.5 times as long, decodes of int8 KV too), one of 48 KB
-// does (Zen 5).
-bool fetches_far() {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-    const long bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-    return bytes > 0 && bytes < 48 << 10;
-#else
-    return false;
-#endif
-}
 
 // Rows of x that are prepared at a time.
 constexpr int64_t SLAB = 512;
@@ -37,32 +22,6 @@ constexpr int64_t MANY = 8;
 constexpr int64_t ALONE = 12 << 10;
 // Of a product to come what a thread fetches at most while it has nothing to do, of its second-level cache a part.
 constexpr int64_t FETCHED = 128 << 10;
-
-const Variant* find_variant(const char* wanted) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    unsigned a, b, c = 0, d;
-    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
-    const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool vnni = avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
-    const struct {
-        const Variant* variant;
-        bool supported;
-    } choices[] = {{&avx512bf16_variant, bf16},
-                   {&avx512vnni_variant, vnni},
-                   {&avx2_variant, avx2},
-                   {&generic_variant, true}};
-    for (const auto& choice : choices) {
-        if (!choice.supported || !choice.variant) continue;
-        if (!*wanted || !strcmp(wanted, choice.variant->name)) return choice.variant;
-    }
-    return nullptr;
-#else
-    return !*wanted || !strcmp(wanted, generic_variant.name) ? &generic_variant : nullptr;
-#endif
-}
 
 struct Kernels {
     const Variant* variant;
@@ -206,7 +165,7 @@ struct Kernels {
                 for (int64_t head = 0; head < kv_heads; head += heads) {
                     AttentionTask task = {s,    std::max<int64_t>(0, last - size),  last,
                                           head, std::min(kv_heads, head + heads), 0,
-                                          nullptr, {far, nullptr}};
+                                          nullptr, far};
                     if (!spans) tasks.push_back(task);
                     for (int64_t span = 0; spans && span < spans_of(s); span++) {
                         task.span = first_span(s) + span;

@@ -86,7 +86,7 @@ inline Reach reach_of(const Attention& job, const AttentionTask& task) {
 template <class KV>
 inline Lines lines_of(const Pool& pool, const uint8_t* const* rows, const AttentionTask& task) {
     const int64_t bytes = head_bytes<KV>(pool.head_dim);
-    return {task.fetching, rows, TILED<KV> ? PARTS : KEYS, task.first_head * bytes,
+    return {task.far, rows, TILED<KV> ? PARTS : KEYS, task.first_head * bytes,
             (pool.kv_heads + task.first_head) * bytes, (task.last_head - task.first_head) * bytes};
 }
 

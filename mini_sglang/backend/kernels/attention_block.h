@@ -160,7 +160,7 @@ inline Floats power_of_two(Floats x) {
 
 // The lines of a block to come, fetched a few at a time: many at once would keep this block's waiting.
 struct Lines {
-    Fetching fetching = {};
+    bool far = false;
     const uint8_t* const* runs = nullptr;
     int count = 0;  // of runs
     int64_t first = 0, second = 0, length = 0;  // of each run so many bytes from first and from second on
@@ -175,7 +175,7 @@ struct Lines {
                 end = at + length;
                 taken++;
             }
-            for (; lines > 0 && at < end; lines--, at += 64) fetching.line(at);
+            for (; lines > 0 && at < end; lines--, at += 64) fetch_line(at, far);
         }
     }
 };

@@ -131,6 +131,12 @@ struct alignas(64) Partial {
     float largest;
 };
 
+// A line of the caches that will be read, into the second-level one or the first.
+static inline void fetch_line(const void* at, bool far) {
+    if (far) __builtin_prefetch(at, 0, 2);
+    else __builtin_prefetch(at);
+}
+
 // Bytes of the KV pool that follow each other, from its beginning on.
 struct Run {
     int64_t from, bytes;
@@ -152,20 +158,15 @@ struct alignas(64) Aside {
                 at = base + run->from;
                 stop = at + run++->bytes;
             }
-            __builtin_prefetch(at, 0, 2);
+            fetch_line(at, true);
         }
     }
 };
 
-// How a thread fetches what it will read: into the second-level cache or the first, and what else meanwhile, or null.
+// How a thread fetches the weights to come, and what else meanwhile, or null.
 struct Fetching {
     bool far;
     Aside* aside;
-
-    void line(const void* at) const {
-        if (far) __builtin_prefetch(at, 0, 2);
-        else __builtin_prefetch(at);
-    }
 };
 
 // Some new rows of a sequence, counted from its first, and some KV heads; at most MAX_PARTIALS heads of rows.
@@ -174,7 +175,7 @@ struct AttentionTask {
     int64_t sequence, first_row, last_row, first_head, last_head;
     int64_t span;
     Partial* partials;
-    Fetching fetching;
+    bool far;  // where what comes next is fetched to
 };
 
 // RMSNorm of rows of x [rows, width], width a multiple of 16, after delta, which may be null, was added to them.

@@ -61,7 +61,7 @@ struct Ahead {
         if (turn--) return;
         turn = every - 1;
         UNROLL for (int g = 0; g < GROUPS; g++)
-            for (int line = 0; line < size; line += 64) fetching.line(w + g * bytes + distance + line);
+            for (int line = 0; line < size; line += 64) fetch_line(w + g * bytes + distance + line, fetching.far);
     }
 };
 
