@@ -1,6 +1,8 @@
 // What threads would fetch of the KV before an attention, for test_kv_ahead.py.
 
-#include "kv_ahead.h"
+#include "api.cpp"
+
+const Variant generic_variant = {};
 
 // The distances of the lines that each thread has fetched when it has done some of the multiplications that were
 // planned with, in steps: counts[thread] of them side by side in lines; how many in all.
@@ -32,4 +34,14 @@ extern "C" int64_t lines_ahead(const Attention* job, int threads, int64_t limit,
         }
     }
     return total;
+}
+
+// Where the KV begins that two threads fetch from the job at an index on, or null, and at which rate.
+extern "C" const uint8_t* looked_ahead(const Entry* entries, int64_t count, int64_t index, int64_t rows,
+                                       int64_t* rate) {
+    Kernels kernels(&generic_variant, 2);
+    kernels.look_ahead(entries + index, entries + count, rows);
+    const Aside* aside = kernels.kv_ahead.of(1);
+    *rate = aside ? aside->rate : 0;
+    return aside ? aside->base : nullptr;
 }

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_sglang.backend.kernels import build
-from mini_sglang.backend.kernels.jobs import Attention, SequenceTable
+from mini_sglang.backend.kernels.jobs import Attention, Entry, Job, Product, SequenceTable
 from mini_sglang.backend.kv.pool import TILE, KVPool
 
 Ahead = Callable[..., list[list[int]]]
@@ -24,13 +24,18 @@ STEP = 1000
 
 
 @pytest.fixture(scope="module")
-def ahead(tmp_path_factory: pytest.TempPathFactory) -> Ahead:
-    """Of each thread the distances of the lines it fetches, in order, in so many steps or a share of them."""
+def driver(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = tmp_path_factory.mktemp("ahead") / "ahead.so"
     source = Path(__file__).with_name("kv_ahead.cpp")
     compiler = build._find_compiler(os.environ)
     build._run([*compiler, *build._FLAGS, "-shared", "-I", str(build.SOURCES), str(source), "-o", str(path)])
-    function = ctypes.CDLL(str(path)).lines_ahead
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(scope="module")
+def ahead(driver: ctypes.CDLL) -> Ahead:
+    """Of each thread the distances of the lines it fetches, in order, in so many steps or a share of them."""
+    function = driver.lines_ahead
     function.restype = ctypes.c_int64
     sizes = [ctypes.c_int64] * 4
     function.argtypes = [ctypes.c_void_p, ctypes.c_int, *sizes, ctypes.c_void_p, ctypes.c_void_p]
@@ -141,3 +146,29 @@ def test_lines_are_spread_evenly_over_the_multiplications(ahead: Ahead, threads:
     for share in (0.1, 0.5, 0.9):
         for done, lines in zip(ahead(step.job, threads, 1 << 30, 100, share), whole, strict=True):
             assert abs(len(done) - share * lines) <= 1
+
+
+def test_products_fetch_for_the_attention_after_them(driver: ctypes.CDLL) -> None:
+    first, second = (Step([(1, 200)], 16, None, torch.float32, False) for _ in range(2))
+    small, large = Product(n=32, k=64), Product(n=128, k=64)
+    jobs: list[Job] = [small, first.job, small, large, second.job, large]
+    entries = (Entry * len(jobs))(*map(Entry.of, jobs))
+    function = driver.looked_ahead
+    function.restype = ctypes.c_void_p
+    sizes = [ctypes.c_int64] * 3
+    function.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_void_p]
+
+    def looked_ahead(index: int, rows: int) -> tuple[int | None, int]:
+        rate = ctypes.c_int64()
+        base = function(entries, len(jobs), index, rows, ctypes.byref(rate))
+        return base, rate.value
+
+    base, rate = looked_ahead(0, 8)
+    assert base == first.kv.rows(0).data_ptr() and rate > 0
+    base, slower = looked_ahead(1, 8)
+    # The same KV over five times the multiplications.
+    assert base == second.kv.rows(0).data_ptr() and abs(5 * slower - rate) <= 5
+    assert looked_ahead(1, 16)[1] == pytest.approx(slower / 2, abs=1)
+    # After the last attention nobody waits for KV, and products of few rows wait for memory themselves.
+    assert looked_ahead(4, 8) == (None, 0)
+    assert looked_ahead(0, 7) == (None, 0)
