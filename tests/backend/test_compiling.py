@@ -33,7 +33,7 @@ def compiled_graphs() -> int:
 
 
 def test_our_decoder_compiled_has_the_logits_it_has_without(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path, "qwen3", num_hidden_layers=2)
+    folder = save_tiny_model(tmp_path, "qwen3", num_hidden_layers=1)
     plain = load(folder, kernels="reference", compile_model=0)
     before = compiled_graphs()
     compiled = load(folder, kernels="reference", compile_model=1)
