@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <exception>
 #include <mutex>
-#include <type_traits>
 
 namespace {
 
@@ -57,8 +56,7 @@ struct Kernels {
                 Chunks& chunks = *static_cast<Chunks*>(context);
                 const Split& split = chunks.split;
                 const int64_t first = chunk * split.size, last = std::min(split.count, first + split.size);
-                if constexpr (std::is_invocable_v<Work&, int64_t, int64_t, int>) chunks.work(first, last, thread);
-                else chunks.work(first, last);
+                chunks.work(first, last, thread);
             },
             &chunks, chunks.split.chunks);
     }
@@ -92,7 +90,7 @@ struct Kernels {
 
     // What the products between this entry, be it an attention, and the next attention fetch for that.
     void look_ahead(const Entry* entry, const Entry* end, int64_t rows) {
-        kv_ahead.clear();
+        kv_ahead.end_plan();
         int64_t multiplications = 0;
         for (entry += entry->kind == ATTENTION; entry < end && entry->kind != ATTENTION; entry++)
             if (entry->kind == PRODUCT) {
@@ -114,10 +112,10 @@ struct Kernels {
             const void* x = plain;
             if (needed) {
                 x = aligned;
-                auto prepare = [&](int64_t first, int64_t last) {
+                auto prepare = [&](int64_t first, int64_t last, int) {
                     variant->prepare(format, plain, first, last, count, job.k, aligned);
                 };
-                if (count * job.k < ALONE) prepare(0, count);
+                if (count * job.k < ALONE) prepare(0, count, 0);
                 else share(count, 4 * job.k, prepare);
             }
             const Units units = units_of(job, count);
@@ -175,12 +173,12 @@ struct Kernels {
                 }
             if (spans) next += spans_of(s) * job.heads;
         }
-        auto attend = [&](int64_t first, int64_t last) {
+        auto attend = [&](int64_t first, int64_t last, int) {
             for (int64_t i = first; i < last; i++)
                 variant->attend(job, tasks[i], i + 1 < static_cast<int64_t>(tasks.size()) ? &tasks[i + 1] : nullptr);
         };
         // Less than this is done before another thread would have begun.
-        if (scores < 2048) attend(0, static_cast<int64_t>(tasks.size()));
+        if (scores < 2048) attend(0, static_cast<int64_t>(tasks.size()), 0);
         else share(static_cast<int64_t>(tasks.size()), 64 << 10, attend);
         next = partials.data();
         for (int64_t s = 0; s < sequences.count; s++)
@@ -194,11 +192,11 @@ struct Kernels {
         const int64_t numbers = adapters.begin(job);
         if (!numbers) return;
         auto stage = [&](auto work) {
-            auto tasks = [&](int64_t first, int64_t last) {
+            auto tasks = [&](int64_t first, int64_t last, int) {
                 for (int64_t i = first; i < last; i++) work(adapters.tasks[i]);
             };
             const int64_t count = static_cast<int64_t>(adapters.tasks.size());
-            if (numbers < ALONE) tasks(0, count);
+            if (numbers < ALONE) tasks(0, count, 0);
             else share(count, 64 << 10, tasks);
         };
         const int together = variant->groups_together(F32);
@@ -214,7 +212,7 @@ private:
     void each_row(const Fields& job, int64_t rows, int64_t width,
                   void (*work)(const Fields&, int64_t, int64_t)) {
         if (rows * width < ALONE) return work(job, 0, rows);
-        share(rows, 4 * width, [&](int64_t first, int64_t last) { work(job, first, last); });
+        share(rows, 4 * width, [&](int64_t first, int64_t last, int) { work(job, first, last); });
     }
 };
 
@@ -245,6 +243,7 @@ void kernels_run(void* handle, const Entry* entries, int64_t count, int64_t rows
     Kernels& kernels = *static_cast<Kernels*>(handle);
     std::lock_guard<std::mutex> lock(kernels.busy);
     const Entry* const end = entries + count;
+    kernels.kv_ahead.begin();
     auto is_product = [](const Entry& entry) { return entry.kind == PRODUCT; };
     for (const Entry* entry = entries; entry < end; entry++) {
         const void* job = entry->job;
@@ -276,7 +275,7 @@ void kernels_pack(void* handle, int format, const uint8_t* rows, uint8_t* packed
     Kernels& kernels = *static_cast<Kernels*>(handle);
     std::lock_guard<std::mutex> lock(kernels.busy);
     const int64_t bytes = group_bytes(format, k);
-    kernels.share((n + GROUP - 1) / GROUP, bytes, [&](int64_t first, int64_t last) {
+    kernels.share((n + GROUP - 1) / GROUP, bytes, [&](int64_t first, int64_t last, int) {
         for (int64_t g = first; g < last; g++) pack_group(format, rows, packed + g * bytes, g, n, k);
     });
 }

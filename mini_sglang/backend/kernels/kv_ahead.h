@@ -17,13 +17,19 @@ public:
     explicit KVAhead(int threads, int64_t bytes = cache_bytes()) : limit_(bytes / threads), asides_(threads) {}
 
     // Of one thread; null where there is nothing to be fetched.
-    Aside* of(int thread) { return runs_.empty() ? nullptr : &asides_[thread]; }
+    Aside* of(int thread) { return planned_ ? &asides_[thread] : nullptr; }
 
-    void clear() { runs_.clear(); }
+    // The sequences are those of another step.
+    void begin() { runs_.clear(), planned_ = false; }
+
+    void end_plan() { planned_ = false; }
 
     // For this attention, by products of so many multiplications in all.
     void plan(const Attention& job, int64_t multiplications) {
-        find(job);
+        // Layers differ in where their pool begins, and few in what their rows see.
+        if (runs_.empty() || job.window != window_) find(job);
+        window_ = job.window;
+        planned_ = true;
         const int64_t threads = asides_.size(), count = runs_.size();
         for (int64_t i = 0; i < threads; i++) {
             // About what the thread will attend, of that what comes first: more would push it out of the caches.
@@ -66,6 +72,8 @@ private:
     }
 
     const int64_t limit_;  // of a thread
+    bool planned_ = false;
+    int64_t window_ = 0;  // that the runs are of
     std::vector<Run> runs_;
     std::vector<Aside> asides_;
 };

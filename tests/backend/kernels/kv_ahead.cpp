@@ -5,10 +5,13 @@
 const Variant generic_variant = {};
 
 // The distances of the lines that each thread has fetched when it has done some of the multiplications that were
-// planned with, in steps: counts[thread] of them side by side in lines; how many in all.
-extern "C" int64_t lines_ahead(const Attention* job, int threads, int64_t limit, int64_t planned, int64_t done,
-                               int64_t step, int64_t* lines, int64_t* counts) {
+// planned with, in steps: counts[thread] of them side by side in lines; how many in all. The job before, or null, is of
+// another layer of the same step, or of another step.
+extern "C" int64_t lines_ahead(const Attention* before, bool same_step, const Attention* job, int threads, int64_t limit,
+                               int64_t planned, int64_t done, int64_t step, int64_t* lines, int64_t* counts) {
     KVAhead ahead(threads, limit);
+    if (before) ahead.plan(*before, planned);
+    if (!same_step) ahead.begin();
     ahead.plan(*job, planned);
     int64_t total = 0;
     for (int thread = 0; thread < threads; thread++) {
@@ -40,7 +43,8 @@ extern "C" int64_t lines_ahead(const Attention* job, int threads, int64_t limit,
 extern "C" const uint8_t* looked_ahead(const Entry* entries, int64_t count, int64_t index, int64_t rows,
                                        int64_t* rate) {
     Kernels kernels(&generic_variant, 2);
-    kernels.look_ahead(entries + index, entries + count, rows);
+    kernels.look_ahead(entries, entries + count, rows);
+    if (index) kernels.look_ahead(entries + index, entries + count, rows);
     const Aside* aside = kernels.kv_ahead.of(1);
     *rate = aside ? aside->rate : 0;
     return aside ? aside->base : nullptr;

@@ -38,13 +38,25 @@ def ahead(driver: ctypes.CDLL) -> Ahead:
     function = driver.lines_ahead
     function.restype = ctypes.c_int64
     sizes = [ctypes.c_int64] * 4
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int, *sizes, ctypes.c_void_p, ctypes.c_void_p]
+    places_of = [ctypes.c_void_p, ctypes.c_void_p]
+    function.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p, ctypes.c_int, *sizes, *places_of]
 
-    def lines_ahead(job: Attention, threads: int, limit: int, steps: int, done: float = 1) -> list[list[int]]:
+    def lines_ahead(
+        job: Attention,
+        threads: int,
+        limit: int,
+        steps: int,
+        done: float = 1,
+        before: Attention | None = None,
+        same_step: bool = False,
+    ) -> list[list[int]]:
         lines, counts = np.zeros(1 << 18, np.int64), np.zeros(threads, np.int64)
         places = lines.ctypes.data, counts.ctypes.data
         planned, each = threads * steps * STEP, round(steps * done) * STEP
-        total = function(ctypes.addressof(job), threads, limit, planned, each, STEP, *places)
+        first = None if before is None else ctypes.addressof(before)
+        total = function(
+            first, same_step, ctypes.addressof(job), threads, limit, planned, each, STEP, *places
+        )
         assert total == counts.sum()
         return [part.tolist() for part in np.split(lines[:total], np.cumsum(counts)[:-1])]
 
@@ -125,6 +137,17 @@ def test_what_is_fetched_first_is_attended_first(ahead: Ahead, step: Step, threa
     places = {first + byte: number for number, first in enumerate(step.read) for byte in range(step.size)}
     order = [places[line] for part in found for line in part]
     assert order == sorted(order)
+
+
+@given(steps(), steps(), st.none() | st.integers(1, 60))
+def test_what_was_planned_before_changes_nothing(
+    ahead: Ahead, step: Step, other: Step, window: int | None
+) -> None:
+    query = torch.zeros(1, 1, 16)
+    layer = Attention.of(step.table, step.kv, 0, query, torch.zeros(1, 16), window)
+    expected = ahead(step.job, 2, 1 << 30, 100)
+    assert ahead(step.job, 2, 1 << 30, 100, before=layer, same_step=True) == expected
+    assert ahead(step.job, 2, 1 << 30, 100, before=other.job) == expected
 
 
 @given(steps(), st.integers(1, 3), st.integers(0, 1 << 15))
