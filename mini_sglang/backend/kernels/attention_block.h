@@ -126,14 +126,11 @@ using Sum = typename SumOf<WHOLE<KV>>::type;
 inline Floats in_floats(Floats sum) { return sum; }
 inline Floats in_floats(Ints sum) { return to_floats(sum); }
 
-// 2^x for x below 127, to some units in the last place, or ROUGH to 3e-6 of it; 0 or next to it below -126. NaN
-// stays NaN.
-template <bool ROUGH = false>
-inline Floats power_of_two(Floats x) {
-    constexpr float factors[] = {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f,
-                                 2.40226507e-1f, 6.93147182e-1f, 1.0f};
+// 2^x for x of at most BOUND, to 3e-6 of it where weights of 16 bits are made of it.
+template <class KV>
+inline Floats weight_of(Floats x) {
 #if defined(__AVX512VNNI__)
-    if constexpr (ROUGH) {
+    if constexpr (PAIRED<KV>) {
         constexpr float rough[] = {1.35341678e-2f, 5.20114601e-2f, 2.41442755e-1f, 6.93003833e-1f, 1.00000262f};
         const Floats r = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_FLOOR);
         Floats p = all(rough[0]);
@@ -141,21 +138,7 @@ inline Floats power_of_two(Floats x) {
         return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
     }
 #endif
-    x = larger(all(-200.0f), x);  // of -infinity the rest would be none
-#if defined(__AVX512VNNI__)
-    const Floats n = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-#else
-    const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-    const Floats shifted = x + shift, n = shifted - shift;
-#endif
-    const Floats r = x - n;
-    Floats p = all(factors[0]);
-    UNROLL for (int i = 1; i < 7; i++) p = fused(p, r, all(factors[i]));
-#if defined(__AVX512VNNI__)
-    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-    return x < all(-126.0f) ? Floats{} : p * (Floats)(((Ints)shifted - (Ints)shift + 127) << 23);
-#endif
+    return power_of_two(x);
 }
 
 // The lines of a block to come, fetched a few at a time: many at once would keep this block's waiting.
@@ -353,7 +336,7 @@ inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& ne
         top = Floats{};
         const Floats least = all(-partial.largest);
         each([&](int p) {
-            Floats weight = power_of_two<PAIRED<KV>>(fused(some[p], all(factor), least));
+            Floats weight = weight_of<KV>(fused(some[p], all(factor), least));
             sum += weight;
             if (SCALED<KV>) weight *= load<Floats>(block.value_scales[p]);
             if (WHOLE<KV>) top = larger(weight, top), some[p] = weight;

@@ -6,44 +6,67 @@
 
 namespace {
 
-// e^x for x <= 0 to about one unit in the last place; 0 below -87. NaN stays NaN.
-inline Floats exp_of(Floats x) {
+inline Floats whole(Floats x) {
+#if defined(__AVX512VNNI__)
+    return (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
     const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-    const Floats shifted = fused(x, all(1.44269504f), shift);
-    const Floats n = shifted - shift;
-    const Floats r = fused(n, all(-1.42860677e-6f), fused(n, all(-0.693145752f), x));
-    Floats p = all(1.0f / 5040);
-    UNROLL for (int i = 0; i < 7; i++) {
-        const float factors[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-        p = fused(p, r, all(factors[i]));
-    }
-    const Ints exponent = ((Ints)shifted - (Ints)shift + 127) << 23;
-    const Floats result = p * (Floats)exponent;
-    return x < all(-87.0f) ? Floats{} : result;
+    return x + shift - shift;
+#endif
 }
 
-// x * weight / root mean square of x, over width numbers.
-inline void normed(const float* x, const float* weight, float* out, int64_t width, float eps) {
-    Floats squares[2] = {};
-    for (int64_t i = 0; i < width; i += LANES) {
-        const Floats v = load<Floats>(x + i);
-        squares[i / LANES % 2] = fused(v, v, squares[i / LANES % 2]);
-    }
-    const float mean = sum_of(squares[0] + squares[1]) / (float)width;
+// 2^(n + r) to some units in the last place, for whole n and r of at most half; 0 or next to it for n below -126, infinity
+// for n above 127. NaN stays NaN.
+inline Floats power_of_two(Floats n, Floats r) {
+    constexpr float factors[] = {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f,
+                                 2.40226507e-1f, 6.93147182e-1f, 1.0f};
+    Floats p = all(factors[0]);
+    UNROLL for (int i = 1; i < 7; i++) p = fused(p, r, all(factors[i]));
+#if defined(__AVX512VNNI__)
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    const Floats shift = all(12582912.0f);
+    const Floats power = (Floats)(((Ints)(n + shift) - (Ints)shift + 127) << 23);
+    return n < all(-126.0f) ? Floats{} : n > all(127.0f) ? all(__builtin_inff()) : p * power;
+#endif
+}
+
+// 2^x.
+inline Floats power_of_two(Floats x) {
+    x = larger(all(-200.0f), x);  // of -infinity the rest would be none
+    const Floats n = whole(x);
+    return power_of_two(n, x - n);
+}
+
+// e^-x.
+inline Floats inverse_exponential(Floats x) {
+    x = larger(all(-140.0f), smaller(all(140.0f), x));
+    const Floats n = whole(x * all(-1.44269502f));
+    return power_of_two(n, fused(x, all(-1.92596303e-8f), fused(x, all(-1.44269502f), -n)));
+}
+
+// x * weight / root mean square of x, over width numbers, after delta, which may be null, was added to x.
+inline void normed(float* x, const float* delta, const float* weight, float* out, int64_t width, float eps) {
+    // Sums side by side: one alone would wait for itself.
+    Floats squares[4] = {};
+    auto add = [&](int64_t i, int sum) {
+        Floats v = load<Floats>(x + i);
+        if (delta) store(x + i, v += load<Floats>(delta + i));
+        squares[sum] = fused(v, v, squares[sum]);
+    };
+    int64_t i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES)
+        UNROLL for (int j = 0; j < 4; j++) add(i + j * LANES, j);
+    for (; i < width; i += LANES) add(i, 0);
+    const float mean = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)width;
     const Floats scale = all(1.0f / __builtin_sqrtf(mean + eps));
-    for (int64_t i = 0; i < width; i += LANES)
-        store(out + i, load<Floats>(x + i) * scale * load<Floats>(weight + i));
+    for (i = 0; i < width; i += LANES) store(out + i, load<Floats>(x + i) * scale * load<Floats>(weight + i));
 }
 
 void norm(const Norm& job, int64_t first, int64_t last) {
     const int64_t width = job.width;
-    for (int64_t row = first; row < last; row++) {
-        float* x = job.x + row * width;
-        if (job.delta)
-            for (int64_t i = 0; i < width; i += LANES)
-                store(x + i, load<Floats>(x + i) + load<Floats>(job.delta + row * width + i));
-        normed(x, job.weight, job.out + row * width, width, job.eps);
-    }
+    for (int64_t at = first * width; at < last * width; at += width)
+        normed(job.x + at, job.delta ? job.delta + at : nullptr, job.weight, job.out + at, width, job.eps);
 }
 
 // The largest magnitude of count numbers; of any that is NaN, NaN.
@@ -147,7 +170,7 @@ void rotate(const Rotate& job, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         float* qkv = job.qkv + row * width;
         for (int64_t h = 0; job.head_norm && h < turning; h++)
-            normed(qkv + h * dim, job.head_norm + h * dim, qkv + h * dim, dim, job.eps);
+            normed(qkv + h * dim, nullptr, job.head_norm + h * dim, qkv + h * dim, dim, job.eps);
         if (job.turns) {
             const int64_t* positions = job.turns->positions;
             const int64_t position = positions ? positions[row] : row;
@@ -173,11 +196,10 @@ void silu_and_mul(const SiluAndMul& job, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         const float* gate = job.gate_up + 2 * row * job.width;
         const float* up = gate + job.width;
+        // The other ways, of -|x|, or with an approximate reciprocal, take more multiplications than a division does.
         for (int64_t i = 0; i < job.width; i += LANES) {
             const Floats x = load<Floats>(gate + i);
-            const Floats e = exp_of(x < Floats{} ? x : -x);
-            const Floats numerator = x < Floats{} ? e : all(1.0f);
-            store(job.out + row * job.width + i, x * (numerator / (e + 1.0f)) * load<Floats>(up + i));
+            store(job.out + row * job.width + i, x / (inverse_exponential(x) + 1.0f) * load<Floats>(up + i));
         }
     }
 }

@@ -293,9 +293,12 @@ constexpr bool IN_PAIRS = false;
 // Of prepared rows, to stay in the second-level cache while a chunk's groups pass by.
 constexpr int64_t CACHED_BYTES = 384 << 10;
 
+// Flattened: a tile that gcc keeps as a function is told Ahead in memory, written and read in different pieces, and then
+// waits for all writes before.
 template <class Tile>
-void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k, const Activations* x,
-                  int64_t rows, const float* bias, float* y, int64_t n, int64_t y_stride, Fetching fetching) {
+__attribute__((flatten)) void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k,
+                                           const Activations* x, int64_t rows, const float* bias, float* y, int64_t n,
+                                           int64_t y_stride, Fetching fetching) {
     const int64_t bytes = group_bytes(Tile::FORMAT, k), blocks = k / BLOCK, panel = panel_of(Tile::FORMAT, rows);
     int64_t slab = CACHED_BYTES / (blocks * (int64_t)sizeof(Activations)) / panel * panel;
     slab = slab < panel ? panel : slab;
@@ -373,45 +376,58 @@ inline Folded fold_lanes(const __m256i* v, Fold fold) {
 }
 
 // Eight blocks that follow each other, each to its place: what is counted for a block is so for all in one vector.
-inline void quantize_eight(const float* x, Activations* const* out) {
-    const __m512i no_sign = _mm512_set1_epi32(0x7fffffff);
-    __m256i eight[8];
-    UNROLL for (int i = 0; i < 8; i++) {
-        const __m512i top = _mm512_max_epi32(_mm512_and_si512(_mm512_loadu_si512(x + BLOCK * i), no_sign),
-                                             _mm512_and_si512(_mm512_loadu_si512(x + BLOCK * i + 16), no_sign));
-        eight[i] = _mm256_max_epi32(_mm512_castsi512_si256(top), _mm512_extracti64x4_epi64(top, 1));
-    }
-    // Magnitudes compare like their bit patterns, infinities and NaN above all numbers.
-    const Folded tops = fold_lanes(eight, [](__m256i a, __m256i b) { return _mm256_max_epi32(a, b); });
-    const __m256i largest = _mm256_max_epi32(tops.first, tops.last);
-    const __m256 magnitude = _mm256_castsi256_ps(largest);
-    const __mmask8 endless = _mm256_cmpge_epi32_mask(largest, _mm256_set1_epi32(0x7f800000));
-    const __mmask8 usual = ~endless & _mm256_cmp_ps_mask(magnitude, _mm256_set1_ps(0x1p-100f), _CMP_GE_OQ);
-    const __m256 scale = _mm256_mask_mov_ps(_mm256_maskz_mul_ps(usual, magnitude, _mm256_set1_ps(1.0f / 127.0f)),
-                                            endless, _mm256_set1_ps(from_bits(0x7fc00000)));
+struct Eight {
+    const float* x;
+    Activations* out[8];
     float inverses[8];
-    _mm256_storeu_ps(inverses, _mm256_maskz_div_ps(usual, _mm256_set1_ps(127.0f), magnitude));
-    UNROLL for (int i = 0; i < 8; i++) {
-        const __m512 inverse = _mm512_set1_ps(inverses[i]);
-        // What is not finite times 0 has no whole number: the conversion gives -2^31, of which the lowest byte is 0.
-        auto sixteen = [&](const float* from) {
-            return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), inverse)));
-        };
-        const __m256i q = _mm256_set_m128i(sixteen(x + BLOCK * i + 16), sixteen(x + BLOCK * i));
-        _mm256_storeu_si256((__m256i*)out[i]->q, q);
-        eight[i] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q);
+    __m256 scale;
+    __m256i sums[8];
+
+    void find_scales() {
+        const __m512i no_sign = _mm512_set1_epi32(0x7fffffff);
+        __m256i tops[8];
+        UNROLL for (int i = 0; i < 8; i++) {
+            const __m512i top = _mm512_max_epi32(_mm512_and_si512(_mm512_loadu_si512(x + BLOCK * i), no_sign),
+                                                 _mm512_and_si512(_mm512_loadu_si512(x + BLOCK * i + 16), no_sign));
+            tops[i] = _mm256_max_epi32(_mm512_castsi512_si256(top), _mm512_extracti64x4_epi64(top, 1));
+        }
+        // Magnitudes compare like their bit patterns, infinities and NaN above all numbers.
+        const Folded folded = fold_lanes(tops, [](__m256i a, __m256i b) { return _mm256_max_epi32(a, b); });
+        const __m256i largest = _mm256_max_epi32(folded.first, folded.last);
+        const __m256 magnitude = _mm256_castsi256_ps(largest);
+        const __mmask8 endless = _mm256_cmpge_epi32_mask(largest, _mm256_set1_epi32(0x7f800000));
+        const __mmask8 usual = ~endless & _mm256_cmp_ps_mask(magnitude, _mm256_set1_ps(0x1p-100f), _CMP_GE_OQ);
+        scale = _mm256_mask_mov_ps(_mm256_maskz_mul_ps(usual, magnitude, _mm256_set1_ps(1.0f / 127.0f)), endless,
+                                   _mm256_set1_ps(from_bits(0x7fc00000)));
+        _mm256_storeu_ps(inverses, _mm256_maskz_div_ps(usual, _mm256_set1_ps(127.0f), magnitude));
     }
-    const Folded sums = fold_lanes(eight, [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); });
-    const __m256i sum = _mm256_add_epi32(sums.first, sums.last), none = _mm256_setzero_si256();
-    auto times_minus = [&](__m256i v, int power) {
-        return (Eights)_mm256_sub_epi32(none, _mm256_slli_epi32(v, power));
-    };
-    const __m256 number = _mm256_cvtepi32_ps(sum);
-    Eights fields[8] = {(Eights)scale, (Eights)number, (Eights)_mm256_mul_ps(scale, number), times_minus(sum, 3),
-                        times_minus(sum, 7), times_minus(sums.first, 5), times_minus(sums.last, 5), Eights{}};
-    transpose(fields);
-    UNROLL for (int i = 0; i < 8; i++) memcpy(&out[i]->scale, &fields[i], sizeof fields[i]);
-}
+
+    void round() {
+        UNROLL for (int i = 0; i < 8; i++) {
+            const __m512 inverse = _mm512_set1_ps(inverses[i]);
+            // What is not finite times 0 has no whole number: the conversion gives -2^31, of which the lowest byte is 0.
+            auto sixteen = [&](const float* from) {
+                return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), inverse)));
+            };
+            const __m256i q = _mm256_set_m128i(sixteen(x + BLOCK * i + 16), sixteen(x + BLOCK * i));
+            _mm256_storeu_si256((__m256i*)out[i]->q, q);
+            sums[i] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q);
+        }
+    }
+
+    void store_fields() {
+        const Folded folded = fold_lanes(sums, [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); });
+        const __m256i sum = _mm256_add_epi32(folded.first, folded.last), none = _mm256_setzero_si256();
+        auto times_minus = [&](__m256i v, int power) {
+            return (Eights)_mm256_sub_epi32(none, _mm256_slli_epi32(v, power));
+        };
+        const __m256 number = _mm256_cvtepi32_ps(sum);
+        Eights fields[8] = {(Eights)scale, (Eights)number, (Eights)_mm256_mul_ps(scale, number), times_minus(sum, 3),
+                            times_minus(sum, 7), times_minus(folded.first, 5), times_minus(folded.last, 5), Eights{}};
+        transpose(fields);
+        UNROLL for (int i = 0; i < 8; i++) memcpy(&out[i]->scale, &fields[i], sizeof fields[i]);
+    }
+};
 
 void quantize(const float* x, int64_t first, int64_t last, int64_t k, int64_t panel, Activations* out) {
     const int64_t blocks = k / BLOCK, count = (last - first) * blocks;
@@ -421,22 +437,29 @@ void quantize(const float* x, int64_t first, int64_t last, int64_t k, int64_t pa
         memcpy(few, x + first * k, (size_t)count * BLOCK * sizeof *few);
     }
     x = count < 8 ? few : x + first * k;
-    for (int64_t done = 0; done < count;) {
-        // The last eight may be some of those before, too.
-        const int64_t begin = count < 8 ? 0 : done + 8 > count ? count - 8 : done;
-        done = begin + 8;
+    Activations beyond;
+    auto eight = [&](int64_t begin) {
+        Eight result;
+        result.x = x + begin * BLOCK;
+        int64_t row = first + begin / blocks, block = begin % blocks;
+        Activations* to = out + (row / panel * blocks + block) * panel + row % panel;
+        for (int i = 0; i < 8; i++, to += panel) {
+            if (block++ == blocks) row++, block = 1, to = out + row / panel * blocks * panel + row % panel;
+            result.out[i] = begin + i < count ? to : &beyond;
+        }
+        return result;
+    };
+    const int64_t end = count < 8 ? 0 : count - 8;
+    for (int64_t done = 0; done < count; done += 16) {
         // Many rows do not come from the caches nearby.
         constexpr int AHEAD = 32;
-        for (int i = 0; done + AHEAD <= count && i < 8 * BLOCK; i += 16)
-            _mm_prefetch((const char*)(x + (begin + AHEAD) * BLOCK + i), _MM_HINT_T0);
-        Activations beyond;
-        Activations* places[8];
-        int64_t row = first + begin / blocks, block = begin % blocks;
-        for (int i = 0; i < 8; i++) {
-            places[i] = begin + i < count ? out + (row / panel * blocks + block) * panel + row % panel : &beyond;
-            if (++block == blocks) block = 0, row++;
-        }
-        quantize_eight(x + begin * BLOCK, places);
+        for (int i = 0; done + AHEAD + 16 <= count && i < 16 * BLOCK; i += 16)
+            _mm_prefetch((const char*)(x + (done + AHEAD) * BLOCK + i), _MM_HINT_T0);
+        // Sixteen at a time, step by step: eight would wait for themselves. The last may be some of those before, too.
+        Eight both[] = {eight(done < end ? done : end), eight(done + 8 < end ? done + 8 : end)};
+        UNROLL for (int i = 0; i < 2; i++) both[i].find_scales();
+        UNROLL for (int i = 0; i < 2; i++) both[i].round();
+        UNROLL for (int i = 0; i < 2; i++) both[i].store_fields();
     }
 }
 

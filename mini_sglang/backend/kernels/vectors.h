@@ -46,7 +46,9 @@ inline Ints lane_numbers() {
     for (int i = 0; i < LANES; i++) out[i] = i;
     return out;
 }
+// The second where one of them is NaN.
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 
 // The lines of weights to come: of every so many steps one fetches, so many bytes behind what it takes, first after
 // turn others.
