@@ -65,6 +65,7 @@ void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, cons
                 int64_t stride, int64_t valid, Ahead ahead) {
     constexpr int STEP = N::COLUMNS, VECTOR = (N::FORMAT == F32 ? 4 : 2) * STEP * LANES;
     Sums<ROWS, GROUPS> sums;
+    const bool near = ROWS == TALL || !ahead.fetching.far;
     auto add = [&](const uint8_t* at, int64_t column, auto columns) {
         Floats weights[GROUPS][HALVES][STEP];
         UNROLL for (int g = 0; g < GROUPS; g++)
@@ -85,7 +86,7 @@ void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, cons
         if (ROWS == TALL && ahead.fetching.aside) ahead.fetching.aside->fetch(ROWS * GROUPS * GROUP * STRETCH);
         for (; column + STEP <= stop; column += STEP, w += HALVES * VECTOR) {
 #if defined(__AVX2__)
-            UNROLL for (int g = 0; g < GROUPS; g++) __builtin_prefetch(w + g * bytes + 2048);
+            UNROLL for (int g = 0; near && g < GROUPS; g++) __builtin_prefetch(w + g * bytes + Fetching::NEAR);
             if (FETCHES) ahead.fetch<GROUPS>(w, bytes, HALVES * VECTOR);
 #endif
             add(w, column, Step{});
@@ -102,11 +103,12 @@ template <int ROWS, int GROUPS, bool FETCHES>
 void bfloat_tile(const uint8_t* w, int64_t bytes, int64_t k, const uint16_t* x, const float* bias, float* y,
                  int64_t stride, int64_t valid, Ahead ahead) {
     Sums<ROWS, GROUPS> sums;
+    const bool near = ROWS == TALL || !ahead.fetching.far;
     for (int64_t column = 0; column < k;) {
         const int64_t stop = column + STRETCH < k ? column + STRETCH : k;
         if (ROWS == TALL && ahead.fetching.aside) ahead.fetching.aside->fetch(ROWS * GROUPS * GROUP * STRETCH);
         for (; column < stop; column += 2, w += 64) {
-            UNROLL for (int g = 0; g < GROUPS; g++) __builtin_prefetch(w + g * bytes + 2048);
+            UNROLL for (int g = 0; near && g < GROUPS; g++) __builtin_prefetch(w + g * bytes + Fetching::NEAR);
             if (FETCHES) ahead.fetch<GROUPS>(w, bytes, 64);
             __m512bh weights[GROUPS];
             UNROLL for (int g = 0; g < GROUPS; g++) weights[g] = (__m512bh)_mm512_loadu_si512(w + g * bytes);

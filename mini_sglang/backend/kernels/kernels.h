@@ -163,10 +163,12 @@ struct alignas(64) Aside {
     }
 };
 
-// How a thread fetches the weights to come, and what else meanwhile, or null.
+// How a thread fetches the weights to come, and what else meanwhile, or null. Next to where it reads, into the first-level
+// cache alone: of what it fetches further off within its page a CPU no longer fetches ahead by itself.
 struct Fetching {
     bool far;
     Aside* aside;
+    enum { NEAR = 2048 };
 };
 
 // Some new rows of a sequence, counted from its first, and some KV heads; at most MAX_PARTIALS heads of rows.

@@ -193,7 +193,7 @@ __attribute__((noinline)) void group_times(const uint8_t* w, int64_t blocks, con
             w += layout.header_bytes;
         }
 #if defined(__AVX2__)
-        for (int line = 0; line < layout.tile_bytes; line += 64) __builtin_prefetch(w + line + 2048);
+        for (int line = 0; line < layout.tile_bytes; line += 64) __builtin_prefetch(w + line + Fetching::NEAR);
 #endif
         Tile tiles[HALVES];
         UNROLL for (int h = 0; h < HALVES; h++) tiles[h].load(header, w, h);
@@ -311,7 +311,7 @@ __attribute__((flatten)) void groups_times(const uint8_t* packed, int64_t first,
             if constexpr (IN_PAIRS<Tile>) {
                 const bool pair = g + 1 < last && stop - start >= 4;
                 const int64_t passes = (stop - start) / panel, every = passes < 1 ? 1 : passes < 4 ? passes : 4;
-                auto part = [&](auto times, int count, int64_t distance, int64_t until) {
+                auto part = [&](auto times, int count, int64_t distance, int64_t every, int64_t until) {
                     for (; row + count <= until; row += count)
                         times(packed + g * bytes, bytes, blocks, x + row / panel * panel * blocks + row % panel, panel,
                               bias ? bias + column : nullptr, y + row * y_stride + column, y_stride, n - column,
@@ -319,22 +319,23 @@ __attribute__((flatten)) void groups_times(const uint8_t* packed, int64_t first,
                 };
                 // One row goes through the weights as they come, more of them through two groups some times, of which
                 // the first four share the fetching.
-                const int64_t fetching = start + 4 * panel < stop ? start + 4 * panel : stop;
+                const int64_t fetched = start + 4 * panel < stop ? start + 4 * panel : stop;
+                const int64_t near = fetching.far ? INT64_MAX : every;
                 if (pair) {
                     if (panel == 6) {
-                        part(groups_by_rows<Tile, 6, 2>, 6, 2 * bytes, fetching);
-                        part(groups_by_rows<Tile, 6, 2, false>, 6, 0, stop);
+                        part(groups_by_rows<Tile, 6, 2>, 6, 2 * bytes, every, fetched);
+                        part(groups_by_rows<Tile, 6, 2, false>, 6, 0, 1, stop);
                     } else {
-                        part(groups_by_rows<Tile, 4, 2>, 4, 2 * bytes, fetching);
+                        part(groups_by_rows<Tile, 4, 2>, 4, 2 * bytes, every, fetched);
                     }
-                    part(groups_by_rows<Tile, 4, 2, false>, 4, 0, stop);
-                    part(groups_by_rows<Tile, 2, 2, false>, 2, 0, stop);
-                    part(groups_by_rows<Tile, 1, 2, false>, 1, 0, stop);
+                    part(groups_by_rows<Tile, 4, 2, false>, 4, 0, 1, stop);
+                    part(groups_by_rows<Tile, 2, 2, false>, 2, 0, 1, stop);
+                    part(groups_by_rows<Tile, 1, 2, false>, 1, 0, 1, stop);
                 } else {
-                    if (panel == 6) part(groups_by_rows<Tile, 6, 1>, 6, 2048, stop);
-                    part(groups_by_rows<Tile, 4, 1>, 4, 2048, stop);
-                    part(groups_by_rows<Tile, 2, 1>, 2, 2048, stop);
-                    part(groups_by_rows<Tile, 1, 1>, 1, 2048, stop);
+                    if (panel == 6) part(groups_by_rows<Tile, 6, 1>, 6, Fetching::NEAR, near, stop);
+                    part(groups_by_rows<Tile, 4, 1>, 4, Fetching::NEAR, near, stop);
+                    part(groups_by_rows<Tile, 2, 1>, 2, Fetching::NEAR, near, stop);
+                    part(groups_by_rows<Tile, 1, 1>, 1, Fetching::NEAR, near, stop);
                 }
                 g += pair;
                 continue;
