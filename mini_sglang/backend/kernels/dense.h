@@ -65,7 +65,7 @@ void dense_tile(const uint8_t* w, int64_t bytes, int64_t k, const float* x, cons
                 int64_t stride, int64_t valid, Ahead ahead) {
     constexpr int STEP = N::COLUMNS, VECTOR = (N::FORMAT == F32 ? 4 : 2) * STEP * LANES;
     Sums<ROWS, GROUPS> sums;
-    const bool near = ROWS == TALL || !ahead.fetching.far;
+    const bool near = ROWS == TALL || !ahead.fetching.far;  // see Fetching::NEAR
     auto add = [&](const uint8_t* at, int64_t column, auto columns) {
         Floats weights[GROUPS][HALVES][STEP];
         UNROLL for (int g = 0; g < GROUPS; g++)
@@ -103,7 +103,7 @@ template <int ROWS, int GROUPS, bool FETCHES>
 void bfloat_tile(const uint8_t* w, int64_t bytes, int64_t k, const uint16_t* x, const float* bias, float* y,
                  int64_t stride, int64_t valid, Ahead ahead) {
     Sums<ROWS, GROUPS> sums;
-    const bool near = ROWS == TALL || !ahead.fetching.far;
+    const bool near = ROWS == TALL || !ahead.fetching.far;  // see Fetching::NEAR
     for (int64_t column = 0; column < k;) {
         const int64_t stop = column + STRETCH < k ? column + STRETCH : k;
         if (ROWS == TALL && ahead.fetching.aside) ahead.fetching.aside->fetch(ROWS * GROUPS * GROUP * STRETCH);

@@ -163,11 +163,12 @@ struct alignas(64) Aside {
     }
 };
 
-// How a thread fetches the weights to come, and what else meanwhile, or null. Next to where it reads, into the first-level
-// cache alone: of what it fetches further off within its page a CPU no longer fetches ahead by itself.
+// How a thread fetches the weights to come, and what else meanwhile, or null.
 struct Fetching {
     bool far;
     Aside* aside;
+    // Bytes that it fetches ahead of where it reads, besides. Not those of few rows where far: a CPU's own prefetchers do
+    // not start on what has been fetched for them, and do better.
     enum { NEAR = 2048 };
 };
 

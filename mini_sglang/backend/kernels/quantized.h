@@ -293,8 +293,8 @@ constexpr bool IN_PAIRS = false;
 // Of prepared rows, to stay in the second-level cache while a chunk's groups pass by.
 constexpr int64_t CACHED_BYTES = 384 << 10;
 
-// Flattened: a tile that gcc keeps as a function is told Ahead in memory, written and read in different pieces, and then
-// waits for all writes before.
+// Flattened: gcc hands Ahead to a tile that stays a function through memory, in other pieces than it is read in there:
+// a load that waits for all stores before it.
 template <class Tile>
 __attribute__((flatten)) void groups_times(const uint8_t* packed, int64_t first, int64_t last, int64_t k,
                                            const Activations* x, int64_t rows, const float* bias, float* y, int64_t n,
@@ -320,7 +320,7 @@ __attribute__((flatten)) void groups_times(const uint8_t* packed, int64_t first,
                 // One row goes through the weights as they come, more of them through two groups some times, of which
                 // the first four share the fetching.
                 const int64_t fetched = start + 4 * panel < stop ? start + 4 * panel : stop;
-                const int64_t near = fetching.far ? INT64_MAX : every;
+                const int64_t seldom = fetching.far ? INT64_MAX : every;  // see Fetching::NEAR
                 if (pair) {
                     if (panel == 6) {
                         part(groups_by_rows<Tile, 6, 2>, 6, 2 * bytes, every, fetched);
@@ -332,10 +332,10 @@ __attribute__((flatten)) void groups_times(const uint8_t* packed, int64_t first,
                     part(groups_by_rows<Tile, 2, 2, false>, 2, 0, 1, stop);
                     part(groups_by_rows<Tile, 1, 2, false>, 1, 0, 1, stop);
                 } else {
-                    if (panel == 6) part(groups_by_rows<Tile, 6, 1>, 6, Fetching::NEAR, near, stop);
-                    part(groups_by_rows<Tile, 4, 1>, 4, Fetching::NEAR, near, stop);
-                    part(groups_by_rows<Tile, 2, 1>, 2, Fetching::NEAR, near, stop);
-                    part(groups_by_rows<Tile, 1, 1>, 1, Fetching::NEAR, near, stop);
+                    if (panel == 6) part(groups_by_rows<Tile, 6, 1>, 6, Fetching::NEAR, seldom, stop);
+                    part(groups_by_rows<Tile, 4, 1>, 4, Fetching::NEAR, seldom, stop);
+                    part(groups_by_rows<Tile, 2, 1>, 2, Fetching::NEAR, seldom, stop);
+                    part(groups_by_rows<Tile, 1, 1>, 1, Fetching::NEAR, seldom, stop);
                 }
                 g += pair;
                 continue;
@@ -377,7 +377,7 @@ inline Folded fold_lanes(const __m256i* v, Fold fold) {
 }
 
 // Eight blocks that follow each other, each to its place: what is counted for a block is so for all in one vector.
-struct Eight {
+struct EightBlocks {
     const float* x;
     Activations* out[8];
     float inverses[8];
@@ -440,7 +440,7 @@ void quantize(const float* x, int64_t first, int64_t last, int64_t k, int64_t pa
     x = count < 8 ? few : x + first * k;
     Activations beyond;
     auto eight = [&](int64_t begin) {
-        Eight result;
+        EightBlocks result;
         result.x = x + begin * BLOCK;
         int64_t row = first + begin / blocks, block = begin % blocks;
         Activations* to = out + (row / panel * blocks + block) * panel + row % panel;
@@ -457,7 +457,7 @@ void quantize(const float* x, int64_t first, int64_t last, int64_t k, int64_t pa
         for (int i = 0; done + AHEAD + 16 <= count && i < 16 * BLOCK; i += 16)
             _mm_prefetch((const char*)(x + (done + AHEAD) * BLOCK + i), _MM_HINT_T0);
         // Sixteen at a time, step by step: eight would wait for themselves. The last may be some of those before, too.
-        Eight both[] = {eight(done < end ? done : end), eight(done + 8 < end ? done + 8 : end)};
+        EightBlocks both[] = {eight(done < end ? done : end), eight(done + 8 < end ? done + 8 : end)};
         UNROLL for (int i = 0; i < 2; i++) both[i].find_scales();
         UNROLL for (int i = 0; i < 2; i++) both[i].round();
         UNROLL for (int i = 0; i < 2; i++) both[i].store_fields();
