@@ -82,7 +82,9 @@ std::vector<uint8_t> matrix(Random& random, int format, int64_t n, int64_t k) {
 
 void products(void* kernels, int format, const std::string& name) {
     Random random = {(uint64_t)format + 1};
-    const int64_t n = 37, k = is_dense(format) ? 45 : 512, most = 21;
+    // Blocks of all rows that are no whole number of those that are rounded together; of one row alone fewer than those.
+    const int64_t columns = layout_of(format).source_columns;
+    const int64_t n = 37, k = is_dense(format) ? 45 : 3 * columns, most = 21;
     const std::vector<uint8_t> rows = matrix(random, format, n, k);
     std::vector<uint8_t> packed((size_t)kernels_packed_bytes(format, n, k)), back(rows.size());
     kernels_pack(kernels, format, rows.data(), packed.data(), n, k);
@@ -96,8 +98,9 @@ void products(void* kernels, int format, const std::string& name) {
     printf("unpacked %s %s\n", name.c_str(), known && back == rows ? "01" : "00");
     const std::vector<float> x = numbers(random, most * k), bias = numbers(random, n);
     for (int64_t count : {(int64_t)1, (int64_t)5, most}) {
+        const std::vector<float> some(x.begin(), x.begin() + count * k);  // that more of it would be out of bounds
         std::vector<float> y((size_t)(count * n));
-        Product job = {packed.data(), x.data(), bias.data(), y.data(), n, k, n, format};
+        Product job = {packed.data(), some.data(), bias.data(), y.data(), n, k, n, format};
         run(kernels, PRODUCT, job, count);
         print("product " + name + " " + std::to_string(count), y);
     }
