@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "dense.h"
 #include "quantized.h"
+#include "rounding.h"
 
 namespace {
 
