@@ -51,7 +51,7 @@ class FakeEngine:
         if self.settings.model == "broken":
             raise ModelLoadError("broken/model.safetensors ends after 12 of 4096 bytes.")
         if self.settings.model == "slow":
-            threading.Event().wait(60)
+            _wait_a_minute()
         if self.settings.model == "bug":
             raise KeyError("rope_theta")
         self.tokenizer = FakeTokenizer(None if self.settings.model == "plain" else "{{ messages }}")
@@ -104,10 +104,9 @@ class FakeStream:
         order, _, rest = text.partition(" ")
         self._stuck = order == "stuck"
         if order in ("hang", "stuck"):
-            # As the real stream does in a long prefill: the caller waits on a lock, for a while at a time.
+            # As the real stream does in a long prefill.
             print("(hanging)", file=sys.stderr, flush=True)
-            for _ in range(120):
-                threading.Event().wait(0.5)
+            _wait_a_minute()
         if order == "silent":
             yield self._last(FinishReason.STOP)
             return
@@ -149,7 +148,7 @@ class FakeStream:
         self._engine.aborted += not self._ended
         if self._stuck:
             print("(closing)", file=sys.stderr, flush=True)
-            threading.Event().wait(60)
+            _wait_a_minute()
         self._ended = True
 
 
@@ -158,3 +157,9 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     while count < min(len(a), len(b)) and a[count] == b[count]:
         count += 1
     return count
+
+
+def _wait_a_minute() -> None:
+    """Wait on a lock, for a while at a time: a signal just before a wait begins is handled after it."""
+    for _ in range(120):
+        threading.Event().wait(0.5)
