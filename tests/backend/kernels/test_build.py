@@ -17,6 +17,7 @@ import torch
 from mini_sglang.backend.kernels import build
 from mini_sglang.backend.kernels.build import BuildError, build_library
 from mini_sglang.backend.kernels.library import NativeKernels, open_kernels
+from mini_sglang.config import Settings
 from tests.backend.kernels.twins import VARIANTS
 
 CPU = torch.device("cpu")
@@ -189,9 +190,9 @@ def test_reference_and_other_devices_build_nothing(tmp_path: Path) -> None:
 
 
 def test_the_best_variant_is_taken_and_one_that_is_not_there_is_refused(
-    library: Path, tmp_path_factory: pytest.TempPathFactory
+    library: Path,
 ) -> None:
-    usual = build_library(tmp_path_factory.mktemp("usual"))
+    usual = build_library(Settings.resolve().cache_path / "kernels")  # the one that engines take
     for path, present in ((library, VARIANTS), (usual, {"generic", VARIANTS[-1]})):
         assert NativeKernels(path, 1).variant == VARIANTS[-1]
         for variant in present:
