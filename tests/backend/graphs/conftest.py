@@ -19,6 +19,10 @@ from tests.backend.graphs.recorder import FaithfulRecorder
 
 # Triton has no wheels but for Linux.
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
+if not collect_ignore_glob:
+    from tests.backend.interpreting import hasten
+
+    hasten()
 
 
 @pytest.fixture(autouse=True)

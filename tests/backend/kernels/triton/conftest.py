@@ -9,6 +9,10 @@ from mini_sglang.backend import device_sampling
 from mini_sglang.backend.kernels.triton.ranking import TritonRanking
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
+if not collect_ignore_glob:
+    from tests.backend.interpreting import hasten
+
+    hasten()
 
 
 @pytest.fixture(autouse=True)
