@@ -43,7 +43,9 @@ def _patch_once_a_launch() -> None:
 
 def _know_types() -> None:
     """What the name of a type says: numpy's type, and the shape and size of a tensor."""
-    numpys, sizes, blocks = {}, {}, {}
+    numpys: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
+    blocks: dict[Any, Any] = {}
     find, make, make_block = interpreter._get_np_dtype, tl.tensor.__init__, tl.block_type.__init__
 
     def found(dtype: Any) -> Any:

@@ -2,6 +2,8 @@
 
     python -m tests.backend.kernels.triton.compile_all 90 "16,8,128 14,2,64" "bfloat16 float32"
 
+Then the formats of blocks may follow, numbers of features, and sizes of vocabularies with a number of rows.
+
 Run as a script, in a process of its own: within one that interprets, triton compiles nothing.
 """
 
@@ -139,7 +141,12 @@ def resources(binary: bytes) -> dict[str, int]:
 
 
 def compile_all(
-    capability: int, shapes: list[tuple[int, int, int]], dtypes: list[torch.dtype], formats: Collection[str]
+    capability: int,
+    shapes: list[tuple[int, ...]],
+    dtypes: list[torch.dtype],
+    formats: Collection[str],
+    features: list[int],
+    vocabularies: list[tuple[int, ...]],
 ) -> None:
     done: dict[str, dict[str, int]] = {}
     for module, names in KERNELS.items():
@@ -164,10 +171,10 @@ def compile_all(
             norm = qkv[0, : heads + kv_heads]
             operations.rotate_and_store(qkv, norm, turns, scene.kv, LAYER, slots)
     for dtype in dtypes:
-        compile_products(dtype, formats)
+        compile_products(dtype, formats, features)
         if dtype.itemsize == 2:
             compile_few_rows(dtype)
-        for vocab_size, rows in ((151936, 1), (49153, 64)):
+        for vocab_size, rows in vocabularies:
             compile_choosing(dtype, vocab_size, rows)
         if capability >= 89:
             round_rows(torch.zeros(3, 5120, dtype=dtype), 1e-30)
@@ -185,12 +192,12 @@ def compile_choosing(dtype: torch.dtype, vocab_size: int, rows: int) -> None:
     take_chosen(ids, ids)
 
 
-def compile_products(dtype: torch.dtype, formats: Collection[str]) -> None:
+def compile_products(dtype: torch.dtype, formats: Collection[str], sizes: list[int]) -> None:
     """Every way to multiply by blocks of ``formats``, and to unpack them."""
     for kind in GGML_TYPES.values():
         if kind.name not in formats:
             continue
-        for features in (1024, 9216):
+        for features in sizes:
             blocks = torch.zeros(features, 512 // kind.block_size * kind.block_bytes, dtype=torch.uint8)
             weight = TritonWeight.of(QuantizedWeight(blocks, kind, dtype), dtype)
             for rows in (1, 40, 100):
@@ -211,11 +218,20 @@ def compile_few_rows(dtype: torch.dtype) -> None:
         few_rows.product(torch.zeros(rows, inner_size, dtype=dtype), down, None, residual=hidden)
 
 
+def tuples(words: str) -> list[tuple[int, ...]]:
+    return [tuple(map(int, word.split(","))) for word in words.split()]
+
+
 if __name__ == "__main__":
+    # All formats take minutes.
+    defaults = (" ".join(FORMATS), "1024 9216", "151936,1 49153,64")
+    given = sys.argv[4:]
+    blocks, sizes, vocabularies = (*given, *defaults[len(given) :])
     compile_all(
         int(sys.argv[1]),
-        [tuple(map(int, shape.split(","))) for shape in sys.argv[2].split()],  # type: ignore[misc]
+        tuples(sys.argv[2]),
         [getattr(torch, dtype) for dtype in sys.argv[3].split()],
-        # All of them take minutes.
-        sys.argv[4].split() if len(sys.argv) > 4 else FORMATS,
+        blocks.split(),
+        [int(size) for size in sizes.split()],
+        tuples(vocabularies),
     )

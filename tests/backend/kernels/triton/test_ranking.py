@@ -35,8 +35,7 @@ def compare(x: Tensor, ways: Sequence[Mapping[str, float]], seed: int) -> int:
         for row, way in enumerate(ways)
     ]
     assert all(0 < spec.params.top_k < vocab_size or spec.params.top_p < 1 for spec in specs)
-    ranking = TritonRanking(vocab_size, number=SMALL[0], room=SMALL[1], peaks=SMALL[2])
-    ids, enough = ranking.draw(x, table_of(x.float(), specs, sampler))
+    ids, enough = TritonRanking(vocab_size, **SMALL).draw(x, table_of(x.float(), specs, sampler))
     expected = [result.token_id for result in sampler.sample(x.float(), specs)]
     right = [ours == theirs for ours, theirs in zip(ids.tolist(), expected, strict=True)]
     assert all(same for same, whole in zip(right, enough.tolist(), strict=True) if whole)
@@ -44,7 +43,7 @@ def compare(x: Tensor, ways: Sequence[Mapping[str, float]], seed: int) -> int:
 
 
 # The interpreter takes a second to sort a thousand numbers.
-SMALL = (8, 64, 32)
+SMALL = {"number": 8, "room": 64, "peaks": 32}
 WAYS = st.fixed_dictionaries(
     {"temperature": st.sampled_from([0.05, 0.7, 1.0, 2.0]), "top_p": st.floats(0.01, 0.99)},
     optional={"top_k": st.integers(1, 70), "min_p": st.floats(0.0, 1.0)},
@@ -81,7 +80,7 @@ def test_a_peaked_row_is_enough_and_a_flat_one_is_not() -> None:
     x[:2] = x[:2] / 1000
     assert compare(x, [narrow, few, narrow, narrow], 7) == 3
     # More equal ones than there is room for: nobody knows their order.
-    assert compare(torch.zeros(2, SMALL[1] + 9), [narrow, few], 7) == 0
+    assert compare(torch.zeros(2, SMALL["room"] + 9), [narrow, few], 7) == 0
     assert compare(torch.zeros(2, 60), [narrow, few], 7) == 2
 
 
@@ -101,9 +100,10 @@ def test_a_row_that_is_not_finite_stays_inside_the_vocabulary() -> None:
     x = torch.full((2, 300), math.nan)
     x[1] = math.inf
     columns = torch.tensor([[math.nan, 1, 0.5, 5, 0.9, 0], [math.inf, 1, 0.5, 0, 0.9, 0]]).double()
-    ids, _ = TritonRanking(300).draw(x, columns.t().contiguous())
+    ranking = TritonRanking(300, **SMALL)
+    ids, _ = ranking.draw(x, columns.t().contiguous())
     assert ((ids >= 0) & (ids < 300)).all()
-    assert TritonRanking(300).draw(x[:0], columns.t().contiguous()[:, :0])[0].tolist() == []
+    assert ranking.draw(x[:0], columns.t().contiguous()[:, :0])[0].tolist() == []
 
 
 @pytest.mark.parametrize("vocab_size", [4, 1024, 32000, 151936, 262144])
