@@ -19,7 +19,9 @@ def hasten() -> None:
     builder = interpreter.interpreter_builder
     assert not builder.options.debug
     builder.options = replace(builder.options, sanitize_overflow=False)
-    _patch_once_a_launch()
+    # Not every version of triton tells when a launch ends.
+    if hasattr(interpreter, "_LangPatchScope"):
+        _patch_once_a_launch()
     _know_types()
 
 
