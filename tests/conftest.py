@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,11 @@ def starter_gguf() -> Path:
     from mini_sglang.backend.loading.starter import starter_model
 
     return starter_model(_CACHE, notify=lambda line: None, timeout=60.0)
+
+
+@pytest.fixture
+def past_set_aside() -> Iterator[None]:
+    """Who collects garbage looks only through what the test makes: through all of the past it takes long."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

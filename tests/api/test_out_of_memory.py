@@ -15,6 +15,8 @@ from mini_sglang.backend.model_backend import ModelBackend
 from mini_sglang.backend.step import SequenceResult, SequenceStep
 from tests.api.serving import serving
 
+pytestmark = pytest.mark.usefixtures("past_set_aside")
+
 MOST_TOKENS, LONGEST = 12, 200
 
 

@@ -25,6 +25,8 @@ from tests.backend.tiny_models import save_tiny_model
 from tests.backend.transformers_models.families import save, tiny_model
 from tests.backend.transformers_models.request_families import CASES
 
+pytestmark = pytest.mark.usefixtures("past_set_aside")
+
 PROMPTS = [
     [(i * 37 + j * 11) % 180 + 5 for j in range(length)] for i, length in enumerate((40, 3, 17, 1, 29))
 ]
@@ -109,19 +111,29 @@ def answers(core: EngineCore, prompts: Sequence[Sequence[int]], **params: Any) -
     return list(found.values())
 
 
-@pytest.mark.parametrize("most", [2, 40])
-@pytest.mark.parametrize("overlap", ["0", "1"])
-def test_a_model_gives_the_same_tokens_in_parts(
-    folder: Path, most: int, overlap: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def core() -> EngineCore:
-        backend = load(folder, kernels="reference", overlap_schedule=overlap)
-        settings = Settings.resolve({"prefill_chunk_size": 64}, {})
-        return EngineCore(backend, settings, frozenset(backend.eos_ids))
+WAYS: tuple[dict[str, Any], ...] = ({"temperature": 0.9}, {"speculative": "on"})
 
-    for params in ({"temperature": 0.9}, {"speculative": "on"}):
-        expected = answers(core(), PROMPTS, **params)
-        small = core()
+
+def plain_core(folder: Path, overlap: str) -> EngineCore:
+    backend = load(folder, kernels="reference", overlap_schedule=overlap)
+    settings = Settings.resolve({"prefill_chunk_size": 64}, {})
+    return EngineCore(backend, settings, frozenset(backend.eos_ids))
+
+
+@pytest.fixture(scope="module", params=["0", "1"])
+def at_once(request: pytest.FixtureRequest, folder: Path) -> tuple[str, list[list[list[int]]]]:
+    """Whether steps overlap, and what memory for all gives in each of the ways."""
+    overlap: str = request.param
+    return overlap, [answers(plain_core(folder, overlap), PROMPTS, **params) for params in WAYS]
+
+
+@pytest.mark.parametrize("most", [2, 40])
+def test_a_model_gives_the_same_tokens_in_parts(
+    folder: Path, most: int, at_once: tuple[str, list[list[list[int]]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlap, whole = at_once
+    for params, expected in zip(WAYS, whole, strict=True):
+        small = plain_core(folder, overlap)
         assert isinstance(small._backend, ModelBackend)
         sizes = tight(small._backend, most, monkeypatch)
         assert answers(small, PROMPTS, **params) == expected
@@ -152,13 +164,21 @@ def own_cache_folder(model_type: str, folder: Path) -> Path:
     return save(tiny_model(case.family), folder)
 
 
-@pytest.mark.parametrize(("model_type", "most"), [("mamba2", 1), ("falcon_h1", 5)])
+@pytest.fixture(scope="module", params=[("mamba2", 1), ("falcon_h1", 5)], ids=str)
+def own_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, int, list[list[int]]]:
+    """A model, how many tokens fit, and what memory for all gives."""
+    model_type, most = request.param
+    folder = own_cache_folder(model_type, tmp_path_factory.mktemp(model_type))
+    return folder, most, answers(request_core(folder)[0], PROMPTS)
+
+
 @pytest.mark.parametrize("overlap", ["0", "1"])
 def test_one_cache_per_request_gives_the_same_tokens_in_parts(
-    tmp_path: Path, model_type: str, most: int, overlap: str, monkeypatch: pytest.MonkeyPatch
+    own_cache: tuple[Path, int, list[list[int]]], overlap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = own_cache_folder(model_type, tmp_path)
-    expected = answers(request_core(folder)[0], PROMPTS)
+    folder, most, expected = own_cache
     core, backend = request_core(folder, overlap_schedule=overlap)
     plain: Callable[..., Any] = backend._runner.forward
     failures = []

@@ -19,6 +19,8 @@ from mini_sglang.errors import MiniSglangError
 from tests.bench.fake_server import Behaviour, fake_server
 from tests.bench.streams import CACHE_TOLD, CACHED, IDS_TOLD, NAMES, PROMPT, spoken
 
+pytestmark = pytest.mark.usefixtures("past_set_aside")
+
 COUNT, NEW = 6, 8
 LATE = 0.5
 """Seconds that a request may take longer than its server let it; sooner it can never be."""
@@ -91,7 +93,8 @@ def test_the_limits_of_this_machine_stand_beside_a_server_of_ours(
 
 def test_the_limits_of_another_machine_are_not_known(tmp_path: Path) -> None:
     with fake_server(Behaviour("ours")) as url:
-        assert serve(url, tmp_path / "x.json", "--dialect", "ours")[1]["limits"] is None
+        words = ["--dialect", "ours", "--concurrency", "3"]
+        assert serve(url, tmp_path / "x.json", *words)[1]["limits"] is None
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
