@@ -114,14 +114,22 @@ def serve_forty(
     return answers, ends
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
+Forty = tuple[int, list[tuple[list[int], SamplingParams]], list[list[int]]]
+
+
+@pytest.fixture(scope="module", params=[1, 16])
+def forty(request: pytest.FixtureRequest, folder: Path) -> Forty:
+    """A size of pages, forty requests, and what each of them gets alone."""
+    requests = workload(seed=request.param)
+    return request.param, requests, alone(folder, requests)
+
+
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("chunked", [True, False])
 def test_forty_requests_together_answer_as_alone(
-    folder: Path, page_size: int, prefix_cache: bool, chunked: bool
+    folder: Path, forty: Forty, prefix_cache: bool, chunked: bool
 ) -> None:
-    requests = workload(seed=page_size)
-    expected = alone(folder, requests)
+    page_size, requests, expected = forty
     engine = core(
         folder,
         page_size_tokens=page_size,
@@ -177,7 +185,7 @@ def test_cold_warm_and_retracted_in_batches_of_every_size(
 ) -> None:
     path, settings, requests, expected = model
     few = batch == 1
-    chosen = list(range(0, 64, 8 if few else 1))
+    chosen = list({1: range(0, 64, 8), 8: range(32), 64: range(64)}[batch])
     for budget in (8192, 176):
         engine = core(
             path,
