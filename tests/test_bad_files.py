@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mini_sglang.cli import main
+from mini_sglang.logs import LOGGER_NAME
 from tests.tiny_folders import tiny_folder
 
 
@@ -72,6 +76,21 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.fixture
+def run_cli_here(capsys: pytest.CaptureFixture[str], past_set_aside: None) -> Iterator[Callable[..., Any]]:
+    """``run_cli`` in this process, without a start that imports torch; what it raises fails the test."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        status = main(["generate", *arguments])
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    logger = logging.getLogger(LOGGER_NAME)
+    level, handlers, propagates = logger.level, logger.handlers[:], logger.propagate
+    yield run
+    logger.setLevel(level)
+    logger.handlers[:], logger.propagate = handlers, propagates
+
+
 def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -> None:
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
@@ -83,12 +102,14 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_damaged_folder(pristine: Path, tmp_path: Path, case: str) -> None:
+def test_a_damaged_folder(
+    pristine: Path, tmp_path: Path, case: str, run_cli_here: Callable[..., Any]
+) -> None:
     damage, word = CASES[case]
     folder = tmp_path / "model"
     shutil.copytree(pristine, folder)
     damage(folder)
-    assert_one_sentence(run_cli("-m", str(folder), "--dtype", "fp32", "Hello"), word)
+    assert_one_sentence(run_cli_here("-m", str(folder), "--dtype", "fp32", "Hello"), word)
 
 
 def test_a_gguf_cut_in_half_and_one_with_a_foreign_magic(starter_gguf: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from mini_sglang.api.placing import Placement, place
 from mini_sglang.api.starting import Model
 from mini_sglang.backend.gpus import Need, ask_need, visible_gpus
 from mini_sglang.backend.parallel.choice import size_that_fits
+from mini_sglang.backend.parallel.need_main import need
 from mini_sglang.config import Settings
 from mini_sglang.errors import ModelLoadError
 from tests.api.serving import settle
@@ -84,7 +85,8 @@ def test_a_model_takes_as_many_gpus_as_it_needs_to_fit() -> None:
 
 def test_another_process_looks_at_the_model_and_the_gpus(tiny_model: Path) -> None:
     assert ask_need(settings(device="cpu"), tiny_model) == Need(gpus=0, size=1)
-    assert ask_need(settings(device="cpu", tensor_parallel_size=2), tiny_model) == Need(gpus=0, size=2)
+    # What that process does.
+    assert need(tiny_model, settings(device="cpu", tensor_parallel_size=2)) == Need(gpus=0, size=2)
     with pytest.raises(ModelLoadError, match="TENSOR_PARALLEL_SIZE is 3; it must be 1, 2 or 4"):
         ask_need(settings(device="cpu", tensor_parallel_size=3), tiny_model)
 

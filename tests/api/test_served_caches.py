@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.api.serving import Server, settle
+from mini_sglang import Engine, MiniSglangError
+from tests.api.serving import KV_TOKENS, Server, settle
 
 SYSTEM = "You are a very patient helper who answers in few words. "
 ASK: dict[str, Any] = {
@@ -112,14 +114,9 @@ def test_every_engine_is_warmed(tiny_model: Path, tmp_path: Path, background: st
             "A prefix of WARM_PREFIXES is '56 tokens'; it must be at most 10 tokens",
         ),
         (
-            {"WARM_PREFIXES": f"{SYSTEM}||Short"},
-            "A prefix of WARM_PREFIXES is '5 tokens'; it must be at least 16 tokens, a page",
-        ),
-        (
             {"PREFIX_CACHE_FILE": "/nowhere/at/all"},
             "PREFIX_CACHE_FILE is '/nowhere/at/all'; it must be a file",
         ),
-        ({"PAGE_TOKEN_BUDGET": "5"}, "PAGE_TOKEN_BUDGET is 5; it must be at least 16, one page."),
     ],
 )
 def test_what_cannot_be_stops_the_start_with_a_sentence(
@@ -133,3 +130,21 @@ def test_what_cannot_be_stops_the_start_with_a_sentence(
     finally:
         server.close()
     assert sentence in server.said and "Traceback" not in server.said
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"warm_prefixes": f"{SYSTEM}||Short"},
+            "A prefix of WARM_PREFIXES is '5 tokens'; it must be at least 16 tokens, a page",
+        ),
+        ({"page_token_budget": 5}, "PAGE_TOKEN_BUDGET is 5; it must be at least 16, one page."),
+    ],
+)
+def test_what_an_engine_refuses_is_a_sentence(
+    tiny_model: Path, settings: dict[str, Any], sentence: str
+) -> None:
+    """Of which the test above has one whose process says it, and ends."""
+    with pytest.raises(MiniSglangError, match=re.escape(sentence)):
+        Engine(str(tiny_model), num_threads=1, kv_token_budget=KV_TOKENS, **settings)
