@@ -88,7 +88,7 @@ def requests_of(prompt: list[int]) -> list[Asked]:
         {"logprobs": True, "top_logprobs": 3},
         {"temperature": 1.2, "seed": 5, "min_p": 0.05, "min_new_tokens": 4},
     ]
-    return [(prompt, SamplingParams(max_new_tokens=12, ignore_eos=True, **way)) for way in ways]
+    return [(prompt, SamplingParams(max_new_tokens=6, ignore_eos=True, **way)) for way in ways]
 
 
 @pytest.mark.parametrize("page_size", [1, 16])

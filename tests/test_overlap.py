@@ -19,7 +19,8 @@ from mini_sglang.engine.engine import EngineCore
 from mini_sglang.errors import InvalidValueError
 from mini_sglang.types import FinishReason
 from tests.api.serving import Server, settle
-from tests.test_same_answer import EOS, alone, serve_forty, workload
+from tests.test_same_answer import EOS, Forty, serve_forty
+from tests.test_same_answer import forty as forty
 from tests.tiny_folders import tiny_folder
 
 
@@ -45,13 +46,14 @@ def as_on_a_device(folder: Path, **settings: object) -> EngineCore:
 
 @pytest.mark.parametrize("make", [in_a_thread, as_on_a_device])
 @pytest.mark.parametrize(
-    ("page_size", "prefix_cache", "chunked"), [(1, True, True), (16, True, False), (16, False, True)]
+    ("forty", "prefix_cache", "chunked"),
+    [(1, True, True), (16, True, False), (16, False, True)],
+    indirect=["forty"],
 )
 def test_forty_requests_together_answer_as_alone_without_it(
-    folder: Path, make: Callable[..., EngineCore], page_size: int, prefix_cache: bool, chunked: bool
+    folder: Path, make: Callable[..., EngineCore], forty: Forty, prefix_cache: bool, chunked: bool
 ) -> None:
-    requests = workload(seed=page_size)
-    expected = alone(folder, requests)
+    page_size, requests, expected = forty
     engine = make(
         folder,
         page_size_tokens=page_size,

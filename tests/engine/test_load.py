@@ -305,7 +305,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 TestEngine = EngineMachine.TestCase
-TestEngine.settings = examples(100, 40)
+TestEngine.settings = examples(60, 40)
 
 
 @given(

@@ -71,7 +71,7 @@ class OverlapMachine(EngineMachine):
 
 
 TestOverlap = OverlapMachine.TestCase
-TestOverlap.settings = examples(100, 40)
+TestOverlap.settings = examples(60, 40)
 
 
 class SpeculatingOverlapMachine(OverlapMachine):

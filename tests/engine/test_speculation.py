@@ -78,7 +78,7 @@ class SpeculatingMachine(EngineMachine):
 
 
 TestSpeculating = SpeculatingMachine.TestCase
-TestSpeculating.settings = examples(100, 40)
+TestSpeculating.settings = examples(60, 40)
 
 
 class Right(Oracle):
