@@ -22,7 +22,7 @@ def test_an_engine_that_is_killed_then_one_that_hangs_then_sigterm() -> None:
     """F1, F7 and F5, one after another on the same server."""
     row = Row("F1", "")
     # Long enough that all of them still run when both engines are seen to be full.
-    with deaths.stage(row, 12, 1500, drain_timeout=3) as on:
+    with deaths.stage(row, 24, 1500, drain_timeout=3) as on:
         deaths.kill_one(row, on)
         deaths.hang_one(row, on)
         endings.drained(row, on.server, on.folder, 8)
