@@ -40,7 +40,7 @@ PROMPTS = [
     "Breaking news: scientists have discovered",
     "Roses are red,\nviolets are blue,",
 ]
-NEW_TOKENS = 32
+NEW_TOKENS = 64
 
 
 @pytest.fixture(scope="module")
