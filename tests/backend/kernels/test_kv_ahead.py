@@ -37,7 +37,7 @@ def ahead(driver: ctypes.CDLL) -> Ahead:
     """Of each thread the distances of the lines it fetches, in order, in so many steps or a share of them."""
     function = driver.lines_ahead
     function.restype = ctypes.c_int64
-    sizes = [ctypes.c_int64] * 4
+    sizes = [ctypes.c_int64] * 6
     places_of = [ctypes.c_void_p, ctypes.c_void_p]
     function.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p, ctypes.c_int, *sizes, *places_of]
 
@@ -49,14 +49,14 @@ def ahead(driver: ctypes.CDLL) -> Ahead:
         done: float = 1,
         before: Attention | None = None,
         same_step: bool = False,
+        sequences: tuple[int, int] = (0, 1000),
     ) -> list[list[int]]:
         lines, counts = np.zeros(1 << 18, np.int64), np.zeros(threads, np.int64)
         places = lines.ctypes.data, counts.ctypes.data
         planned, each = threads * steps * STEP, round(steps * done) * STEP
-        first = None if before is None else ctypes.addressof(before)
-        total = function(
-            first, same_step, ctypes.addressof(job), threads, limit, planned, each, STEP, *places
-        )
+        other = None if before is None else ctypes.addressof(before)
+        sizes = *sequences, limit, planned, each, STEP
+        total = function(other, same_step, ctypes.addressof(job), threads, *sizes, *places)
         assert total == counts.sum()
         return [part.tolist() for part in np.split(lines[:total], np.cumsum(counts)[:-1])]
 
@@ -100,7 +100,8 @@ class Step:
         self.read: list[int] = []
         for (rows, length), row in zip(parts, table, strict=True):
             low = 0 if window is None else max(0, length - rows + 1 - window)
-            for position in range(low // each * each, length, each):
+            # What a chunk itself writes is in the caches.
+            for position in range(low // each * each, length if rows == 1 else length - rows, each):
                 slot = row[position // page_size] * page_size + position % page_size
                 self.read.append(int(slot) * self.row_bytes)
         self.size = each * self.row_bytes
@@ -137,6 +138,14 @@ def test_what_is_fetched_first_is_attended_first(ahead: Ahead, step: Step, threa
     places = {first + byte: number for number, first in enumerate(step.read) for byte in range(step.size)}
     order = [places[line] for part in found for line in part]
     assert order == sorted(order)
+
+
+@given(steps(), st.integers(0, 7))
+def test_a_part_of_the_sequences_has_its_own(ahead: Ahead, step: Step, cut: int) -> None:
+    whole, first, last = (
+        ahead(step.job, 1, 1 << 30, 100, sequences=some)[0] for some in ((0, 7), (0, cut), (cut, 7))
+    )
+    assert first + last == whole
 
 
 @given(steps(), steps(), st.none() | st.integers(1, 60))

@@ -130,6 +130,40 @@ def test_decodes_beyond_a_span(kv_dtype: str, window: int | None, tmp_path: Path
     assert_equal_steps(backend, prompts)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
+def test_steps_that_are_divided_among_the_threads(kv_dtype: str, threads: int, tmp_path: Path) -> None:
+    """By sequences of one row, of several, of both; by rows (see ``test_division.py`` for which are)."""
+    if not FAST:
+        assert load(save_tiny_model(tmp_path)).program is None
+        return
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama", Q4_1)
+    backend = load(path, gguf_dequantize=0, dtype="auto", kv_dtype=kv_dtype, num_threads=threads)
+    program, decoder, kv = backend.program, backend.decoder, backend.kv
+    assert program is not None
+    lengths = [12 + i % 2 for i in range(10 * threads)]
+    tables = page_ranges(backend, [*(length + 20 for length in lengths), 256, 256])
+    some, many = [3, 5, 7, 9], [3 + (7 * i) % 90 for i in range(250)]
+    starts = [step([3 + i] * length, 0, tables[i], sample=True) for i, length in enumerate(lengths)]
+    decodes = [step([4 + i], length, tables[i], sample=True) for i, length in enumerate(lengths)]
+    chunks = [step(some, length + 1, tables[i], sample=i % 3 == 0) for i, length in enumerate(lengths)]
+    mixed = [*chunks[:2], *decodes[2:-2], *chunks[-2:]]
+    long = [step(many, 0, tables[-1], sample=True), step(many[50:], 0, tables[-2], sample=True)]
+    batches = [starts, decodes, chunks, mixed, [*long, *decodes], long]
+    before = kv.data.clone()
+
+    def run(forward: Any) -> tuple[list[Tensor], Tensor]:
+        kv.data.copy_(before)
+        return [forward(batch_of(backend, steps)).clone() for steps in batches], kv.data.clone()
+
+    with torch.inference_mode():
+        ours, our_kv = run(program.forward)
+        plain, plain_kv = run(lambda batch: decoder.forward(batch, kv, backend.attention))
+    for one, other in zip(ours, plain, strict=True):
+        assert bool(one.isfinite().all()) and torch.equal(one, other)
+    assert torch.equal(our_kv.view(torch.uint8), plain_kv.view(torch.uint8))
+
+
 @pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
 def test_a_step_of_many_rows_goes_through_in_pieces(kv_dtype: str, tmp_path: Path) -> None:
     save_tiny_model(tmp_path)
