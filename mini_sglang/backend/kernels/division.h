@@ -19,25 +19,28 @@ public:
     // Of each thread, where find() found some.
     const std::vector<Range>& ranges() const { return ranges_; }
 
-    // Each thread reads all weights, so that it needs rows enough.
+    // Each thread reads all weights, so that it needs rows enough: the more, the more bytes they have and the more
+    // threads do.
     Kind find(const Entry* entries, const Entry* end, int64_t rows, int threads) {
-        if (threads < 2 || rows < threads * SEQUENCES_ROWS) return NONE;
+        const int64_t least = ROWS * threads * threads / 2;
+        if (threads < 2 || rows < least) return NONE;
         const Attention* attention = nullptr;
-        int64_t products = 0, multiplications = 0, scores = 0;
+        int64_t products = 0, multiplications = 0, bytes = 0, scores = 0;
         for (; entries < end; entries++) {
             if (entries->kind == ADAPT) return NONE;  // it goes by the rows of an adapter
             if (entries->kind == PRODUCT) {
                 const Product& job = *static_cast<const Product*>(entries->job);
                 products++, multiplications += job.n * job.k;
+                bytes += (job.n + GROUP - 1) / GROUP * group_bytes(static_cast<int>(job.format), job.k);
             }
             if (entries->kind == ATTENTION) {
                 attention = static_cast<const Attention*>(entries->job);
                 scores += 2 * attention->heads * attention->pool.head_dim;
             }
         }
-        if (products < 2) return NONE;
+        if (products < 2 || rows * multiplications < bytes * least * 7 / ROWS) return NONE;
         if (attention && by_sequences(*attention->sequences, rows, threads, multiplications, scores)) return BY_SEQUENCES;
-        if (rows < threads * ROWS) return NONE;
+        if (rows < threads * MANY_ROWS) return NONE;
         ranges_.clear();
         auto begin = [&](int thread) { return thread == threads ? rows : rows * thread / threads / 4 * 4; };
         for (int i = 0; i < threads; i++) ranges_.push_back({begin(i), begin(i + 1), 0, INT64_MAX});
@@ -45,8 +48,9 @@ public:
     }
 
 private:
-    // Of each thread at least; without the attention it takes more of them until it is worth it.
-    enum { SEQUENCES_ROWS = 8, ROWS = 128 };
+    // Of each of two threads at least, and 7 for each byte of a weight (of bfloat16 8 rows took 1.2 times as long);
+    // without the attention it takes more of them until it is worth it.
+    enum { ROWS = 8, MANY_ROWS = 128 };
     // A multiplication with KV takes as long as so many with weights: that of a decode waits for memory.
     enum { DECODE = 8, CHUNK = 2 };
     // Of the work that a thread has on average one may have a part more.

@@ -156,6 +156,43 @@ void between(void* kernels) {
     print("silu", out);
 }
 
+// A whole layer, which the threads may divide by sequences of so many rows, or by rows of one.
+void layer(void* kernels, int64_t count, int64_t each, const std::string& name) {
+    Random random = {(uint64_t)count};
+    const int64_t heads = 4, kv_heads = 2, dim = 32, hidden = heads * dim, width = hidden + 2 * kv_heads * dim;
+    const int64_t rows = count * each, page = 16, stride = (each + page - 1) / page;
+    std::vector<std::vector<uint8_t>> weights;
+    for (int64_t n : {width, hidden}) {
+        const std::vector<uint8_t> plain = matrix(random, Q4_1, n, hidden);
+        weights.emplace_back((size_t)kernels_packed_bytes(Q4_1, n, hidden));
+        kernels_pack(kernels, Q4_1, plain.data(), weights.back().data(), n, hidden);
+    }
+    std::vector<int64_t> pages, slots, starts, lengths((size_t)count, each);
+    for (int64_t s = 0; s <= count; s++) starts.push_back(s * each);
+    for (int64_t i = 0; i < count * stride; i++) pages.push_back(count * stride - 1 - i);
+    for (int64_t s = 0; s < count; s++)
+        for (int64_t i = 0; i < each; i++) slots.push_back(pages[(size_t)(s * stride + i / page)] * page + i % page);
+    Pool pool = {nullptr, F32, kv_heads, dim};
+    std::vector<uint8_t> data((size_t)(count * stride * page * pool_row_bytes(pool)));
+    pool.data = data.data();
+    std::vector<float> x = numbers(random, rows * hidden), normed((size_t)(rows * hidden)), last((size_t)(rows * hidden));
+    std::vector<float> qkv((size_t)(rows * width)), attended((size_t)(rows * hidden)), y((size_t)(rows * hidden));
+    const std::vector<float> cos = numbers(random, rows * dim), sin = numbers(random, rows * dim);
+    const std::vector<float> norms = numbers(random, hidden), bias = numbers(random, width);
+    const Turns turns = {cos.data(), sin.data(), nullptr};
+    const Sequences sequences = {pages.data(), starts.data(), lengths.data(), count, stride};
+    const Norm before = {x.data(), nullptr, norms.data(), normed.data(), hidden, 1e-5f};
+    const Product up = {weights[0].data(), normed.data(), bias.data(), qkv.data(), width, hidden, width, Q4_1};
+    const Rotate write = {qkv.data(), nullptr, &turns, slots.data(), pool, heads, 1e-5f};
+    const Attention attend = {&sequences, pool, qkv.data(), attended.data(), heads, page, 0, width, 0.17f};
+    const Product down = {weights[1].data(), attended.data(), bias.data(), y.data(), hidden, hidden, hidden, Q4_1};
+    const Norm after = {x.data(), y.data(), norms.data(), last.data(), hidden, 1e-5f};
+    const Entry entries[] = {{NORM, &before},      {PRODUCT, &up},   {ROTATE, &write},
+                             {ATTENTION, &attend}, {PRODUCT, &down}, {NORM, &after}};
+    kernels_run(kernels, entries, 6, rows);
+    print("layer " + name, last);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -171,5 +208,8 @@ int main(int argc, char** argv) {
         if (is_dense(one.format)) attention(kernels, one.format, one.name);
     attention(kernels, INT8, "INT8");
     between(kernels);
+    layer(kernels, 39, 1, "of decodes");
+    layer(kernels, 40, 4, "of chunks");
+    layer(kernels, 1, 390, "of a prompt");
     kernels_close(kernels);
 }

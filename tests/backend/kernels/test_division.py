@@ -15,7 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_sglang.backend.kernels import build
-from mini_sglang.backend.kernels.jobs import Adapt, Attention, Entry, Job, Norm, Product, SequenceTable
+from mini_sglang.backend.kernels.jobs import (
+    FORMATS,
+    Adapt,
+    Attention,
+    Entry,
+    Job,
+    Norm,
+    Product,
+    SequenceTable,
+)
 from mini_sglang.backend.kv.pool import KVPool
 
 NONE, BY_ROWS, BY_SEQUENCES = range(3)
@@ -53,12 +62,14 @@ def divide(tmp_path_factory: pytest.TempPathFactory) -> Divide:
         more: list[Job] | None = None,
         products: int = 2,
         rows: int | None = None,
+        format: str = "Q4_1",
     ) -> tuple[int, Ranges]:
         table = SequenceTable()
         starts = [0, *accumulate(count for count, _ in parts)]
         table.set(np.zeros((len(parts), 1), np.int64), starts, [length for _, length in parts])
         attention = Attention.of(table, kv, 0, query, out, None)
-        layer: list[Job] = [Norm(), *[Product(n=WIDTH, k=WIDTH)] * products, attention]
+        product = Product(n=WIDTH, k=WIDTH, format=FORMATS[format])
+        layer: list[Job] = [Norm(), *[product] * products, attention]
         jobs = [*layer * layers, *(more or [])]
         entries = (Entry * len(jobs))(*map(Entry.of, jobs))
         ranges = np.zeros((threads, 4), np.int64)
@@ -91,7 +102,7 @@ def test_every_row_is_one_thread_s(divide: Divide, parts: Parts, threads: int) -
     kind, ranges = divide(parts, threads)
     rows = sum(count for count, _ in parts)
     starts = [0, *accumulate(count for count, _ in parts)]
-    if threads == 1 or rows < 8 * threads:
+    if threads == 1 or rows < 4 * threads**2:
         assert kind == NONE
     if kind == NONE:
         assert threads == 1 or rows < 128 * threads
@@ -117,11 +128,19 @@ def test_sequences_that_are_alike_are(
 ) -> None:
     parts = [(rows, rows + before)] * (threads * each)
     kind, ranges = divide(parts, threads)
-    if rows * each < 8:
+    if rows * each < 4 * threads:
         assert kind == NONE
         return
     assert kind == BY_SEQUENCES
     assert [range[3] - range[2] for range in ranges] == [each] * threads
+
+
+@pytest.mark.parametrize(
+    ("format", "least"), [("Q4_1", 16), ("Q8_0", 16), ("F16", 28), ("BF16", 28), ("F32", 56)]
+)
+def test_weights_of_more_bytes_take_more_rows(divide: Divide, format: str, least: int) -> None:
+    assert divide([(1, 50)] * least, 2, format=format)[0] == BY_SEQUENCES
+    assert divide([(1, 50)] * (least - 2), 2, format=format)[0] == NONE
 
 
 def test_what_is_not_divided(divide: Divide) -> None:

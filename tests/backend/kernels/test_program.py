@@ -141,7 +141,7 @@ def test_steps_that_are_divided_among_the_threads(kv_dtype: str, threads: int, t
     backend = load(path, gguf_dequantize=0, dtype="auto", kv_dtype=kv_dtype, num_threads=threads)
     program, decoder, kv = backend.program, backend.decoder, backend.kv
     assert program is not None
-    lengths = [12 + i % 2 for i in range(10 * threads)]
+    lengths = [9 + i % 2 for i in range(14 * threads)]
     tables = page_ranges(backend, [*(length + 20 for length in lengths), 256, 256])
     some, many = [3, 5, 7, 9], [3 + (7 * i) % 90 for i in range(250)]
     starts = [step([3 + i] * length, 0, tables[i], sample=True) for i, length in enumerate(lengths)]
