@@ -216,19 +216,19 @@ def test_a_step_that_follows_one_that_failed_fails_in_the_thread(folder: Path) -
 
 def test_the_thread_is_another_and_ends(folder: Path) -> None:
     backend = load(folder)
-    names: list[str] = []
+    threads: list[threading.Thread] = []
     run = backend.run
 
     def noted(steps: Sequence[SequenceStep]) -> list[SequenceResult]:
-        names.append(threading.current_thread().name)
+        threads.append(threading.current_thread())
         return run(steps)
 
     backend.run = noted  # type: ignore[method-assign]
     submitter = ThreadSubmitter(backend)
     submitter.submit([step([5], 0, page_ranges(backend, [2])[0], sample=True)]).wait()
-    assert names[0].startswith("mini-sglang-steps")
+    assert threads[0].name.startswith("mini-sglang-steps") and threads[0].is_alive()
     submitter.close()
-    assert not any(thread.name == names[0] for thread in threading.enumerate())
+    assert not threads[0].is_alive()
 
 
 def test_followed_tokens_go_to_their_rows() -> None:
