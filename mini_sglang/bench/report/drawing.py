@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from mini_sglang.bench.report import style
@@ -141,12 +140,8 @@ def points(pixels: float) -> float:
     return pixels * 0.75
 
 
-@lru_cache(maxsize=4096)
 def length(text: str, size: float, weight: str = "normal") -> float:
-    """Of text in letters of ``size``, both in pixels, at most.
-
-    Kept, as a chart is drawn three times over: always under the looks above, so that fonts never change.
-    """
+    """Of text in letters of ``size``, both in pixels, at most."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
