@@ -194,14 +194,13 @@ void rotate(const Rotate& job, int64_t first, int64_t last) {
     }
 }
 
-void silu_and_mul(const SiluAndMul& job, int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; row++) {
-        const float* gate = job.gate_up + 2 * row * job.width;
-        const float* up = gate + job.width;
+void silu_and_mul(const float* gate, const float* up, int64_t stride, float* out, int64_t out_stride, int64_t rows,
+                  int64_t width) {
+    for (int64_t row = 0; row < rows; row++, gate += stride, up += stride, out += out_stride) {
         // A division: an approximate reciprocal takes longer with what corrects it.
-        for (int64_t i = 0; i < job.width; i += LANES) {
+        for (int64_t i = 0; i < width; i += LANES) {
             const Floats x = load<Floats>(gate + i);
-            store(job.out + row * job.width + i, x / (inverse_exponential(x) + 1.0f) * load<Floats>(up + i));
+            store(out + i, x / (inverse_exponential(x) + 1.0f) * load<Floats>(up + i));
         }
     }
 }

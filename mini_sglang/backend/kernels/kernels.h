@@ -283,7 +283,9 @@ struct Variant {
     // Rows first to last.
     void (*norm)(const Norm&, int64_t first, int64_t last);
     void (*rotate)(const Rotate&, int64_t first, int64_t last);
-    void (*silu_and_mul)(const SiluAndMul&, int64_t first, int64_t last);
+    // Of rows of width numbers, a multiple of 16; those of gate and up are stride numbers apart.
+    void (*silu_and_mul)(const float* gate, const float* up, int64_t stride, float* out, int64_t out_stride,
+                         int64_t rows, int64_t width);
 };
 
 extern const Variant generic_variant;

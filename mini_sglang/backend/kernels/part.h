@@ -3,6 +3,7 @@
 #pragma once
 
 #include "adapters.h"
+#include "attention_tasks.h"
 #include "kernels.h"
 #include "kv_ahead.h"
 #include "pool.h"
@@ -18,6 +19,10 @@ constexpr int64_t SLAB = 512;
 constexpr int64_t MANY = 8;
 // Numbers that one thread has gone through before another would have begun.
 constexpr int64_t ALONE = 12 << 10;
+// The same of an attention's scores.
+constexpr int64_t SCORES = 2048;
+// Rows whose gates and ups are more than the caches nearby keep until SiLU follows.
+constexpr int64_t GATED = 32;
 // Of a product to come what a thread fetches at most while it has nothing to do, of its second-level cache a part.
 constexpr int64_t FETCHED = 128 << 10;
 
@@ -47,10 +52,14 @@ public:
             const void* job = entry->job;
             if (!alone && is_product(*entry)) {
                 const Entry* next = std::find_if(entry + 1, end, is_product);
-                if (next < end) expect(*static_cast<const Product*>(next->job));
+                if (next < end) expect(*static_cast<const Product*>(next->job), is_gated(next, stop));
                 else expect_none();
             }
             if (entry == entries || entry->kind == ATTENTION) look_ahead(entry, end);
+            if (is_gated(entry, stop)) {
+                run(*static_cast<const Product*>(job), *static_cast<const SiluAndMul*>((++entry)->job));
+                continue;
+            }
             switch (entry->kind) {
                 case PRODUCT: run(*static_cast<const Product*>(job)); break;
                 case ATTENTION: run(*static_cast<const Attention*>(job)); break;
@@ -117,20 +126,31 @@ private:
         return {count, size, (count + size - 1) / size};
     }
 
-    // What product() works on together of a matrix: bytes of it, and what to share its rows' work by.
+    // What product() works on together of a matrix, of its gates where their ups go with them: bytes of it, and what
+    // to share its rows' work by.
     struct Units {
         int64_t groups, together, count, bytes, work;
     };
-    Units units_of(const Product& job, int64_t rows) const {
-        const int format = static_cast<int>(job.format);
-        const int64_t groups = (job.n + GROUP - 1) / GROUP, together = variant->groups_together(format);
+    Units units_of(const Product& job, int64_t rows, bool gated) const {
+        const int format = static_cast<int>(job.format), parts = gated ? 2 : 1;
+        const int64_t groups = (job.n / parts + GROUP - 1) / GROUP, together = variant->groups_together(format);
         const int64_t bytes = together * group_bytes(format, job.k);
-        return {groups, together, (groups + together - 1) / together, bytes, bytes * std::max<int64_t>(rows / 16, 1)};
+        const int64_t work = parts * bytes * std::max<int64_t>(rows / 16, 1);
+        return {groups, together, (groups + together - 1) / together, bytes, work};
+    }
+
+    // Whether this is a product of gates and ups, of one matrix, and SiLU is next.
+    bool is_gated(const Entry* entry, const Entry* stop) const {
+        if (range.rows() < GATED || stop - entry < 2 || entry[0].kind != PRODUCT || entry[1].kind != SILU_AND_MUL)
+            return false;
+        const Product& product = *static_cast<const Product*>(entry[0].job);
+        const SiluAndMul& job = *static_cast<const SiluAndMul*>(entry[1].job);
+        return product.y == job.gate_up && product.n == 2 * job.width && job.width % GROUP == 0;
     }
 
     // Whoever waits from now on fetches what it will begin this product with.
-    void expect(const Product& next) {
-        const Units units = units_of(next, std::min(range.rows(), SLAB));
+    void expect(const Product& next, bool gated) {
+        const Units units = units_of(next, std::min(range.rows(), SLAB), gated);
         const Split parts = split(units.count, units.work);
         const uint8_t* const weight = static_cast<const uint8_t*>(next.weight);
         auto begin = [&](int thread) {
@@ -140,29 +160,60 @@ private:
             pool.fetch_meanwhile(i, weight + begin(i), weight + std::min(begin(i + 1), begin(i) + FETCHED));
     }
 
-    void run(const Product& job) {
+    // So many rows of x from start on as product() takes them.
+    const void* prepared(const Product& job, int64_t start, int64_t count) {
         const int format = static_cast<int>(job.format);
-        const uint8_t* weight = static_cast<const uint8_t*>(job.weight);
+        const float* plain = job.x + start * job.k;
         const size_t needed = variant->prepared_bytes(format, std::min(range.rows(), SLAB), job.k);
-        if (prepared_.size() < needed + 64) prepared_.resize(needed + 64);
-        uint8_t* const aligned = prepared_.data() + (-reinterpret_cast<uintptr_t>(prepared_.data()) & 63);
+        if (!needed) return plain;
+        uint8_t* const to = prepared_.of(needed);
+        auto prepare = [&](int64_t first, int64_t last, int) {
+            variant->prepare(format, plain, first, last, count, job.k, to);
+        };
+        if (count * job.k < ALONE) prepare(0, count, 0);
+        else share(count, 4 * job.k, prepare);
+        return to;
+    }
+
+    // Groups first to last of the matrix by count rows, to y, where the first of these columns is.
+    void multiply(const Product& job, int64_t first, int64_t last, const void* x, int64_t count, float* y, int64_t stride,
+                  int thread) {
+        const int format = static_cast<int>(job.format);
+        const int64_t column = first * GROUP;
+        variant->product(format, static_cast<const uint8_t*>(job.weight) + first * group_bytes(format, job.k), 0,
+                         last - first, job.k, x, count, job.bias ? job.bias + column : nullptr, y, job.n - column, stride,
+                         {far, kv_ahead.of(thread)});
+    }
+
+    void run(const Product& job) {
         for (int64_t start = range.first; start < range.last; start += SLAB) {
             const int64_t count = std::min(SLAB, range.last - start);
-            const float* plain = job.x + start * job.k;
-            const void* x = plain;
-            if (needed) {
-                x = aligned;
-                auto prepare = [&](int64_t first, int64_t last, int) {
-                    variant->prepare(format, plain, first, last, count, job.k, aligned);
-                };
-                if (count * job.k < ALONE) prepare(0, count, 0);
-                else share(count, 4 * job.k, prepare);
-            }
-            const Units units = units_of(job, count);
+            const void* x = prepared(job, start, count);
+            const Units units = units_of(job, count, false);
             share(units.count, units.work, [&](int64_t first, int64_t last, int thread) {
-                variant->product(format, weight, units.together * first, std::min(units.groups, units.together * last),
-                                 job.k, x, count, job.bias, job.y + start * job.stride, job.n, job.stride,
-                                 {far, kv_ahead.of(thread)});
+                first *= units.together, last = std::min(units.groups, units.together * last);
+                float* y = job.y + start * job.stride + first * GROUP;
+                multiply(job, first, last, x, count, y, job.stride, thread);
+            });
+        }
+    }
+
+    // Gates, their ups, and SiLU of them while they are in the caches: of many rows all of them go out to memory.
+    void run(const Product& job, const SiluAndMul& next) {
+        for (int64_t start = range.first; start < range.last; start += SLAB) {
+            const int64_t count = std::min(SLAB, range.last - start);
+            const void* x = prepared(job, start, count);
+            const Units units = units_of(job, count, true);
+            const int64_t most = split(units.count, units.work).size * units.together * GROUP * count;
+            float* const gates = reinterpret_cast<float*>(gates_.of(2 * threads * most * sizeof(float)));
+            share(units.count, units.work, [&](int64_t first, int64_t last, int thread) {
+                first *= units.together, last = std::min(units.groups, units.together * last);
+                const int64_t width = (last - first) * GROUP;
+                float *gate = gates + 2 * thread * most, *up = gate + most;
+                multiply(job, first, last, x, count, gate, width, thread);
+                multiply(job, units.groups + first, units.groups + last, x, count, up, width, thread);
+                float* out = next.out + start * next.width + first * GROUP;
+                variant->silu_and_mul(gate, up, width, out, next.width, count, width);
             });
         }
     }
@@ -172,61 +223,25 @@ private:
     void run(const Rotate& job) {
         each_row(job, (job.heads + 2 * job.pool.kv_heads) * job.pool.head_dim, variant->rotate);
     }
-    void run(const SiluAndMul& job) { each_row(job, 2 * job.width, variant->silu_and_mul); }
+    void run(const SiluAndMul& job) {
+        each_row(job, 2 * job.width, [this](const SiluAndMul& job, int64_t first, int64_t last) {
+            const float* gate = job.gate_up + 2 * first * job.width;
+            variant->silu_and_mul(gate, gate + job.width, 2 * job.width, job.out + first * job.width, job.width,
+                                  last - first, job.width);
+        });
+    }
 
     void run(const Attention& job) {
-        const Sequences& sequences = *job.sequences;
-        const int64_t kv_heads = job.pool.kv_heads, group = job.heads / kv_heads;
-        const int64_t from = range.first_sequence, to = std::min(range.last_sequence, sequences.count);
-        tasks_.clear();
-        int64_t scores = 0, split = 0;
-        auto rows_of = [&](int64_t s) { return sequences.starts[s + 1] - sequences.starts[s]; };
-        auto first_span = [&](int64_t s) {
-            return job.window ? std::max<int64_t>(0, sequences.lengths[s] - job.window) / SPAN : 0;
-        };
-        auto spans_of = [&](int64_t s) { return (sequences.lengths[s] - 1) / SPAN + 1 - first_span(s); };
-        int64_t decodes = 0;
-        for (int64_t s = from; s < to; s++)
-            if (rows_of(s) == 1) decodes += spans_of(s), split += spans_of(s) > 1 ? spans_of(s) : 0;
-        if (partials_.size() < static_cast<size_t>(split * job.heads)) partials_.resize(split * job.heads);
-        Partial* next = partials_.data();
-        for (int64_t s = from; s < to; s++) {
-            const int64_t rows = rows_of(s);
-            scores += rows * sequences.lengths[s] * job.heads;
-            // All heads of a decode together read its KV in one stream, where there are decodes enough for
-            // the threads; a chunk has more from many rows of one head.
-            const bool stream = rows == 1 && decodes >= 2 * threads;
-            const int64_t heads = stream ? std::min(kv_heads, MAX_PARTIALS / group) : 1;
-            const int64_t size = MAX_PARTIALS / (heads * group);
-            const bool spans = rows == 1 && spans_of(s) > 1;
-            // The last rows of a chunk see the most: they are begun first.
-            for (int64_t last = rows; last > 0; last -= size)
-                for (int64_t head = 0; head < kv_heads; head += heads) {
-                    AttentionTask task = {s,    std::max<int64_t>(0, last - size),  last,
-                                          head, std::min(kv_heads, head + heads), 0,
-                                          nullptr, far};
-                    if (!spans) tasks_.push_back(task);
-                    for (int64_t span = 0; spans && span < spans_of(s); span++) {
-                        task.span = first_span(s) + span;
-                        task.partials = next + span * job.heads;
-                        tasks_.push_back(task);
-                    }
-                }
-            if (spans) next += spans_of(s) * job.heads;
-        }
+        attention_.plan(job, range.first_sequence, range.last_sequence, threads, far);
+        const std::vector<AttentionTask>& tasks = attention_.tasks;
+        const int64_t count = static_cast<int64_t>(tasks.size());
         auto attend = [&](int64_t first, int64_t last, int) {
             for (int64_t i = first; i < last; i++)
-                variant->attend(job, tasks_[i], i + 1 < static_cast<int64_t>(tasks_.size()) ? &tasks_[i + 1] : nullptr);
+                variant->attend(job, tasks[i], i + 1 < count ? &tasks[i + 1] : nullptr);
         };
-        // Less than this is done before another thread would have begun.
-        if (scores < 2048) attend(0, static_cast<int64_t>(tasks_.size()), 0);
-        else share(static_cast<int64_t>(tasks_.size()), 64 << 10, attend);
-        next = partials_.data();
-        for (int64_t s = from; s < to; s++)
-            if (rows_of(s) == 1 && spans_of(s) > 1) {
-                variant->merge_spans(job, s, next, spans_of(s));
-                next += spans_of(s) * job.heads;
-            }
+        if (attention_.scores < SCORES) attend(0, count, 0);
+        else share(count, 64 << 10, attend);
+        attention_.merge(*variant, job);
     }
 
     void run(const Adapt& job) {
@@ -248,17 +263,28 @@ private:
     }
 
     // Rows without weights: by one thread where it would be done before another had begun.
-    template <class Fields>
-    void each_row(const Fields& job, int64_t width, void (*work)(const Fields&, int64_t, int64_t)) {
+    template <class Fields, class Work>
+    void each_row(const Fields& job, int64_t width, Work work) {
         const int64_t begin = range.first;
         if (range.rows() * width < ALONE) return work(job, begin, range.last);
         share(range.rows(), 4 * width,
               [&](int64_t first, int64_t last, int) { work(job, begin + first, begin + last); });
     }
 
-    std::vector<uint8_t> prepared_;
-    std::vector<AttentionTask> tasks_;
-    std::vector<Partial> partials_;
+    // Bytes from the beginning of a cache line on, whose contents are left over.
+    class Scratch {
+    public:
+        uint8_t* of(size_t bytes) {
+            if (bytes_.size() < bytes + 64) bytes_.resize(bytes + 64);
+            return bytes_.data() + (-reinterpret_cast<uintptr_t>(bytes_.data()) & 63);
+        }
+
+    private:
+        std::vector<uint8_t> bytes_;
+    };
+
+    Scratch prepared_, gates_;
+    AttentionTasks attention_;
     AdapterScratch adapters_;
 };
 

@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -161,12 +162,14 @@ void layer(void* kernels, int64_t count, int64_t each, const std::string& name) 
     Random random = {(uint64_t)count};
     const int64_t heads = 4, kv_heads = 2, dim = 32, hidden = heads * dim, width = hidden + 2 * kv_heads * dim;
     const int64_t rows = count * each, page = 16, stride = (each + page - 1) / page;
+    const int64_t inner = 224;
     std::vector<std::vector<uint8_t>> weights;
-    for (int64_t n : {width, hidden}) {
-        const std::vector<uint8_t> plain = matrix(random, Q4_1, n, hidden);
-        weights.emplace_back((size_t)kernels_packed_bytes(Q4_1, n, hidden));
-        kernels_pack(kernels, Q4_1, plain.data(), weights.back().data(), n, hidden);
-    }
+    auto add = [&](int64_t n, int64_t k) {
+        const std::vector<uint8_t> plain = matrix(random, Q4_1, n, k);
+        weights.emplace_back((size_t)kernels_packed_bytes(Q4_1, n, k));
+        kernels_pack(kernels, Q4_1, plain.data(), weights.back().data(), n, k);
+    };
+    add(width, hidden), add(hidden, hidden), add(2 * inner, hidden), add(hidden, inner);
     std::vector<int64_t> pages, slots, starts, lengths((size_t)count, each);
     for (int64_t s = 0; s <= count; s++) starts.push_back(s * each);
     for (int64_t i = 0; i < count * stride; i++) pages.push_back(count * stride - 1 - i);
@@ -178,18 +181,23 @@ void layer(void* kernels, int64_t count, int64_t each, const std::string& name) 
     std::vector<float> x = numbers(random, rows * hidden), normed((size_t)(rows * hidden)), last((size_t)(rows * hidden));
     std::vector<float> qkv((size_t)(rows * width)), attended((size_t)(rows * hidden)), y((size_t)(rows * hidden));
     const std::vector<float> cos = numbers(random, rows * dim), sin = numbers(random, rows * dim);
-    const std::vector<float> norms = numbers(random, hidden), bias = numbers(random, width);
+    std::vector<float> gates((size_t)(rows * 2 * inner)), gated((size_t)(rows * inner));
+    const std::vector<float> norms = numbers(random, hidden), bias = numbers(random, std::max(width, 2 * inner));
     const Turns turns = {cos.data(), sin.data(), nullptr};
     const Sequences sequences = {pages.data(), starts.data(), lengths.data(), count, stride};
     const Norm before = {x.data(), nullptr, norms.data(), normed.data(), hidden, 1e-5f};
-    const Product up = {weights[0].data(), normed.data(), bias.data(), qkv.data(), width, hidden, width, Q4_1};
+    const Product first = {weights[0].data(), normed.data(), bias.data(), qkv.data(), width, hidden, width, Q4_1};
     const Rotate write = {qkv.data(), nullptr, &turns, slots.data(), pool, heads, 1e-5f};
     const Attention attend = {&sequences, pool, qkv.data(), attended.data(), heads, page, 0, width, 0.17f};
-    const Product down = {weights[1].data(), attended.data(), bias.data(), y.data(), hidden, hidden, hidden, Q4_1};
+    const Product back = {weights[1].data(), attended.data(), bias.data(), y.data(), hidden, hidden, hidden, Q4_1};
+    const Product up = {weights[2].data(), y.data(), bias.data(), gates.data(), 2 * inner, hidden, 2 * inner, Q4_1};
+    const SiluAndMul silu = {gates.data(), gated.data(), inner};
+    const Product down = {weights[3].data(), gated.data(), nullptr, y.data(), hidden, inner, hidden, Q4_1};
     const Norm after = {x.data(), y.data(), norms.data(), last.data(), hidden, 1e-5f};
-    const Entry entries[] = {{NORM, &before},      {PRODUCT, &up},   {ROTATE, &write},
-                             {ATTENTION, &attend}, {PRODUCT, &down}, {NORM, &after}};
-    kernels_run(kernels, entries, 6, rows);
+    const Entry entries[] = {{NORM, &before},  {PRODUCT, &first}, {ROTATE, &write},
+                             {ATTENTION, &attend}, {PRODUCT, &back}, {PRODUCT, &up},
+                             {SILU_AND_MUL, &silu}, {PRODUCT, &down}, {NORM, &after}};
+    kernels_run(kernels, entries, 9, rows);
     print("layer " + name, last);
 }
 
