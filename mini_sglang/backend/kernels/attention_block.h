@@ -36,6 +36,10 @@ struct KV8Tiles : KV8 {
 enum { PARTS = KEYS / LANES };
 // Heads of rows whose scores, and numbers of values of how many, fit in the registers.
 enum { TALL_SCORES = LANES == 16 ? 12 : 6, TALL_VALUES = LANES == 16 ? 6 : 3, WIDE_VALUES = 4 };
+// Whether COUNT items fetch what is to come with each product, and products of keys between two times that others do.
+template <int COUNT>
+constexpr bool OFTEN = LANES == 16 && COUNT <= 3;
+enum { SELDOM = 16 };
 
 template <class KV>
 constexpr bool SCALED = KV::BYTES == 1;  // a scale for each key and value head
@@ -149,7 +153,23 @@ struct Lines {
     int64_t first = 0, second = 0, length = 0;  // of each run so many bytes from first and from second on
     const uint8_t *at = nullptr, *end = nullptr;
     int taken = 0;  // halves of runs
+    int left = 0, each = 0;  // lines of a share, and of a time
 
+    // So many lines, about evenly over so many times.
+    void share(int lines, int times) { left = lines, each = (lines + times / 2) / times; }
+    void fetch() {
+        const int lines = each < left ? each : left;
+        left -= lines;
+        fetch(lines);
+    }
+    // A part of those that are left.
+    void fetch_part(int of) {
+        const int lines = left / of;
+        left -= lines;
+        fetch(lines);
+    }
+
+private:
     void fetch(int lines) {
         while (lines > 0) {
             if (at >= end) {
@@ -255,10 +275,7 @@ inline bool any_above(Floats scores, float bound) {
 template <class KV, int COUNT, int VECTORS>
 inline void multiply_keys(const Item* items, const Block& block, int64_t dim, int part, int end,
                           Floats (*products)[PARTS], Lines& next) {
-    // Half of a head's block to come is fetched meanwhile, a quarter before the values and one after: all of it
-    // here came slower from memory, and so did less. Many items fetch half as much: others follow.
-    constexpr int PAIR = PAIRED<KV> ? 2 : 1, EVERY = 32 / VECTORS;
-    constexpr int LINES = LANES * KV::BYTES * PAIR / (COUNT <= 3 ? 2 : 4);
+    constexpr int PAIR = PAIRED<KV> ? 2 : 1;
     constexpr int EACH = PAIR_BYTES<KV> * LANES;
     Sum<KV> sums[COUNT][VECTORS] = {};
     const uint8_t* keys[VECTORS];
@@ -279,12 +296,16 @@ inline void multiply_keys(const Item* items, const Block& block, int64_t dim, in
                 UNROLL for (int p = 0; p < VECTORS; p++) sums[i][p] = fused(number, vectors[p], sums[i][p]);
             }
         }
-        if (d % EVERY == EVERY - 1) next.fetch(LINES);
+        if (OFTEN<COUNT> || d % SELDOM == SELDOM - 1) next.fetch();
     }
     UNROLL for (int i = 0; i < COUNT; i++)
         UNROLL for (int p = 0; p < VECTORS; p++)
             products[i][part + p] = in_floats(sums[i][p]);
 }
+
+// Vectors of keys at a time, for sums enough to be added up side by side where there are registers for them.
+template <int COUNT>
+constexpr int WIDE_KEYS = LANES == 16 && COUNT <= 3 ? 4 : 2;
 
 // Weights of COUNT items. Scores, to the base 2, are scale times products.
 template <class KV, int COUNT>
@@ -293,10 +314,8 @@ inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& ne
     const int begin = block.first / (2 * LANES) * 2, end = (block.last + LANES - 1) / LANES;
     Floats scores[COUNT][PARTS];
     int part = begin;
-    // Sums enough to be added up side by side, where there are registers for them.
-    constexpr int WIDE = LANES == 16 && COUNT <= 3 ? 4 : 2;
-    for (; end - part > 2 && WIDE == 4; part += WIDE)
-        multiply_keys<KV, COUNT, WIDE>(items, block, dim, part, end, scores, next);
+    for (; end - part > 2 && WIDE_KEYS<COUNT> == 4; part += 4)
+        multiply_keys<KV, COUNT, 4>(items, block, dim, part, end, scores, next);
     for (; part < end; part += 2) multiply_keys<KV, COUNT, 2>(items, block, dim, part, end, scores, next);
     // Of most blocks all keys are seen: then the loops over vectors are unrolled.
     auto each = [&](auto work) {
@@ -354,7 +373,7 @@ inline void score(Item* items, Block& block, int64_t dim, float scale, Lines& ne
 
 // What items that follow each other, those of the block's weights from skipped on, get of WIDTH vectors of values.
 template <class KV, int COUNT, int WIDTH>
-inline void add_values(Item* items, const Block& block, int skipped, int64_t at, int64_t dim, int64_t d) {
+inline void add_values(Item* items, const Block& block, int skipped, int64_t at, int64_t dim, int64_t d, Lines& next) {
     const float(*weights)[KEYS] = block.weights + skipped;
     Sum<KV> sums[COUNT][WIDTH] = {};
     int first = KEYS, last = 0;
@@ -376,6 +395,7 @@ inline void add_values(Item* items, const Block& block, int skipped, int64_t at,
                 const Ints weight = pair_everywhere((const uint16_t*)weights[i] + 2 * pair);
                 UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = add_pairs(sums[i][v], values[v], weight);
             }
+            if (OFTEN<COUNT>) next.fetch();
         } while (++pair < end);
     }
     if constexpr (!PAIRED<KV>) {
@@ -387,6 +407,7 @@ inline void add_values(Item* items, const Block& block, int skipped, int64_t at,
                 const Floats weight = all(weights[i][j]);
                 UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = fused(weight, values[v], sums[i][v]);
             }
+            if (OFTEN<COUNT>) next.fetch();
         }
     }
     UNROLL for (int i = 0; i < COUNT; i++)
@@ -399,22 +420,28 @@ inline void add_values(Item* items, const Block& block, int skipped, int64_t at,
 }
 
 template <class KV, int COUNT>
-inline void add_all_values(Item* items, const Block& block, int skipped, int64_t at, int64_t dim) {
+inline void add_all_values(Item* items, const Block& block, int skipped, int64_t at, int64_t dim, Lines& next) {
     int64_t d = 0;
     for (; d + WIDE_VALUES * LANES <= dim; d += WIDE_VALUES * LANES)
-        add_values<KV, COUNT, WIDE_VALUES>(items, block, skipped, at, dim, d);
-    for (; d < dim; d += LANES) add_values<KV, COUNT, 1>(items, block, skipped, at, dim, d);
+        add_values<KV, COUNT, WIDE_VALUES>(items, block, skipped, at, dim, d, next);
+    for (; d < dim; d += LANES) add_values<KV, COUNT, 1>(items, block, skipped, at, dim, d, next);
 }
 
-// COUNT heads of rows, all of one KV head, of which the block has the keys.
+// COUNT heads of rows of so many, all of one KV head, of which the block has the keys.
 template <class KV, int COUNT>
-inline void attend_together(Item* items, Block& block, int64_t at, int64_t dim, float scale, Lines& next) {
-    constexpr int VALUES = COUNT < TALL_VALUES ? COUNT : TALL_VALUES;
-    const int quarter = (int)(KEYS * dim * KV::BYTES / 128) + PARTS;
+inline void attend_together(Item* items, int count, Block& block, int64_t at, int64_t dim, float scale, Lines& next) {
+    constexpr int VALUES = COUNT < TALL_VALUES ? COUNT : TALL_VALUES, PAIR = PAIRED<KV> ? 2 : 1;
+    // Of the lines of a head's block, a few with each product of keys or values: in runs, or with the keys alone, they
+    // came slower from memory. Many items, which memory keeps up with, have no registers left for that; nor has AVX2,
+    // where a half with the keys, a quarter before the values and one after them did best.
+    const int lines = (int)(KEYS * dim * KV::BYTES / 32) + (SCALED<KV> ? 2 * PARTS : 0);
+    const int keys = (int)dim / PAIR * PARTS / WIDE_KEYS<COUNT>;
+    const int values = KEYS / PAIR * (int)dim / (WIDE_VALUES * LANES);
+    next.share(lines * COUNT / count, OFTEN<COUNT> ? keys + values : (COUNT <= 3 ? 2 : 1) * keys / SELDOM);
     score<KV, COUNT>(items, block, dim, scale, next);
-    next.fetch(COUNT <= 3 ? quarter : 0);
-    UNROLL for (int j = 0; j < COUNT; j += VALUES) add_all_values<KV, VALUES>(items + j, block, j, at, dim);
-    next.fetch(COUNT <= 3 ? quarter : 0);
+    if (!OFTEN<COUNT> && COUNT <= 3) next.fetch_part(2);
+    UNROLL for (int j = 0; j < COUNT; j += VALUES) add_all_values<KV, VALUES>(items + j, block, j, at, dim, next);
+    if (COUNT <= 3) next.fetch_part(1);
 }
 
 // The heads of rows in items, all of one KV head.
@@ -424,9 +451,9 @@ void attend_block(const Attention& job, Block& block, int64_t head, Item* items,
     const float scale = job.scale * 1.44269504f;
     int i = 0;
     for (; i + TALL_SCORES <= count; i += TALL_SCORES)
-        attend_together<KV, TALL_SCORES>(items + i, block, at, dim, scale, next);
-    for (; i + 3 <= count; i += 3) attend_together<KV, 3>(items + i, block, at, dim, scale, next);
-    for (; i < count; i++) attend_together<KV, 1>(items + i, block, at, dim, scale, next);
+        attend_together<KV, TALL_SCORES>(items + i, count, block, at, dim, scale, next);
+    for (; i + 3 <= count; i += 3) attend_together<KV, 3>(items + i, count, block, at, dim, scale, next);
+    for (; i < count; i++) attend_together<KV, 1>(items + i, count, block, at, dim, scale, next);
 }
 
 }  // namespace

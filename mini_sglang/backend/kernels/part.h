@@ -176,12 +176,13 @@ private:
     }
 
     // Groups first to last of the matrix by count rows, to y, where the first of these columns is.
-    void multiply(const Product& job, int64_t first, int64_t last, const void* x, int64_t count, float* y, int64_t stride,
-                  int thread) {
+    void multiply(const Product& job, int64_t first, int64_t last, const void* x, int64_t count, float* y,
+                  int64_t stride, int thread) {
         const int format = static_cast<int>(job.format);
         const int64_t column = first * GROUP;
-        variant->product(format, static_cast<const uint8_t*>(job.weight) + first * group_bytes(format, job.k), 0,
-                         last - first, job.k, x, count, job.bias ? job.bias + column : nullptr, y, job.n - column, stride,
+        const uint8_t* weight = static_cast<const uint8_t*>(job.weight) + first * group_bytes(format, job.k);
+        const float* bias = job.bias ? job.bias + column : nullptr;
+        variant->product(format, weight, 0, last - first, job.k, x, count, bias, y, job.n - column, stride,
                          {far, kv_ahead.of(thread)});
     }
 
