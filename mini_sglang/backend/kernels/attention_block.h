@@ -36,10 +36,6 @@ struct KV8Tiles : KV8 {
 enum { PARTS = KEYS / LANES };
 // Heads of rows whose scores, and numbers of values of how many, fit in the registers.
 enum { TALL_SCORES = LANES == 16 ? 12 : 6, TALL_VALUES = LANES == 16 ? 6 : 3, WIDE_VALUES = 4 };
-// Whether COUNT items fetch what is to come with each product, and products of keys between two times that others do.
-template <int COUNT>
-constexpr bool OFTEN = LANES == 16 && COUNT <= 3;
-enum { SELDOM = 16 };
 
 template <class KV>
 constexpr bool SCALED = KV::BYTES == 1;  // a scale for each key and value head
@@ -154,9 +150,10 @@ struct Lines {
     const uint8_t *at = nullptr, *end = nullptr;
     int taken = 0;  // halves of runs
     int left = 0, each = 0;  // lines of a share, and of a time
+    int mask = 0;            // a time is every so many products of keys, less one; at 0, each of values too
 
     // So many lines, about evenly over so many times.
-    void share(int lines, int times) { left = lines, each = (lines + times / 2) / times; }
+    void share(int lines, int times, int every) { left = lines, each = (lines + times / 2) / times, mask = every - 1; }
     void fetch() {
         const int lines = each < left ? each : left;
         left -= lines;
@@ -296,7 +293,7 @@ inline void multiply_keys(const Item* items, const Block& block, int64_t dim, in
                 UNROLL for (int p = 0; p < VECTORS; p++) sums[i][p] = fused(number, vectors[p], sums[i][p]);
             }
         }
-        if (OFTEN<COUNT> || d % SELDOM == SELDOM - 1) next.fetch();
+        if ((d & next.mask) == next.mask) next.fetch();
     }
     UNROLL for (int i = 0; i < COUNT; i++)
         UNROLL for (int p = 0; p < VECTORS; p++)
@@ -395,7 +392,7 @@ inline void add_values(Item* items, const Block& block, int skipped, int64_t at,
                 const Ints weight = pair_everywhere((const uint16_t*)weights[i] + 2 * pair);
                 UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = add_pairs(sums[i][v], values[v], weight);
             }
-            if (OFTEN<COUNT>) next.fetch();
+            if (LANES == 16 && COUNT <= 3 && !next.mask) next.fetch();
         } while (++pair < end);
     }
     if constexpr (!PAIRED<KV>) {
@@ -407,7 +404,7 @@ inline void add_values(Item* items, const Block& block, int skipped, int64_t at,
                 const Floats weight = all(weights[i][j]);
                 UNROLL for (int v = 0; v < WIDTH; v++) sums[i][v] = fused(weight, values[v], sums[i][v]);
             }
-            if (OFTEN<COUNT>) next.fetch();
+            if (LANES == 16 && COUNT <= 3 && !next.mask) next.fetch();
         }
     }
     UNROLL for (int i = 0; i < COUNT; i++)
@@ -431,15 +428,17 @@ inline void add_all_values(Item* items, const Block& block, int skipped, int64_t
 template <class KV, int COUNT>
 inline void attend_together(Item* items, int count, Block& block, int64_t at, int64_t dim, float scale, Lines& next) {
     constexpr int VALUES = COUNT < TALL_VALUES ? COUNT : TALL_VALUES, PAIR = PAIRED<KV> ? 2 : 1;
-    // Of the lines of a head's block, a few with each product of keys or values: in runs, or with the keys alone, they
-    // came slower from memory. Many items, which memory keeps up with, have no registers left for that; nor has AVX2,
-    // where a half with the keys, a quarter before the values and one after them did best.
+    // Of the lines of a head's block. Into a second cache they come best a few with each product of keys or values;
+    // into the first, or with AVX2, a half in runs with the keys, a quarter before the values and one after. Many items
+    // fetch all with the keys: memory keeps up with them.
     const int lines = (int)(KEYS * dim * KV::BYTES / 32) + (SCALED<KV> ? 2 * PARTS : 0);
-    const int keys = (int)dim / PAIR * PARTS / WIDE_KEYS<COUNT>;
+    const int keys = (int)dim / PAIR * PARTS / WIDE_KEYS<COUNT>, every = LANES == 16 && COUNT <= 3 ? 8 : 16;
     const int values = KEYS / PAIR * (int)dim / (WIDE_VALUES * LANES);
-    next.share(lines * COUNT / count, OFTEN<COUNT> ? keys + values : (COUNT <= 3 ? 2 : 1) * keys / SELDOM);
+    const bool often = next.far && LANES == 16 && COUNT <= 3;
+    if (often) next.share(lines * COUNT / count, keys + values, 1);
+    else next.share(lines * COUNT / count, (COUNT <= 3 ? 2 : 1) * keys / every, every);
     score<KV, COUNT>(items, block, dim, scale, next);
-    if (!OFTEN<COUNT> && COUNT <= 3) next.fetch_part(2);
+    if (!often && COUNT <= 3) next.fetch_part(2);
     UNROLL for (int j = 0; j < COUNT; j += VALUES) add_all_values<KV, VALUES>(items + j, block, j, at, dim, next);
     if (COUNT <= 3) next.fetch_part(1);
 }
